@@ -1,0 +1,9 @@
+"""Operations of a decoder block, one file each: contract, plain reference, registration, dispatch to a backend."""
+
+from cogsym.ops.gated_activation import gated_activation
+from cogsym.ops.rms_norm import rms_norm
+from cogsym.ops.rotary import rotary
+
+OPERATIONS = ("rms_norm", "rotary", "gated_activation")
+
+__all__ = ["OPERATIONS", "gated_activation", "rms_norm", "rotary"]

@@ -1,0 +1,210 @@
+"""Root-mean-square layer normalisation, with the residual addition that precedes it in a decoder block.
+
+    h = x + residual              (h = x without a residual)
+    r = (mean(h²) + eps)^(-1/2)   over the last dimension, a scalar a row
+    y = h · r · (offset + γ)
+
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467. Llama, Mistral and Qwen have
+offset 0, Gemma offset 1 (it stores γ - 1).
+
+With g = dy · (offset + γ), the gradients are
+
+    dh = r · g - h · r³ · mean(g · h)  (+ the gradient that reaches h itself)
+    dγ = Σ_rows dy · h · r
+
+Only h is kept for the backward pass, and it is the tensor that the residual stream holds anyway; r is recomputed from
+it, one pass over a row that must be read in any case. Everything is computed in float32 (float64 for float64) and
+rounded once; transformers rounds twice, after the scaling by r and after γ.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from cogsym.ops import backend
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor, offset: float = 0.0
+) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, offset: float = 0.0
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalise rows of `x`, after adding `residual` where one is given.
+
+    Args:
+        x: [..., D], floating point.
+        weight: γ, [D], any floating-point dtype.
+        eps: added to the mean square.
+        residual: [..., D], the residual stream; where dtypes differ the sum has PyTorch's promoted dtype.
+        offset: added to γ; 1.0 for Gemma.
+
+    Returns:
+        y, [..., D] in the dtype of h; with `residual` the pair (y, h).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},) to match x.")
+    if residual is None:
+        return _rms_norm(x, weight, eps, offset)
+    if residual.shape != x.shape:
+        raise ValueError(f"rms_norm: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)} to match x.")
+    if residual.dtype != x.dtype:
+        h = x + residual
+        return _rms_norm(h, weight, eps, offset), h
+    return _add_rms_norm(x, residual, weight, eps, offset)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """`rms_norm` in plain PyTorch; the documentation of what the kernels compute."""
+    h = _compute_dtype(x)
+    y = h * _inverse_rms(h, eps) * (offset + weight.to(h.dtype))
+    return y.to(x.dtype)
+
+
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of x + residual: (y, h). The norm sees h as it is stored, so y belongs to the h returned."""
+    h = x + residual
+    return rms_norm_reference(h, weight, eps, offset), h
+
+
+def rms_norm_backward_reference(
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    dh: Tensor | None,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `rms_norm`: (dx, dweight), an empty tensor for one that is not needed.
+
+    Args:
+        dy: [..., D], gradient of y.
+        h: [..., D], what was normalised.
+        weight: [D].
+        eps: as in the forward pass.
+        offset: as in the forward pass.
+        dh: [..., D], gradient that reaches h along the residual stream; added to dx.
+        need_dx: whether dx is wanted (it is the gradient of x and of the residual alike).
+        need_dweight: whether dweight is wanted.
+    """
+    g, x = _compute_dtype(dy), _compute_dtype(h)
+    r = _inverse_rms(x, eps)
+    dx, dweight = h.new_empty(0), weight.new_empty(0)
+    if need_dweight:
+        dweight = (g * x * r).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    if need_dx:
+        g = g * (offset + weight.to(g.dtype))
+        total = r * (g - x * r.square() * (g * x).mean(-1, keepdim=True))
+        dx = (total if dh is None else total + dh).to(h.dtype)
+    return dx, dweight
+
+
+def _compute_dtype(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+@torch.library.custom_op("cogsym::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    return backend.implementation("rms_norm", rms_norm_reference, x)(x, weight, eps, offset)
+
+
+@torch.library.custom_op("cogsym::add_rms_norm", mutates_args=())
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    return backend.implementation("add_rms_norm", add_rms_norm_reference, x)(x, residual, weight, eps, offset)
+
+
+@torch.library.custom_op("cogsym::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    dh: Tensor | None,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    function = backend.implementation("rms_norm_backward", rms_norm_backward_reference, h)
+    return function(dy, h, weight, eps, offset, dh, need_dx, need_dweight)
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_add_rms_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, torch.empty_like(y)
+
+
+@_rms_norm_backward.register_fake
+def _(
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    dh: Tensor | None,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format) if need_dx else h.new_empty(0)
+    return dx, torch.empty_like(weight) if need_dweight else weight.new_empty(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps, ctx.offset = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.eps, ctx.offset = inputs[3:]
+    ctx.save_for_backward(output[1], inputs[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    h, weight = ctx.saved_tensors
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    dx, dweight = _rms_norm_backward(dy, h, weight, ctx.eps, ctx.offset, None, need_dx, need_dweight)
+    return dx if need_dx else None, dweight if need_dweight else None, None, None
+
+
+def _backward_add(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    h, weight = ctx.saved_tensors
+    need_x, need_residual, need_dweight = ctx.needs_input_grad[:3]
+    if dy is None:  # only the residual stream was used further on
+        dx, dweight = dh, torch.zeros_like(weight) if need_dweight else None
+    else:
+        need_dx = need_x or need_residual
+        dx, dweight = _rms_norm_backward(dy, h, weight, ctx.eps, ctx.offset, dh, need_dx, need_dweight)
+    return (
+        dx if need_x else None,
+        dx if need_residual else None,
+        dweight if need_dweight else None,
+        None,
+        None,
+    )
+
+
+_rms_norm.register_autograd(_backward, setup_context=_setup)
+_add_rms_norm.register_autograd(_backward_add, setup_context=_setup_add)

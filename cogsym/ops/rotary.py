@@ -1,0 +1,92 @@
+"""Rotary position embedding.
+
+The first R of a head's D features are R/2 pairs; pair i at a position is turned by that position's angle for pair i:
+
+    a' = a · cos_i - b · sin_i
+    b' = b · cos_i + a · sin_i
+
+Source: Su et al., "RoFormer", arXiv 2104.09864. The pair is (i, i + R/2) in Llama, Mistral, Qwen and Gemma, and
+(2i, 2i + 1) in the paper's interleaved form. R < D is partial rotary: the rest passes unchanged. Scaled variants
+(linear, dynamic, YaRN, Llama 3) differ only in the cos and sin that they pass, a scale of the attention included.
+
+A rotation's gradient is the rotation back, so nothing but cos and sin is kept. It is computed in float32 (float64 for
+float64) and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogsym.ops import backend
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotate the heads of queries or keys, or of both side by side along H.
+
+    Args:
+        x: [B, T, H, D], floating point, any strides; a slice of a fused projection will do.
+        cos: [B, T, R/2] or [1, T, R/2], R <= D; one column a pair.
+        sin: like `cos`.
+        interleaved: pairs are neighbours, not halves.
+
+    Returns:
+        [B, T, H, D], contiguous, dtype of x.
+
+    Raises:
+        ValueError: shapes that do not fit, or a gradient wanted for cos or sin (there is none).
+    """
+    if x.dim() != 4:
+        raise ValueError(f"rotary: x has shape {tuple(x.shape)}, expected [B, T, H, D].")
+    B, T, _, D = x.shape
+    if cos.shape != sin.shape or cos.dim() != 3 or cos.shape[0] not in (1, B) or cos.shape[1] != T:
+        raise ValueError(
+            f"rotary: cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}, expected both "
+            f"[{B} or 1, {T}, R/2] to match x."
+        )
+    if 2 * cos.shape[2] > D:
+        raise ValueError(
+            f"rotary: cos has {cos.shape[2]} columns, expected at most {D // 2}, one a pair of x's D = {D}."
+        )
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("rotary: cos or sin requires a gradient, which this operation does not compute; detach them.")
+    return _rotary(x, cos, sin, interleaved, False)
+
+
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    """`rotary` in plain PyTorch; `inverse` turns back."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    c, s = (t.to(compute).unsqueeze(2) for t in (cos, sin))  # [B or 1, T, 1, R/2]
+    if inverse:
+        s = -s
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half].to(compute), x[..., 2 * half :]
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    a, b = a * c - b * s, b * c + a * s
+    turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+    return torch.cat((turned.to(x.dtype), rest), -1)
+
+
+@torch.library.custom_op("cogsym::rotary", mutates_args=())
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    return backend.implementation("rotary", rotary_reference, x)(x, cos, sin, interleaved, inverse)
+
+
+@_rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    return _rotary(dy, cos, sin, ctx.interleaved, not ctx.inverse), None, None, None, None
+
+
+_rotary.register_autograd(_backward, setup_context=_setup)
