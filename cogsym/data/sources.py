@@ -1,0 +1,383 @@
+"""Documents from text files: .txt, .jsonl, .tsv, .parquet and folders written by `datasets`."""
+
+import codecs
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cogsym.errors import CogsymError
+
+Loss = Literal["all", "target"]
+Record = tuple[str, Mapping[str, Any]]  # where it stands ("line 7"), and its fields
+
+DEFAULT_FIELD = "text"
+_ARROW_ROWS = 4096  # rows of a table held as Python strings at a time
+_WEIGHT_SEED = 0  # fixed, so that a fractional weight keeps the same documents in every run
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One stretch of running text that the model reads from its own beginning.
+
+    A line of a .txt file is a document, and so is a row of a table; a document never sees its neighbours. Example: the
+    document `Document("Habari za asubuhi.")`, or a translation pair written out as one text,
+    `Document("English: Good morning.\\nSwahili: Habari za asubuhi.", target_start=32)`.
+
+    Attributes:
+        text: The text, with no separator tokens in it.
+        target_start: Character from which the loss counts; 0 counts all of the text.
+    """
+
+    text: str
+    target_start: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or folder of documents, and how to read it.
+
+    The name tells the format: .txt (one document a line, its only field is "text"), .jsonl (one JSON object a line),
+    .tsv (the first line names the columns; no quoting), .parquet, or a folder written by `datasets`' `save_to_disk`.
+    All text is UTF-8. A line or row with a blank field is skipped.
+
+    Plain text, the column named: `Source(Path("news.jsonl"), field="body")`. Sentence pairs through a template, which
+    is the text of a document with fields in braces (`{{` and `}}` for literal braces):
+    `Source(Path("pairs.tsv"), template="English: {en}\\nSwahili: {sw}")`.
+
+    Attributes:
+        path: The file or folder.
+        field: The column that holds the text; "text" if neither this nor `template` is given.
+        template: A document's text with column names in braces. A backslash followed by n, as a shell passes it, means
+            a new line.
+        weight: How many times the documents are seen in one pass. 2 repeats each of them; 0.5 keeps half of them, drawn
+            at random but always the same half; 2.5 does both.
+
+    Raises:
+        CogsymError: `weight` is not a positive number, `field` and `template` are both given, or `template` has no
+            field or cannot be read.
+    """
+
+    path: Path
+    field: str | None = None
+    template: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise CogsymError(f"weight {self.weight:g} of {self.path} is not a positive number, such as 2 or 0.5.")
+        if self.template is not None:
+            if self.field is not None:
+                raise CogsymError(
+                    f"{self.path} has both a field ({self.field!r}) and a template; give one, as a template names its "
+                    "own fields."
+                )
+            _parse_template(self.template)
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """Read a source as the command line gives it: `PATH` or `PATH@WEIGHT`.
+
+        `swahili.txt@2` is swahili.txt with every line seen twice. A path that exists exactly as written is that path,
+        even if it contains an @, and so is one with a folder separator after its last @.
+
+        Raises:
+            CogsymError: What follows the last @ is not a positive number.
+        """
+        path, at, weight = text.rpartition("@")
+        if not at or "/" in weight or "\\" in weight or Path(text).exists():
+            return cls(Path(text))
+        try:
+            value = float(weight)
+        except ValueError:
+            raise CogsymError(
+                f"weight {weight!r} in {text!r} is not a number; write PATH or PATH@WEIGHT, such as swahili.txt@2."
+            ) from None
+        return cls(Path(path), weight=value)
+
+    @property
+    def pieces(self) -> list[tuple[str, str | None]]:
+        """The document's text as (literal, field that follows it, or None at the end)."""
+        if self.template is None:
+            return [("", self.field or DEFAULT_FIELD)]
+        return _parse_template(self.template)
+
+    @property
+    def fields(self) -> list[str]:
+        """The columns that are read, each once."""
+        return list(dict.fromkeys(field for _, field in self.pieces if field is not None))
+
+
+def read_documents(source: Source, loss: Loss = "all") -> list[Document]:
+    """Read all documents of a source, repeated as its weight says.
+
+    Args:
+        source: What to read.
+        loss: "all" counts the loss on the whole text; "target" counts it from the template's last field to the end, as
+            for `English: {en}\\nSwahili: {sw}` on the Swahili sentence alone.
+
+    Raises:
+        CogsymError: The source cannot be read as its name and fields say; the message tells the line or row.
+    """
+    documents = read_once(source, loss)
+    return [documents[i] for i in selection(source, len(documents))]
+
+
+def read_once(source: Source, loss: Loss) -> list[Document]:
+    """Read the documents of a source as they stand, whatever its weight; otherwise like `read_documents`."""
+    if loss not in ("all", "target"):
+        raise ValueError(f'loss is {loss!r}, expected "all" or "target"')
+    if loss == "target" and source.template is None:
+        raise CogsymError(
+            f"{source.path} has no template, so the loss has no target side; give a template whose last field is the "
+            'target, such as "English: {en}\\nSwahili: {sw}", or count the loss on all.'
+        )
+    fields, pieces = source.fields, source.pieces
+    documents = []
+    for where, record in _reader(source.path)(source.path, fields):
+        _require_fields(fields, record, f"{source.path}, {where},")
+        for field in fields:
+            _require_text(record[field], field, f"{source.path}, {where}")
+        if all(record[field].strip() for field in fields):
+            documents.append(_fill(pieces, record, loss))
+    if not documents:
+        raise CogsymError(f"{source.path} holds no document; expected at least one line or row with text in it.")
+    return documents
+
+
+def selection(source: Source, num_documents: int) -> np.ndarray:
+    """Numbers of the documents that the source's weight asks for, int64 [N]: whole copies first, then the fraction.
+
+    Raises:
+        CogsymError: The weight is so small that no document is left.
+    """
+    copies = int(source.weight)
+    rest = round((source.weight - copies) * num_documents)
+    subset = np.random.default_rng(_WEIGHT_SEED).permutation(num_documents)[:rest]
+    chosen = np.concatenate([np.tile(np.arange(num_documents), copies), np.sort(subset)])
+    if not len(chosen):
+        raise CogsymError(
+            f"weight {source.weight:g} keeps none of the {num_documents:,} documents of {source.path}; give a larger "
+            "weight or leave the source out."
+        )
+    return chosen.astype(np.int64)
+
+
+def content_digest(source: Source) -> str:
+    """SHA-256 of the format and bytes of a source's file, or of all files of its folder, in hexadecimal.
+
+    Raises:
+        CogsymError: The path does not exist, cannot be read or has an unknown format.
+    """
+    _reader(source.path)
+    digest = hashlib.sha256(source.path.suffix.lower().encode())
+    files = sorted(source.path.rglob("*")) if source.path.is_dir() else [source.path]
+    for file in files:
+        if file.is_file():
+            with _opened(file) as stream:
+                name = file.relative_to(source.path).as_posix()
+                digest.update(f"\0{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()
+
+
+def _parse_template(template: str) -> list[tuple[str, str | None]]:
+    try:
+        parsed = list(Formatter().parse(template.replace("\\n", "\n")))
+    except ValueError as error:
+        raise CogsymError(
+            f"template {template!r} cannot be read ({error}); write fields as {{name}} and literal braces as {{{{ and "
+            "}}."
+        ) from None
+    for _, field, format_spec, conversion in parsed:
+        if field == "" or format_spec or conversion:
+            raise CogsymError(
+                f"template {template!r} has braces that hold no plain field name; write fields as {{name}}."
+            )
+    if all(field is None for _, field, _, _ in parsed):
+        raise CogsymError(
+            f'template {template!r} names no field; write fields in braces, such as "English: {{en}}\\nSwahili: '
+            '{sw}".'
+        )
+    return [(literal, field) for literal, field, _, _ in parsed]
+
+
+def _fill(pieces: Sequence[tuple[str, str | None]], record: Mapping[str, str], loss: Loss) -> Document:
+    text, target_start = "", 0
+    for literal, field in pieces:
+        text += literal
+        if field is not None:
+            target_start = len(text)
+            text += record[field]
+    return Document(text, target_start if loss == "target" else 0)
+
+
+def _require_fields(fields: Sequence[str], available: Mapping[str, Any] | Sequence[str], subject: str) -> None:
+    for field in fields:
+        if field not in available:
+            raise CogsymError(
+                f"{subject} has no field {field!r}; the fields there are: {', '.join(map(str, available)) or '(none)'}."
+            )
+
+
+def _require_text(value: Any, field: str, where: str) -> None:
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise CogsymError(f"{where}: field {field!r} is {kind}, expected a string.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        character = value[error.start].encode("unicode_escape").decode()
+        raise CogsymError(
+            f"{where}: field {field!r} holds {character}, half of a character that JSON wrote in two; write the file "
+            "as UTF-8."
+        ) from None
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise CogsymError(f"{path} cannot be opened: {error.strerror}.") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of every line that is not blank; only a line feed ends a line, U+2028 and the like do not."""
+    with _opened(path) as stream:
+        for number, raw in enumerate(stream, start=1):
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            try:
+                line = raw.decode().removesuffix("\n").removesuffix("\r")
+            except UnicodeDecodeError as error:
+                raise CogsymError(
+                    f"{path} is not UTF-8: line {number}, byte {error.start + 1} of the line is "
+                    f"0x{raw[error.start]:02x}; save the file as UTF-8."
+                ) from None
+            if line.strip():
+                yield number, line
+
+
+def _read_txt(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+    for number, line in _lines(path):
+        yield f"line {number}", {DEFAULT_FIELD: line}
+
+
+def _read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+    for number, line in _lines(path):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CogsymError(f"{path}, line {number} is not JSON ({error}); expected one object a line.") from None
+        if not isinstance(record, dict):
+            raise CogsymError(
+                f'{path}, line {number} is JSON but not an object; expected one such as {{"{fields[0]}": "..."}}.'
+            )
+        yield f"line {number}", record
+
+
+def _read_tsv(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+    lines = _lines(path)
+    _, header = next(lines, (0, ""))
+    columns = header.split("\t")
+    if header:
+        _require_fields(fields, columns, f"{path}, whose first line names the columns,")
+    for number, line in lines:
+        values = line.split("\t")
+        if len(values) != len(columns):
+            raise CogsymError(
+                f"{path}, line {number} has {len(values)} column(s), expected {len(columns)} as in the first line "
+                f"({', '.join(columns)})."
+            )
+        yield f"line {number}", dict(zip(columns, values, strict=True))
+
+
+def _read_parquet(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+    try:
+        file = pq.ParquetFile(path)
+        _require_text_columns(path, fields, file.schema_arrow)
+        yield from _rows(path, file.iter_batches(_ARROW_ROWS, columns=list(fields)))
+    except (pa.ArrowException, OSError) as error:
+        raise CogsymError(f"{path} is not a readable Parquet file ({_first_line(error)}); write it again.") from error
+
+
+def _read_datasets_folder(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError:
+        raise CogsymError(
+            f'{path} is a folder, which needs the datasets package to read; run: pip install "cogsym[datasets]".'
+        ) from None
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, KeyError, TypeError, ValueError, OSError) as error:
+        raise CogsymError(
+            f"{path} is a folder but not one that datasets' save_to_disk wrote, or a damaged one "
+            f"({_first_line(error)})."
+        ) from error
+    if isinstance(dataset, datasets.DatasetDict):
+        example = path / next(iter(dataset), "train")
+        raise CogsymError(
+            f"{path} holds the splits {', '.join(dataset)}; give the folder of one of them, such as {example}."
+        )
+    _require_text_columns(path, fields, dataset.features.arrow_schema)
+    tables = dataset.select_columns(list(fields)).with_format("arrow").iter(_ARROW_ROWS)
+    try:
+        yield from _rows(path, tables)
+    except (pa.ArrowException, OSError) as error:
+        raise CogsymError(f"{path} is damaged ({_first_line(error)}); save the dataset again.") from error
+
+
+def _require_text_columns(path: Path, fields: Sequence[str], schema: pa.Schema) -> None:
+    _require_fields(fields, schema.names, str(path))
+    for field in fields:
+        kind = schema.field(field).type
+        text = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(text) or pa.types.is_large_string(text) or pa.types.is_string_view(text)):
+            raise CogsymError(f"{path}: field {field!r} is of type {kind}, expected strings.")
+
+
+def _rows(path: Path, tables: Iterator[pa.RecordBatch | pa.Table]) -> Iterator[Record]:
+    number = 0
+    for table in tables:
+        try:
+            records = table.to_pylist()
+        except UnicodeDecodeError:
+            raise CogsymError(
+                f"{path} is not UTF-8 somewhere in rows {number + 1} to {number + table.num_rows}; write it again."
+            ) from None
+        for record in records:
+            number += 1
+            yield f"row {number}", record
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+_READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Record]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+
+
+def _reader(path: Path) -> Callable[[Path, Sequence[str]], Iterator[Record]]:
+    if not path.exists():
+        raise CogsymError(f"{path} does not exist; check the path of the text file.")
+    if path.is_dir():
+        return _read_datasets_folder
+    if path.suffix.lower() not in _READERS:
+        raise CogsymError(
+            f"{path} has the unknown suffix {path.suffix!r}; expected {', '.join(_READERS)} or a folder written by "
+            "datasets' save_to_disk."
+        )
+    return _READERS[path.suffix.lower()]
