@@ -1,3 +1,9 @@
 """cogsym: train the outer layers of a language model, freeze the middle, and see what each layer is for."""
 
+from cogsym.errors import CogsymError, RunStopped
+from cogsym.plan import LayerPlan
+from cogsym.training.prepare import explain, prepare, restore
+
 __version__ = "0.1.0"
+
+__all__ = ["CogsymError", "LayerPlan", "RunStopped", "explain", "prepare", "restore"]
