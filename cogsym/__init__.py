@@ -3,7 +3,18 @@
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.plan import LayerPlan
 from cogsym.training.prepare import explain, prepare, restore
+from cogsym.training.run import TrainResult, TrainSettings, train
 
 __version__ = "0.1.0"
 
-__all__ = ["CogsymError", "LayerPlan", "RunStopped", "explain", "prepare", "restore"]
+__all__ = [
+    "CogsymError",
+    "LayerPlan",
+    "RunStopped",
+    "TrainResult",
+    "TrainSettings",
+    "explain",
+    "prepare",
+    "restore",
+    "train",
+]

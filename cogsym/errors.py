@@ -12,6 +12,8 @@ class CogsymError(Exception):
 
 
 class RunStopped(CogsymError):
-    """A run ended early with its progress saved; the message says how to go on."""
+    """A run ended early; the message says what was saved and how to go on."""
 
-    exit_status = 1
+    def __init__(self, message: str, exit_status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status

@@ -1,0 +1,230 @@
+"""The training loop is transformers' Trainer; what a run of ours adds to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from cogsym.data import PackedDataset
+from cogsym.errors import RunStopped
+from cogsym.training.evaluate import bits_per_byte
+
+_TRAINED = "trained.safetensors"
+# Written last, so that a checkpoint cut short by a kill is not taken for a whole one.
+_COMPLETE = "complete"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    found = [p.parent for p in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+class OuterTrainer(Trainer):
+    """Trainer for a prepared model.
+
+    It writes checkpoints of the trained parameters alone, evaluates in bits per byte, computes in bfloat16 where asked
+    while the trained parameters stay in float32, and stops at a loss or gradient that is not finite.
+    """
+
+    model: Any  # never None here, as the base class allows
+    args: Any
+    eval_dataset: Any
+
+    def __init__(self, *args: Any, bf16: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._bf16 = bf16
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Trainer's contexts, and autocast.
+
+        Not through `TrainingArguments.bf16`: accelerate would convert the logits to float32 once more, the largest
+        tensor of a step, though the loss has done so already.
+        """
+        stack = super().compute_loss_context_manager()
+        if self._bf16:
+            stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16))
+        return stack
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss, which must be finite."""
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        if not math.isfinite(float(loss.detach())):
+            raise self._not_finite("loss", float(loss.detach()))
+        return loss
+
+    def check_gradients(self) -> None:
+        """Stop before the optimizer makes the weights useless."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise self._not_finite("norm of the gradient", float(norm))
+
+    def _not_finite(self, what: str, value: float) -> RunStopped:
+        kept = checkpoints(Path(self.args.output_dir))
+        saved = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+        return RunStopped(
+            f"The {what} became {value} at step {self.state.global_step + 1}; {saved}. Start again with a lower "
+            f"learning rate than {self.args.learning_rate:g}, or look for damaged text in the data."
+        )
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Bits per byte of each held-out text."""
+        datasets: dict[str, PackedDataset] = eval_dataset or self.eval_dataset
+        metrics = {}
+        for name, dataset in datasets.items():
+            with self.compute_loss_context_manager():
+                value = bits_per_byte(self.model, dataset, self.args.per_device_eval_batch_size)
+            metrics[f"{metric_key_prefix}_{name}_bits_per_byte"] = value
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the trained parameters: the frozen ones are in the base model already."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        save_file(trained, folder / _TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / _TRAINED)
+        with torch.no_grad():
+            for name, p in (model or self.model).named_parameters():
+                if p.requires_grad:
+                    p.copy_(saved[name])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            (folder / _COMPLETE).touch()
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            shutil.rmtree(folder, ignore_errors=True)
+            kept = checkpoints(folder.parent)
+            saved = f"{kept[-1]} is intact; free some space and resume" if kept else "free some space and start again"
+            raise RunStopped(
+                f"The checkpoint at step {self.state.global_step} was not written ({error}); {saved}."
+            ) from error
+
+
+class RunCallback(TrainerCallback):
+    """Shows progress, writes `metrics.jsonl`, checks gradients, and turns Ctrl-C into a checkpoint and a clean end.
+
+    Attributes:
+        interrupted: whether a signal ended the run.
+        seconds: time spent in optimizer steps, this run's part of them.
+        history: the lines of `metrics.jsonl`, of earlier parts of the run too.
+    """
+
+    def __init__(self, metrics: Path, console: Console) -> None:
+        self.trainer: OuterTrainer | None = None
+        self.interrupted = False
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        self._metrics, self._console = metrics, console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop lines written after the checkpoint that the run goes on from, and start the clock."""
+        if self._metrics.exists():
+            lines = [json.loads(line) for line in self._metrics.read_text("utf-8").splitlines() if line.endswith("}")]
+            self.history = [line for line in lines if line["step"] <= state.global_step]
+        self._metrics.write_text("".join(json.dumps(line) + "\n" for line in self.history), "utf-8")
+        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, detail="")
+        self._progress.start()
+        self._first_step, self._tokens = state.global_step, state.num_input_tokens_seen
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self.interrupted:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self._console.print("Stopping after this step; press Ctrl-C again to stop at once without saving.")
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Look at the gradients."""
+        assert self.trainer is not None
+        self.trainer.check_gradients()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start a step's clock: evaluation and saving are not training."""
+        self._step_started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Show where the run is; evaluate and save at its end."""
+        self.seconds += time.perf_counter() - self._step_started
+        rate = (state.num_input_tokens_seen - self._tokens) / self.seconds
+        self._progress.update(
+            self._task, completed=state.global_step, detail=f"{self._last_loss()}{rate:,.0f} tokens/s"
+        )
+        if state.global_step >= state.max_steps or self.interrupted:
+            control.should_save = True
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no" and not self.interrupted
+        if self.interrupted:
+            control.should_training_stop = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Append a line to `metrics.jsonl`; a line to the log where no terminal shows the bar."""
+        logs = kwargs["logs"]
+        if "train_runtime" in logs:  # Trainer's summary counts evaluation as training time
+            return
+        line: dict[str, float] = {"step": state.global_step, "tokens": int(state.num_input_tokens_seen), **logs}
+        if self.seconds:
+            line["tokens_per_second"] = round((state.num_input_tokens_seen - self._tokens) / self.seconds, 1)
+        self.history.append(line)
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if not self._console.is_terminal:
+            self._console.print(self._describe(line, state))
+
+    def _describe(self, line: dict[str, float], state: TrainerState) -> str:
+        words = [f"step {state.global_step}/{state.max_steps}"]
+        words += [
+            f"{name.removeprefix('eval_')} {value:.4g}" for name, value in line.items() if name.startswith("eval_")
+        ]
+        if "loss" in line:
+            done = state.global_step - self._first_step
+            left = self.seconds / max(done, 1) * (state.max_steps - state.global_step)
+            words += [f"loss {line['loss']:.4f}", f"{line['tokens_per_second']:,.0f} tokens/s", f"{left:.0f} s left"]
+        return ", ".join(words)
+
+    def _last_loss(self) -> str:
+        losses = [line["loss"] for line in self.history[-4:] if "loss" in line]
+        return f"loss {losses[-1]:.3f}, " if losses else ""
+
+    def close(self) -> None:
+        """Give the terminal and the signals back."""
+        self._progress.stop()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
