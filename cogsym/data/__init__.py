@@ -1,14 +1,16 @@
 """Text in, token batches out: read documents, tokenise them with a cache, pack them into rows."""
 
 from cogsym.data.packing import PackedDataset, pack
-from cogsym.data.sources import Document, Source, read_documents
+from cogsym.data.sources import Document, Loss, Source, content_digest, read_documents
 from cogsym.data.tokens import TokenizedDocuments, separator_id, tokenize
 
 __all__ = [
     "Document",
+    "Loss",
     "PackedDataset",
     "Source",
     "TokenizedDocuments",
+    "content_digest",
     "pack",
     "read_documents",
     "separator_id",

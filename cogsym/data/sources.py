@@ -275,7 +275,8 @@ def _read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[Record]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CogsymError(f"{path}, line {number} is not JSON ({error}); expected one object a line.") from None
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise CogsymError(f"{path}, line {number} is not JSON ({reason}); expected one object a line.") from None
         if not isinstance(record, dict):
             raise CogsymError(
                 f'{path}, line {number} is JSON but not an object; expected one such as {{"{fields[0]}": "..."}}.'

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1  # part of the cache key: raise it when the meaning of a stored array changes
-_BATCH = 2048  # documents handed to the tokenizer's threads at a time
+_BATCH = 2048  # documents handed to the tokenizer's threads at a time, and
+_BATCH_CHARACTERS = 1 << 22  # how long they may be together: their encodings take about a hundred bytes a character
+
+_SCHEMA = pa.schema({"tokens": pa.large_list(pa.int32()), "loss_start": pa.int32(), "num_bytes": pa.int64()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,15 +157,14 @@ def _tokenize_source(source: Source, backend: Tokenizer, loss: Loss, cache_dir: 
 
 
 def _tokenize_documents(documents: Sequence[Document], backend: Tokenizer, loss: Loss, name: str) -> pa.RecordBatch:
-    """One row a document: tokens (large_list<int32>), loss_start (int32), num_bytes (int64)."""
+    """One row of `_SCHEMA` a document."""
     lengths = np.zeros(len(documents), dtype=np.int64)
     loss_starts = np.zeros(len(documents), dtype=np.int32)
     num_bytes = np.zeros(len(documents), dtype=np.int64)
     chunks = [np.empty(0, dtype=np.int32)]
     with _progress(len(documents) > _BATCH) as progress:
         task = progress.add_task(f"Tokenising {name}", total=len(documents))
-        for begin in range(0, len(documents), _BATCH):
-            batch = documents[begin : begin + _BATCH]
+        for begin, batch in _batches(documents):
             targets = [document.target_start if loss == "target" else 0 for document in batch]
             encode = backend.encode_batch if any(targets) else backend.encode_batch_fast  # the latter: no offsets
             encodings = encode([document.text for document in batch], add_special_tokens=False)
@@ -177,7 +179,20 @@ def _tokenize_documents(documents: Sequence[Document], backend: Tokenizer, loss:
             progress.advance(task, len(batch))
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     tokens = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(chunks)))
-    return pa.record_batch({"tokens": tokens, "loss_start": pa.array(loss_starts), "num_bytes": pa.array(num_bytes)})
+    return pa.record_batch([tokens, pa.array(loss_starts), pa.array(num_bytes)], schema=_SCHEMA)
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[tuple[int, list[Document]]]:
+    """Number of the first document, and the documents, of every batch."""
+    begin, batch, characters = 0, list[Document](), 0
+    for d, document in enumerate(documents):
+        if batch and (len(batch) == _BATCH or characters + len(document.text) > _BATCH_CHARACTERS):
+            yield begin, batch
+            begin, batch, characters = d, [], 0
+        batch.append(document)
+        characters += len(document.text)
+    if batch:
+        yield begin, batch
 
 
 def _checksum(batch: pa.RecordBatch) -> int:
@@ -191,14 +206,14 @@ def _checksum(batch: pa.RecordBatch) -> int:
 
 def _store(batch: pa.RecordBatch, file: Path) -> None:
     """Write under a temporary name and rename, so that a file of that name is always whole."""
-    schema = batch.schema.with_metadata({"crc32": str(_checksum(batch))})
+    batch = batch.replace_schema_metadata({"crc32": str(_checksum(batch))})
     temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", suffix=".tmp", delete=False) as stream:
             temporary = Path(stream.name)
-            with pa.ipc.new_file(stream, schema) as writer:
-                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+            with pa.ipc.new_file(stream, batch.schema) as writer:
+                writer.write_batch(batch)
         temporary.replace(file)
     except OSError as error:
         raise CogsymError(
@@ -217,8 +232,8 @@ def _load(file: Path) -> pa.RecordBatch | None:
     try:
         batch = pa.ipc.open_file(pa.memory_map(os.fspath(file))).get_batch(0)
         batch.validate()
-        intact = int(batch.schema.metadata[b"crc32"]) == _checksum(batch)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError):
+        intact = batch.schema == _SCHEMA and int(batch.schema.metadata[b"crc32"]) == _checksum(batch)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return None
     return batch if intact else None
 
