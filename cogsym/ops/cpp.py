@@ -1,0 +1,154 @@
+"""The operations on CPU tensors, computed by the C++ extension `cogsym._C`.
+
+Each function takes the arguments of its reference and passes addresses and strides on. Rows may be strided, so that a
+slice of a fused projection is read where it lies; a copy is made only of what is not contiguous along its last
+dimension.
+
+The extension holds its kernels once for each instruction set and uses the fastest one that the processor runs. The
+environment variable ``COGSYM_CPU_ISA`` names a slower one, to compare them or to hunt a fault.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from cogsym import _C
+from cogsym.errors import CogsymError
+
+_DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(_C.DTYPES)}
+_ACTIVATION_CODES = {name: code for code, name in enumerate(_C.ACTIVATIONS)}
+
+
+def _choose_isa() -> None:
+    name = os.environ.get("COGSYM_CPU_ISA")
+    if not name:
+        return
+    if name not in _C.isas():
+        expected = ", ".join(_C.isas())
+        raise CogsymError(
+            f"COGSYM_CPU_ISA is {name!r}, expected one of {expected} on this processor; correct or unset it."
+        )
+    _C.set_isa(name)
+
+
+_choose_isa()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """As `cogsym.ops.rms_norm.rms_norm_reference`."""
+    y = _empty_like(x)
+    if x.numel():
+        rows, weight = _rows(x), _table(weight)
+        _C.rms_norm(
+            rows.data_ptr(), rows.stride(0), 0, 0, weight.data_ptr(), y.data_ptr(), 0,
+            *rows.shape, eps, offset, _DTYPE_CODES[x.dtype], _DTYPE_CODES[weight.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """As `cogsym.ops.rms_norm.add_rms_norm_reference`."""
+    y, h = _empty_like(x), _empty_like(x)
+    if x.numel():
+        rows, residual, weight = _rows(x), _rows(residual), _table(weight)
+        _C.rms_norm(
+            rows.data_ptr(), rows.stride(0), residual.data_ptr(), residual.stride(0), weight.data_ptr(),
+            y.data_ptr(), h.data_ptr(),
+            *rows.shape, eps, offset, _DTYPE_CODES[x.dtype], _DTYPE_CODES[weight.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return y, h
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    dh: Tensor | None,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `cogsym.ops.rms_norm.rms_norm_backward_reference`."""
+    dx = _empty_like(h) if need_dx else h.new_empty(0)
+    if not h.numel():
+        return dx, torch.zeros_like(weight) if need_dweight else weight.new_empty(0)
+    table = _table(weight)
+    dweight = torch.empty_like(table) if need_dweight else table.new_empty(0)
+    rows, grad = _rows(h), _rows(dy)
+    stream = grad if dh is None else _rows(dh)
+    _C.rms_norm_backward(
+        grad.data_ptr(), grad.stride(0), rows.data_ptr(), rows.stride(0),
+        0 if dh is None else stream.data_ptr(), stream.stride(0), table.data_ptr(),
+        dx.data_ptr() if need_dx else 0, dweight.data_ptr() if need_dweight else 0,
+        *rows.shape, eps, offset, _DTYPE_CODES[h.dtype], _DTYPE_CODES[table.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dweight.to(weight.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    """As `cogsym.ops.rotary.rotary_reference`."""
+    y = _empty_like(x)
+    if x.numel():
+        x, cos = _contiguous_rows(x), _table(cos)
+        sin = _table(sin.to(cos.dtype))
+        _C.rotary(
+            x.data_ptr(), x.stride()[:3], cos.data_ptr(), _table_strides(cos), sin.data_ptr(), _table_strides(sin),
+            y.data_ptr(), *x.shape, cos.shape[2], interleaved, inverse,
+            _DTYPE_CODES[x.dtype], _DTYPE_CODES[cos.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """As `cogsym.ops.gated_activation.gated_activation_reference`."""
+    z = _empty_like(gate)
+    if gate.numel():
+        g, u = _rows(gate), _rows(up)
+        _C.gated_activation(
+            g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0), z.data_ptr(),
+            *g.shape, _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return z
+
+
+def gated_activation_backward(
+    dz: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    """As `cogsym.ops.gated_activation.gated_activation_backward_reference`."""
+    dgate = _empty_like(gate) if need_dgate else gate.new_empty(0)
+    dup = _empty_like(up) if need_dup else up.new_empty(0)
+    if gate.numel() and (need_dgate or need_dup):
+        d, g, u = _rows(dz), _rows(gate), _rows(up)
+        _C.gated_activation_backward(
+            d.data_ptr(), d.stride(0), g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0),
+            dgate.data_ptr() if need_dgate else 0, dup.data_ptr() if need_dup else 0,
+            *g.shape, _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return dgate, dup
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """`x`, or a copy where its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` as [rows, D], a view where its strides allow it."""
+    return _contiguous_rows(x.reshape(-1, x.shape[-1]))
+
+
+def _table(x: Tensor) -> Tensor:
+    """A weight, cos or sin in a dtype that the kernels read."""
+    return _contiguous_rows(x if x.dtype in _DTYPE_CODES else x.float())
+
+
+def _table_strides(x: Tensor) -> tuple[int, int]:
+    return 0 if x.shape[0] == 1 else x.stride(0), x.stride(1)

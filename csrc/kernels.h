@@ -1,0 +1,91 @@
+// The door between module.cpp and the kernels: addresses, shapes and strides (in elements). No Python, no torch.
+//
+// Each kernel file is compiled once for every instruction set in COGSYM_VARIANTS, inside a namespace of that name, and
+// module.cpp picks a table of them at run time. So a kernel file must not instantiate templates or inline functions
+// of the standard library: the linker would keep one copy, perhaps the one with AVX-512 in it, for every caller.
+#pragma once
+
+#include <cstdint>
+
+namespace cogsym {
+
+enum class DType : int { float32, bfloat16, float16, float64 };
+enum class Activation : int { silu, gelu_tanh };
+
+// Element type of the tensors named by void*; all of them contiguous in the last dimension.
+struct RmsNorm {
+    DType dtype, weight_dtype;
+    const void* x;         // [rows, D]
+    const void* residual;  // [rows, D], or null: then h is x and is not written
+    const void* weight;    // [D]
+    void* h;               // [rows, D] contiguous: x + residual
+    void* y;               // [rows, D] contiguous
+    int64_t rows, D, x_stride, residual_stride;
+    double eps, offset;
+    void* gamma;  // scratch, [D] of the compute type
+    int num_threads;
+};
+
+struct RmsNormBackward {
+    DType dtype, weight_dtype;
+    const void* dy;      // [rows, D]
+    const void* h;       // [rows, D]
+    const void* dh;      // [rows, D], added to dx, or null
+    const void* weight;  // [D]
+    void* dx;            // [rows, D] contiguous, or null: not wanted
+    void* dweight;       // [D], or null: not wanted
+    int64_t rows, D, dy_stride, h_stride, dh_stride;
+    double eps, offset;
+    void* gamma;     // scratch, [D] of the compute type
+    void* partials;  // scratch, [num_blocks, D] of the compute type where dweight is wanted
+    int64_t block_rows, num_blocks;
+    int num_threads;
+};
+
+struct Rotary {
+    DType dtype, table_dtype;
+    const void* x;    // [B, T, H, D]
+    const void* cos;  // [B or 1, T, half]; a batch stride of 0 shares it
+    const void* sin;
+    void* y;  // [B, T, H, D] contiguous
+    int64_t B, T, H, D, half;
+    int64_t x_strides[3], cos_strides[2], sin_strides[2];
+    bool interleaved, inverse;
+    int num_threads;
+};
+
+struct GatedActivation {
+    DType dtype;
+    Activation activation;
+    const void* gate;  // [rows, F]
+    const void* up;    // [rows, F]
+    void* z;           // [rows, F] contiguous
+    int64_t rows, F, gate_stride, up_stride;
+    int num_threads;
+};
+
+struct GatedActivationBackward {
+    DType dtype;
+    Activation activation;
+    const void* dz;    // [rows, F]
+    const void* gate;  // [rows, F]
+    const void* up;    // [rows, F]
+    void* dgate;       // [rows, F] contiguous, or null: not wanted
+    void* dup;         // [rows, F] contiguous, or null: not wanted
+    int64_t rows, F, dz_stride, gate_stride, up_stride;
+    int num_threads;
+};
+
+// COGSYM_VARIANTS(V) is V(baseline) V(avx2) ..., from setup.py.
+#define COGSYM_DECLARE(isa)                                         \
+    namespace isa {                                                 \
+    void rms_norm(const RmsNorm&);                                  \
+    void rms_norm_backward(const RmsNormBackward&);                 \
+    void rotary(const Rotary&);                                     \
+    void gated_activation(const GatedActivation&);                  \
+    void gated_activation_backward(const GatedActivationBackward&); \
+    }
+COGSYM_VARIANTS(COGSYM_DECLARE)
+#undef COGSYM_DECLARE
+
+}  // namespace cogsym

@@ -1,0 +1,217 @@
+// cogsym._C: the CPU kernels for Python. Tensors arrive as addresses, shapes and strides in elements, so that one build
+// serves every version of torch; cogsym/ops/cpp.py checks them, and nothing else should call this.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu.h"
+#include "kernels.h"
+#ifdef COGSYM_CUDA
+#include "cuda/rms_norm.h"
+#endif
+
+namespace py = pybind11;
+
+namespace cogsym {
+namespace {
+
+using Address = std::uintptr_t;
+
+struct Variant {
+    const char* name;
+    bool (*supported)();
+    decltype(&baseline::rms_norm) rms_norm;
+    decltype(&baseline::rms_norm_backward) rms_norm_backward;
+    decltype(&baseline::rotary) rotary;
+    decltype(&baseline::gated_activation) gated_activation;
+    decltype(&baseline::gated_activation_backward) gated_activation_backward;
+};
+
+#define COGSYM_ENTRY(isa)                        \
+    {#isa,                                       \
+     supports_##isa,                             \
+     isa::rms_norm,                              \
+     isa::rms_norm_backward,                     \
+     isa::rotary,                                \
+     isa::gated_activation,                      \
+     isa::gated_activation_backward},
+const Variant variants[] = {COGSYM_VARIANTS(COGSYM_ENTRY)};  // from the slowest to the fastest
+
+const Variant* fastest() {
+    const Variant* best = variants;
+    for (const Variant& v : variants)
+        if (v.supported()) best = &v;
+    return best;
+}
+
+const Variant* active = fastest();
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const Variant& v : variants)
+        if (v.supported()) names.push_back(v.name);
+    return names;
+}
+
+void set_isa(const std::string& name) {
+    for (const Variant& v : variants)
+        if (name == v.name && v.supported()) {
+            active = &v;
+            return;
+        }
+    throw std::invalid_argument("the extension has no variant '" + name + "' that this processor runs");
+}
+
+void* pointer(Address a) { return reinterpret_cast<void*>(a); }
+
+DType dtype_of(int code) {
+    if (code < 0 || code > int(DType::float64)) throw std::invalid_argument("unknown dtype code");
+    return DType(code);
+}
+
+Activation activation_of(int code) {
+    if (code < 0 || code > int(Activation::gelu_tanh)) throw std::invalid_argument("unknown activation code");
+    return Activation(code);
+}
+
+// Room for `count` values of the type that `dtype` is computed in.
+class Scratch {
+  public:
+    Scratch(DType dtype, int64_t count)
+        : data_(::operator new(std::size_t(count) * (dtype == DType::float64 ? 8 : 4), std::align_val_t(64))) {}
+    ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    void* data() const { return data_; }
+
+  private:
+    void* data_;
+};
+
+void rms_norm(Address x, int64_t x_stride, Address residual, int64_t residual_stride, Address weight, Address y,
+              Address h, int64_t rows, int64_t D, double eps, double offset, int dtype, int weight_dtype,
+              int num_threads) {
+    RmsNorm a{};
+    a.dtype = dtype_of(dtype), a.weight_dtype = dtype_of(weight_dtype);
+    a.x = pointer(x), a.x_stride = x_stride;
+    a.residual = pointer(residual), a.residual_stride = residual_stride;
+    a.weight = pointer(weight), a.y = pointer(y), a.h = pointer(h);
+    a.rows = rows, a.D = D, a.eps = eps, a.offset = offset, a.num_threads = num_threads;
+    const Scratch gamma(a.dtype, D);
+    a.gamma = gamma.data();
+    active->rms_norm(a);
+}
+
+void rms_norm_backward(Address dy, int64_t dy_stride, Address h, int64_t h_stride, Address dh, int64_t dh_stride,
+                       Address weight, Address dx, Address dweight, int64_t rows, int64_t D, double eps, double offset,
+                       int dtype, int weight_dtype, int num_threads) {
+    RmsNormBackward a{};
+    a.dtype = dtype_of(dtype), a.weight_dtype = dtype_of(weight_dtype);
+    a.dy = pointer(dy), a.dy_stride = dy_stride;
+    a.h = pointer(h), a.h_stride = h_stride;
+    a.dh = pointer(dh), a.dh_stride = dh_stride;
+    a.weight = pointer(weight), a.dx = pointer(dx), a.dweight = pointer(dweight);
+    a.rows = rows, a.D = D, a.eps = eps, a.offset = offset, a.num_threads = num_threads;
+    // At most 128 partial sums of dweight, so that the scratch stays small, of at least 32 rows each.
+    const int64_t even = (rows + 127) / 128;
+    a.block_rows = even > 32 ? even : 32;
+    a.num_blocks = (rows + a.block_rows - 1) / a.block_rows;
+    const Scratch gamma(a.dtype, D), partials(a.dtype, dweight ? a.num_blocks * D : 0);
+    a.gamma = gamma.data(), a.partials = partials.data();
+    active->rms_norm_backward(a);
+}
+
+void rotary(Address x, std::tuple<int64_t, int64_t, int64_t> x_strides, Address cos,
+            std::tuple<int64_t, int64_t> cos_strides, Address sin, std::tuple<int64_t, int64_t> sin_strides, Address y,
+            int64_t B, int64_t T, int64_t H, int64_t D, int64_t half, bool interleaved, bool inverse, int dtype,
+            int table_dtype, int num_threads) {
+    Rotary a{};
+    a.dtype = dtype_of(dtype), a.table_dtype = dtype_of(table_dtype);
+    a.x = pointer(x), a.cos = pointer(cos), a.sin = pointer(sin), a.y = pointer(y);
+    std::tie(a.x_strides[0], a.x_strides[1], a.x_strides[2]) = x_strides;
+    std::tie(a.cos_strides[0], a.cos_strides[1]) = cos_strides;
+    std::tie(a.sin_strides[0], a.sin_strides[1]) = sin_strides;
+    a.B = B, a.T = T, a.H = H, a.D = D, a.half = half;
+    a.interleaved = interleaved, a.inverse = inverse, a.num_threads = num_threads;
+    active->rotary(a);
+}
+
+void gated_activation(Address gate, int64_t gate_stride, Address up, int64_t up_stride, Address z, int64_t rows,
+                      int64_t F, int activation, int dtype, int num_threads) {
+    GatedActivation a{};
+    a.dtype = dtype_of(dtype), a.activation = activation_of(activation);
+    a.gate = pointer(gate), a.gate_stride = gate_stride;
+    a.up = pointer(up), a.up_stride = up_stride;
+    a.z = pointer(z), a.rows = rows, a.F = F, a.num_threads = num_threads;
+    active->gated_activation(a);
+}
+
+void gated_activation_backward(Address dz, int64_t dz_stride, Address gate, int64_t gate_stride, Address up,
+                               int64_t up_stride, Address dgate, Address dup, int64_t rows, int64_t F, int activation,
+                               int dtype, int num_threads) {
+    GatedActivationBackward a{};
+    a.dtype = dtype_of(dtype), a.activation = activation_of(activation);
+    a.dz = pointer(dz), a.dz_stride = dz_stride;
+    a.gate = pointer(gate), a.gate_stride = gate_stride;
+    a.up = pointer(up), a.up_stride = up_stride;
+    a.dgate = pointer(dgate), a.dup = pointer(dup);
+    a.rows = rows, a.F = F, a.num_threads = num_threads;
+    active->gated_activation_backward(a);
+}
+
+}  // namespace
+}  // namespace cogsym
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    using namespace cogsym;
+    using py::arg;
+    const py::call_guard<py::gil_scoped_release> no_gil;
+
+    m.doc() = "CPU kernels of cogsym, called through cogsym.ops.cpp with addresses, shapes and strides in elements.";
+    m.attr("DTYPES") = py::make_tuple("float32", "bfloat16", "float16", "float64");  // place: the dtype code
+    m.attr("ACTIVATIONS") = py::make_tuple("silu", "gelu_tanh");                     // place: the activation code
+#ifdef _OPENMP
+    m.attr("OPENMP") = true;
+#else
+    m.attr("OPENMP") = false;
+#endif
+    m.def("cpu_features", &cpu_features, "Vector and matrix extensions that this processor has.");
+    m.def("isas", &isas, "Variants of the kernels that this processor runs, from the slowest to the fastest.");
+    m.def("isa", [] { return active->name; }, "The variant in use.");
+    m.def("set_isa", &set_isa, arg("name"), "Use another variant; ValueError where this processor cannot run it.");
+
+    m.def("rms_norm", &rms_norm, no_gil, arg("x"), arg("x_stride"), arg("residual"), arg("residual_stride"),
+          arg("weight"), arg("y"), arg("h"), arg("rows"), arg("D"), arg("eps"), arg("offset"), arg("dtype"),
+          arg("weight_dtype"), arg("num_threads"), "y (and h = x + residual where residual is not 0).");
+    m.def("rms_norm_backward", &rms_norm_backward, no_gil, arg("dy"), arg("dy_stride"), arg("h"), arg("h_stride"),
+          arg("dh"), arg("dh_stride"), arg("weight"), arg("dx"), arg("dweight"), arg("rows"), arg("D"), arg("eps"),
+          arg("offset"), arg("dtype"), arg("weight_dtype"), arg("num_threads"),
+          "dx and dweight, each unless its address is 0.");
+    m.def("rotary", &rotary, no_gil, arg("x"), arg("x_strides"), arg("cos"), arg("cos_strides"), arg("sin"),
+          arg("sin_strides"), arg("y"), arg("B"), arg("T"), arg("H"), arg("D"), arg("half"), arg("interleaved"),
+          arg("inverse"), arg("dtype"), arg("table_dtype"), arg("num_threads"), "y, x turned.");
+    m.def("gated_activation", &gated_activation, no_gil, arg("gate"), arg("gate_stride"), arg("up"), arg("up_stride"),
+          arg("z"), arg("rows"), arg("F"), arg("activation"), arg("dtype"), arg("num_threads"), "z = act(gate) * up.");
+    m.def("gated_activation_backward", &gated_activation_backward, no_gil, arg("dz"), arg("dz_stride"), arg("gate"),
+          arg("gate_stride"), arg("up"), arg("up_stride"), arg("dgate"), arg("dup"), arg("rows"), arg("F"),
+          arg("activation"), arg("dtype"), arg("num_threads"), "dgate and dup, each unless its address is 0.");
+#ifdef COGSYM_CUDA
+    m.def(
+        "rms_norm_cuda",
+        [](Address x, Address weight, Address y, int64_t rows, int64_t D, double eps, double offset, int dtype,
+           int weight_dtype, Address stream) {
+            cuda::rms_norm(pointer(x), pointer(weight), pointer(y), rows, D, float(eps), float(offset), dtype_of(dtype),
+                           dtype_of(weight_dtype), pointer(stream));
+        },
+        no_gil, arg("x"), arg("weight"), arg("y"), arg("rows"), arg("D"), arg("eps"), arg("offset"), arg("dtype"),
+        arg("weight_dtype"), arg("stream"), "y, for contiguous tensors on the current CUDA device.");
+#endif
+}

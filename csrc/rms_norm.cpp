@@ -1,0 +1,115 @@
+// Root-mean-square norm: contract and formulas in cogsym/ops/rms_norm.py.
+
+#include "scalar.h"
+
+namespace cogsym {
+namespace COGSYM_ISA {
+namespace {
+
+template <class C>
+C inverse_rms(C sum_of_squares, int64_t D, double eps) {
+    return C(1) / square_root(sum_of_squares / C(D) + C(eps));
+}
+
+template <class T>
+void forward(const RmsNorm& a) {
+    using C = compute_t<T>;
+    const int64_t D = a.D;
+    C* gamma = static_cast<C*>(a.gamma);
+    widen_table(gamma, a.weight, a.weight_dtype, D, C(1), C(a.offset));
+
+    parallel_for(a.rows, a.rows * D, a.num_threads, [&](int64_t row) {
+        const T* h = static_cast<const T*>(a.x) + row * a.x_stride;
+        if (a.residual) {
+            const T* x = h;
+            const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+            T* sum = static_cast<T*>(a.h) + row * D;
+            write(sum, D, [=](int64_t i) { return widen(x[i]) + widen(residual[i]); });
+            h = sum;
+        }
+        C squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < D; ++i) squares += widen(h[i]) * widen(h[i]);
+        const C r = inverse_rms(squares, D, a.eps);
+        write(static_cast<T*>(a.y) + row * D, D, [=](int64_t i) { return widen(h[i]) * r * gamma[i]; });
+    });
+}
+
+// dweight = Σ_blocks partials, in the order of the blocks.
+template <class C>
+void sum_partials(const RmsNormBackward& a) {
+    constexpr int64_t tile = 256;
+    const C* partials = static_cast<const C*>(a.partials);
+    with_type(a.weight_dtype, [&](auto element) {
+        using W = decltype(element);
+        parallel_for((a.D + tile - 1) / tile, a.num_blocks * a.D, a.num_threads, [&](int64_t t) {
+            const int64_t begin = t * tile, n = a.D - begin < tile ? a.D - begin : tile;
+            C total[tile] = {};
+            for (int64_t b = 0; b < a.num_blocks; ++b) {
+                const C* partial = partials + b * a.D + begin;
+#pragma omp simd
+                for (int64_t i = 0; i < n; ++i) total[i] += partial[i];
+            }
+            write(static_cast<W*>(a.dweight) + begin, n, [&](int64_t i) { return compute_t<W>(total[i]); });
+        });
+    });
+}
+
+// Rows are cut into blocks whose size does not depend on the number of threads, and so neither does dweight.
+template <class T>
+void backward(const RmsNormBackward& a) {
+    using C = compute_t<T>;
+    const int64_t D = a.D;
+    C* gamma = static_cast<C*>(a.gamma);
+    widen_table(gamma, a.weight, a.weight_dtype, D, C(1), C(a.offset));
+
+    parallel_for(a.num_blocks, a.rows * D, a.num_threads, [&](int64_t block) {
+        C* partial = a.dweight ? static_cast<C*>(a.partials) + block * D : nullptr;
+        if (partial)
+            for (int64_t i = 0; i < D; ++i) partial[i] = 0;
+        const int64_t begin = block * a.block_rows;
+        const int64_t end = begin + a.block_rows < a.rows ? begin + a.block_rows : a.rows;
+        for (int64_t row = begin; row < end; ++row) {
+            const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
+            const T* h = static_cast<const T*>(a.h) + row * a.h_stride;
+            C squares = 0, dot = 0;
+#pragma omp simd reduction(+ : squares, dot)
+            for (int64_t i = 0; i < D; ++i) {
+                const C hi = widen(h[i]);
+                squares += hi * hi;
+                dot += widen(dy[i]) * gamma[i] * hi;
+            }
+            const C r = inverse_rms(squares, D, a.eps);
+            if (a.dx) {
+                const C scale = r * r * r * (dot / C(D));
+                T* dx = static_cast<T*>(a.dx) + row * D;
+                if (a.dh) {
+                    const T* dh = static_cast<const T*>(a.dh) + row * a.dh_stride;
+                    write(dx, D, [=](int64_t i) {
+                        return r * (widen(dy[i]) * gamma[i]) - widen(h[i]) * scale + widen(dh[i]);
+                    });
+                } else {
+                    write(dx, D, [=](int64_t i) { return r * (widen(dy[i]) * gamma[i]) - widen(h[i]) * scale; });
+                }
+            }
+            if (partial) {
+#pragma omp simd
+                for (int64_t i = 0; i < D; ++i) partial[i] += widen(dy[i]) * widen(h[i]) * r;
+            }
+        }
+    });
+    if (a.dweight) sum_partials<C>(a);
+}
+
+}  // namespace
+
+void rms_norm(const RmsNorm& a) {
+    with_type(a.dtype, [&](auto element) { forward<decltype(element)>(a); });
+}
+
+void rms_norm_backward(const RmsNormBackward& a) {
+    with_type(a.dtype, [&](auto element) { backward<decltype(element)>(a); });
+}
+
+}  // namespace COGSYM_ISA
+}  // namespace cogsym

@@ -1,0 +1,188 @@
+"""Builds the C++ extension `cogsym._C` with ninja; everything else is in pyproject.toml.
+
+Neither torch nor CMake is needed, only a C++17 compiler (`$CXX`, else c++, g++ or clang++). Every kernel file is compiled
+once for each instruction set of the target, and the extension picks one when it is imported. Without a compiler, or
+where it fails, the package installs without the extension and its operations run in plain PyTorch.
+
+With COGSYM_CUDA=1 and nvcc at hand, csrc/cuda is compiled too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+SHARED_SOURCES = ("module.cpp", "cpu.cpp")
+KERNEL_SOURCES = ("rms_norm.cpp", "rotary.cpp", "gated_activation.cpp")
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+# In the order of speed; csrc/cpu.cpp says which processors run them.
+X86_VARIANTS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+
+# The two -fno let loops with sqrt and comparisons be vectorised; neither changes a value. -ffast-math would: it forgets
+# NaN and infinity.
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+GPU_ARCHITECTURES = ("80", "90", "100")
+
+
+class BuildFailed(Exception):
+    """Why the extension cannot be built; one sentence."""
+
+
+class NinjaBuild(build_ext):
+    """`build_ext` that writes a ninja file and runs it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build the extension, or say why there is none."""
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.unlink(missing_ok=True)
+        try:
+            compile_extension(Path(self.build_temp).resolve(), output, bool(self.verbose))
+        except BuildFailed as failure:
+            print(
+                f"cogsym: the C++ extension is not built: {failure} The package works without it, with slower "
+                "operations in plain PyTorch; `cogsym info` shows which backend is used.",
+                file=sys.stderr,
+            )
+
+
+def compile_extension(folder: Path, output: Path, verbose: bool) -> None:
+    """Compile csrc/ into `output`, with object files and build.ninja in `folder`.
+
+    Raises:
+        BuildFailed: no compiler, no ninja, or a compilation that fails.
+    """
+    compiler = find_compiler()
+    ninja = find_ninja()
+    folder.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(ninja_file(compiler, find_nvcc(), output))
+    result = subprocess.run([ninja, "-C", str(folder), *(["-v"] if verbose else [])])
+    if result.returncode != 0:
+        raise BuildFailed(f"ninja ended with status {result.returncode}; its output is above.")
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command line."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            return command
+    raise BuildFailed(f"no C++ compiler found (tried {', '.join(candidates)}); install one or name it in CXX.")
+
+
+def find_ninja() -> str:
+    """The ninja of the build requirement, or one on the path."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = None
+    found = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+    if not found:
+        raise BuildFailed("ninja is not found; install it with `pip install ninja`.")
+    return found
+
+
+def find_nvcc() -> str | None:
+    """nvcc, where CUDA sources are asked for."""
+    if os.environ.get("COGSYM_CUDA") != "1":
+        return None
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        print("cogsym: COGSYM_CUDA is 1 but nvcc is not on the path; CUDA sources are not built.", file=sys.stderr)
+    return nvcc
+
+
+def accepts(compiler: list[str], flags: list[str], program: str = "int main() { return 0; }") -> bool:
+    """Whether the compiler builds `program` with `flags`."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(program)
+        command = [*compiler, *flags, str(source), "-o", str(Path(folder) / "probe")]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def target_machine(compiler: list[str]) -> str:
+    """The processor that the compiler writes code for, which may not be the one it runs on."""
+    result = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
+    return result.stdout.split("-")[0] if result.returncode == 0 else platform.machine()
+
+
+def ninja_file(compiler: list[str], nvcc: str | None, output: Path) -> str:
+    """The text of build.ninja."""
+    import pybind11
+
+    openmp = accepts(compiler, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }")
+    threads = ["-fopenmp"] if openmp else ["-fopenmp-simd"]
+    x86 = target_machine(compiler) in ("x86_64", "amd64", "AMD64")
+    variants = {name: f for name, f in (X86_VARIANTS if x86 else {"baseline": []}).items() if accepts(compiler, f)}
+    define = f"-DCOGSYM_VARIANTS(V)={' '.join(f'V({name})' for name in variants)}"
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    cuda_sources = sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
+    shared = [*include, *threads, define, *(["-DCOGSYM_CUDA"] if cuda_sources else [])]
+
+    builds = [edge("cxx", f"{Path(name).stem}.o", CSRC / name, shared) for name in SHARED_SOURCES]
+    for variant, flags in variants.items():
+        for name in KERNEL_SOURCES:
+            kernel = [*threads, define, f"-DCOGSYM_ISA={variant}", *KERNEL_FLAGS, *flags]
+            builds.append(edge("cxx", f"{Path(name).stem}.{variant}.o", CSRC / name, kernel))
+    builds += [edge("nvcc", f"cuda.{source.stem}.o", source, [define]) for source in cuda_sources]
+    objects = [build.split(":")[0].removeprefix("build ") for build in builds]
+
+    if cuda_sources:
+        link = [str(nvcc), "-shared", "--cudart", "static", "-Xcompiler", ",".join(threads)]
+    elif sys.platform == "darwin":
+        link = [*compiler, *threads, "-bundle", "-undefined", "dynamic_lookup"]
+    else:
+        link = [*compiler, *threads, "-shared"]
+    gpu_code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in GPU_ARCHITECTURES]
+    nvcc_command = [nvcc or "nvcc", "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gpu_code]
+    return f"""\
+rule cxx
+  command = {shell(compiler + CXX_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = {shell(nvcc_command)} $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {shell(link)} $in -o $out
+{"".join(builds)}build {escape(str(output))}: link {" ".join(objects)}
+default {escape(str(output))}
+"""
+
+
+def edge(rule: str, target: str, source: Path, flags: list[str]) -> str:
+    """One compilation."""
+    return f"build {target}: {rule} {escape(str(source))}\n  flags = {shell(flags)}\n"
+
+
+def shell(words: list[str]) -> str:
+    """A command line for the shell that ninja starts."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def escape(path: str) -> str:
+    """A path as ninja reads it."""
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+sources = [f"csrc/{name}" for name in (*SHARED_SOURCES, *KERNEL_SOURCES)]
+# Optional: setuptools then does not insist on a file that was not built.
+setup(ext_modules=[Extension("cogsym._C", sources, optional=True)], cmdclass={"build_ext": NinjaBuild})
