@@ -102,7 +102,7 @@ class LayerReport:
 
     Attributes:
         index: 0 next to the embeddings.
-        trained: "trained", "frozen" or "partly trained".
+        trained: "trained", "frozen", "partly trained" or "adapters trained".
         path: the backend of the fast path ("cpp", "triton", "reference"), or "own forward".
         reason: why not the fast path; empty where it is.
     """
@@ -144,13 +144,17 @@ def explain(model: nn.Module) -> Explanation:
     """
     plan = _record(model).plan
     parts = {part.name: part for part in plan.parts(model)}
+    summary = plan.describe(model)
+    if adapters := hasattr(model, "peft_config"):
+        counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
+        summary = f"{plan}\ntrained: {counts[0]:,} adapter parameters of {counts[1]:,} ({counts[0] / counts[1]:.1%})"
     reports = []
     for i, layer in enumerate(_layers(model)):
         path, reason = "own forward", _why_not(layer)
         if not reason:
             path = backend.choose(next(layer.parameters()).device)
-        reports.append(LayerReport(i, _trained(parts[f"layer {i}"]), path, reason))
-    return Explanation(plan.describe(model), tuple(reports))
+        reports.append(LayerReport(i, _trained(parts[f"layer {i}"], adapters), path, reason))
+    return Explanation(summary, tuple(reports))
 
 
 def _record(model: nn.Module) -> _Prepared:
@@ -164,9 +168,11 @@ def _layers(model: Any) -> nn.ModuleList:
     return model.get_decoder().layers
 
 
-def _trained(part: Part) -> str:
+def _trained(part: Part, adapters: bool) -> str:
     needed = {p.requires_grad for p in part.parameters}
-    return "partly trained" if len(needed) == 2 else "trained" if needed == {True} else "frozen"
+    if len(needed) == 2:
+        return "adapters trained" if adapters else "partly trained"
+    return "trained" if needed == {True} else "frozen"
 
 
 def _why_not(layer: nn.Module) -> str:

@@ -27,6 +27,7 @@ from cogsym.training.evaluate import bits_per_byte
 _TRAINED = "trained.safetensors"
 # Written last, so that a checkpoint cut short by a kill is not taken for a whole one.
 _COMPLETE = "complete"
+_LOGGED = ("loss", "grad_norm", "learning_rate")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -181,23 +182,23 @@ class RunCallback(TrainerCallback):
         self._step_started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Show where the run is; evaluate and save at its end."""
+        """Show where the run is; save and stop where a signal asked for it."""
         self.seconds += time.perf_counter() - self._step_started
         rate = (state.num_input_tokens_seen - self._tokens) / self.seconds
         self._progress.update(
             self._task, completed=state.global_step, detail=f"{self._last_loss()}{rate:,.0f} tokens/s"
         )
-        if state.global_step >= state.max_steps or self.interrupted:
-            control.should_save = True
+        if state.global_step >= state.max_steps:
             control.should_log = True
-            control.should_evaluate = args.eval_strategy != "no" and not self.interrupted
         if self.interrupted:
+            control.should_save = True
+            control.should_evaluate = False
             control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append a line to `metrics.jsonl`; a line to the log where no terminal shows the bar."""
-        logs = kwargs["logs"]
-        if "train_runtime" in logs:  # Trainer's summary counts evaluation as training time
+        logs = {key: v for key, v in kwargs["logs"].items() if key in _LOGGED or key.startswith("eval_")}
+        if not logs:  # Trainer's closing summary, which counts evaluation as training time
             return
         line: dict[str, float] = {"step": state.global_step, "tokens": int(state.num_input_tokens_seen), **logs}
         if self.seconds:
