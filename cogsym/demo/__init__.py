@@ -1,0 +1,1 @@
+"""The embedded demo: a small base model adapted to a generated language, in minutes and without a network."""

@@ -1,0 +1,361 @@
+"""Two small generated languages with one meaning behind each pair of sentences.
+
+The base language is simple English: articles, subject-verb-object, number and tense, places, and three ways to reorder
+a sentence (passive, place first, both). The new language, Tavosi, is invented and built like a Bantu language:
+
+- its own words, drawn once from a syllable inventory (`SYLLABLES`, `LEXICON_SEED`);
+- place, subject, object, verb, in this order; the adjective follows its noun; no articles;
+- every noun belongs to a class with one prefix for the singular and one for the plural, which its adjective repeats;
+- the verb ends the sentence and carries three prefixes: class and number of the subject, tense, and class and number
+  of the object; a preposition becomes a suffix of the place.
+
+    The old farmers will carry the baskets near the river.
+    pa-pezi-ke     ba-gizi      ba-bema  ta-zura   ba-sa-ta-siko.      (written without the hyphens)
+    river, near    farmers      old      baskets   they-will-them-carry
+
+A meaning falls into train, dev or test by a hash of its content, so the sets are disjoint whatever the seed. The
+probability of each meaning is known (`surprisal`), and with it the fewest bits any model can need per sentence.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+KINDS = ("person", "animal", "food", "thing", "place")
+TENSES = ("past", "present", "future")
+SPLITS = ("train", "dev", "test")
+
+NOUNS: dict[str, tuple[str, ...]] = {
+    "person": tuple(
+        "farmer teacher doctor singer baker driver hunter king queen child woman man boy girl sister friend".split()
+    ),
+    "animal": tuple("dog cat horse goat lion zebra bird monkey snake cow duck rabbit fox hen".split()),
+    "food": tuple("apple banana mango cake egg potato onion carrot bean fish lemon melon".split()),
+    "thing": tuple("book basket boat drum hat knife lamp letter rope chair box pot ring stone coat wheel".split()),
+    "place": tuple("river market school forest house bridge church field garden village hill well shop lake".split()),
+}
+IRREGULAR_PLURALS = {
+    "child": "children",
+    "woman": "women",
+    "man": "men",
+    "fish": "fishes",
+    "potato": "potatoes",
+    "box": "boxes",
+    "fox": "foxes",
+    "knife": "knives",
+}
+ADJECTIVES = tuple("big small old new red white black good bad strange heavy clean quiet brave tall poor".split())
+PREPOSITIONS = ("near", "in", "behind", "beside", "outside")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """An English verb with its forms and the kinds of nouns it goes with (no `objects`: intransitive)."""
+
+    base: str
+    past: str
+    participle: str
+    subjects: tuple[str, ...]
+    objects: tuple[str, ...] = ()
+
+
+def _verbs() -> tuple[Verb, ...]:
+    living, people = ("person", "animal"), ("person",)
+    anything, portable = ("person", "animal", "food", "thing"), ("food", "thing")
+    return (
+        Verb("see", "saw", "seen", living, anything),
+        Verb("find", "found", "found", living, anything),
+        Verb("follow", "followed", "followed", living, living),
+        Verb("fear", "feared", "feared", living, living),
+        Verb("love", "loved", "loved", people, anything),
+        Verb("help", "helped", "helped", people, living),
+        Verb("call", "called", "called", people, living),
+        Verb("eat", "ate", "eaten", living, ("food",)),
+        Verb("cook", "cooked", "cooked", people, ("food",)),
+        Verb("wash", "washed", "washed", people, anything),
+        Verb("carry", "carried", "carried", living, portable),
+        Verb("buy", "bought", "bought", people, ("animal", "food", "thing")),
+        Verb("sell", "sold", "sold", people, ("animal", "food", "thing")),
+        Verb("hide", "hid", "hidden", living, portable),
+        Verb("break", "broke", "broken", living, ("thing",)),
+        Verb("make", "made", "made", people, ("thing",)),
+        Verb("paint", "painted", "painted", people, ("animal", "thing")),
+        Verb("steal", "stole", "stolen", living, portable),
+        Verb("want", "wanted", "wanted", living, portable),
+        Verb("lose", "lost", "lost", people, ("animal", "thing")),
+        Verb("sleep", "slept", "slept", living),
+        Verb("run", "ran", "run", living),
+        Verb("sing", "sang", "sung", living),
+        Verb("fall", "fell", "fallen", living),
+        Verb("wait", "waited", "waited", living),
+        Verb("work", "worked", "worked", people),
+        Verb("play", "played", "played", living),
+        Verb("swim", "swam", "swum", living),
+        Verb("laugh", "laughed", "laughed", people),
+        Verb("dance", "danced", "danced", people),
+    )
+
+
+VERBS = {verb.base: verb for verb in _verbs()}
+TRANSITIVE = tuple(name for name, verb in VERBS.items() if verb.objects)
+INTRANSITIVE = tuple(name for name, verb in VERBS.items() if not verb.objects)
+KIND_OF = {noun: kind for kind in KINDS for noun in NOUNS[kind]}
+
+P_TRANSITIVE, P_PLURAL, P_ADJECTIVE, P_PLACE = 0.75, 0.5, 0.4, 0.5
+
+
+@dataclass(frozen=True)
+class NounPhrase:
+    """A noun with its number and perhaps an adjective."""
+
+    noun: str
+    plural: bool
+    adjective: str | None = None
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a sentence says, in no language; `place` is (preposition, noun)."""
+
+    subject: NounPhrase
+    verb: str
+    tense: str
+    object: NounPhrase | None = None
+    place: tuple[str, str] | None = None
+
+
+def sample_meaning(rng: random.Random) -> Meaning:
+    """Draw one meaning; `surprisal` gives the probability of each."""
+    verb = VERBS[rng.choice(TRANSITIVE if rng.random() < P_TRANSITIVE else INTRANSITIVE)]
+    subject = _sample_noun_phrase(rng, verb.subjects)
+    tense = rng.choice(TENSES)
+    direct_object = _sample_noun_phrase(rng, verb.objects) if verb.objects else None
+    place = (rng.choice(PREPOSITIONS), rng.choice(NOUNS["place"])) if rng.random() < P_PLACE else None
+    return Meaning(subject, verb.base, tense, direct_object, place)
+
+
+def _sample_noun_phrase(rng: random.Random, kinds: tuple[str, ...]) -> NounPhrase:
+    noun = rng.choice(NOUNS[rng.choice(kinds)])
+    plural = rng.random() < P_PLURAL
+    return NounPhrase(noun, plural, rng.choice(ADJECTIVES) if rng.random() < P_ADJECTIVE else None)
+
+
+def surprisal(meaning: Meaning) -> float:
+    """-log2 of the probability that `sample_meaning` draws `meaning`, in bits."""
+    verb = VERBS[meaning.verb]
+    transitive = meaning.object is not None
+    p = P_TRANSITIVE / len(TRANSITIVE) if transitive else (1 - P_TRANSITIVE) / len(INTRANSITIVE)
+    p *= _noun_phrase_probability(meaning.subject, verb.subjects) / len(TENSES)
+    if meaning.object is not None:
+        p *= _noun_phrase_probability(meaning.object, verb.objects)
+    p *= P_PLACE / len(PREPOSITIONS) / len(NOUNS["place"]) if meaning.place else 1 - P_PLACE
+    return -math.log2(p)
+
+
+def _noun_phrase_probability(phrase: NounPhrase, kinds: tuple[str, ...]) -> float:
+    p = 1 / len(kinds) / len(NOUNS[KIND_OF[phrase.noun]])
+    p *= P_PLURAL if phrase.plural else 1 - P_PLURAL
+    return p * (P_ADJECTIVE / len(ADJECTIVES) if phrase.adjective else 1 - P_ADJECTIVE)
+
+
+def split_of(meaning: Meaning) -> str:
+    """The set a meaning belongs to, by a hash of its content: 90 % train, 5 % dev, 5 % test."""
+    digest = hashlib.blake2b(repr(meaning).encode(), digest_size=4).digest()
+    bucket = int.from_bytes(digest, "little") % 20
+    return {0: "dev", 1: "test"}.get(bucket, "train")
+
+
+def meanings(split: str, seed: int) -> Iterator[Meaning]:
+    """An endless stream of meanings of one split; the stream is a function of `split` and `seed`.
+
+    Raises ValueError for a split that is not in `SPLITS`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        meaning = sample_meaning(rng)
+        if split_of(meaning) == split:
+            yield meaning
+
+
+def distractors(meaning: Meaning, rng: random.Random, count: int = 3) -> list[Meaning]:
+    """`count` different meanings that differ from `meaning` in one slot each, as far as possible a different slot each.
+
+    A noun, verb or adjective is replaced by another of the same kind, so the sentence stays plausible.
+    """
+    changes = [
+        change
+        for change in (_other_tense, _other_verb, _other_place, *_phrase_changes("subject"), *_phrase_changes("object"))
+        if change(meaning, rng) is not None
+    ]
+    rng.shuffle(changes)
+    found: list[Meaning] = []
+    while len(found) < count:
+        for change in changes:
+            other = change(meaning, rng)
+            if other is not None and other not in found and len(found) < count:
+                found.append(other)
+    return found
+
+
+Change = Callable[[Meaning, random.Random], Meaning | None]
+
+
+def _another(rng: random.Random, options: tuple[str, ...], current: str) -> str:
+    return rng.choice([option for option in options if option != current])
+
+
+def _other_tense(meaning: Meaning, rng: random.Random) -> Meaning:
+    return replace(meaning, tense=_another(rng, TENSES, meaning.tense))
+
+
+def _other_verb(meaning: Meaning, rng: random.Random) -> Meaning | None:
+    subject = KIND_OF[meaning.subject.noun]
+    object_kind = KIND_OF[meaning.object.noun] if meaning.object else None
+    fitting = tuple(
+        name
+        for name, verb in VERBS.items()
+        if subject in verb.subjects and (object_kind in verb.objects if object_kind else not verb.objects)
+    )
+    return replace(meaning, verb=_another(rng, fitting, meaning.verb))
+
+
+def _other_place(meaning: Meaning, rng: random.Random) -> Meaning | None:
+    if meaning.place is None:
+        return None
+    preposition, noun = meaning.place
+    if rng.random() < 0.5:
+        return replace(meaning, place=(_another(rng, PREPOSITIONS, preposition), noun))
+    return replace(meaning, place=(preposition, _another(rng, NOUNS["place"], noun)))
+
+
+def _phrase_changes(slot: str) -> tuple[Change, Change, Change]:
+    def phrase_of(meaning: Meaning) -> NounPhrase | None:
+        return meaning.subject if slot == "subject" else meaning.object
+
+    def put(meaning: Meaning, phrase: NounPhrase) -> Meaning:
+        return replace(meaning, subject=phrase) if slot == "subject" else replace(meaning, object=phrase)
+
+    def other_noun(meaning: Meaning, rng: random.Random) -> Meaning | None:
+        phrase = phrase_of(meaning)
+        if phrase is None:
+            return None
+        return put(meaning, replace(phrase, noun=_another(rng, NOUNS[KIND_OF[phrase.noun]], phrase.noun)))
+
+    def other_number(meaning: Meaning, rng: random.Random) -> Meaning | None:
+        phrase = phrase_of(meaning)
+        return None if phrase is None else put(meaning, replace(phrase, plural=not phrase.plural))
+
+    def other_adjective(meaning: Meaning, rng: random.Random) -> Meaning | None:
+        phrase = phrase_of(meaning)
+        if phrase is None or phrase.adjective is None:
+            return None
+        return put(meaning, replace(phrase, adjective=_another(rng, ADJECTIVES, phrase.adjective)))
+
+    return other_noun, other_number, other_adjective
+
+
+def base_forms(meaning: Meaning) -> tuple[tuple[bool, bool], ...]:
+    """The (passive, place first) forms in which the base language can say `meaning`, the plain one first."""
+    passives = (False, True) if meaning.object else (False,)
+    fronted = (False, True) if meaning.place else (False,)
+    return tuple((passive, front) for passive in passives for front in fronted)
+
+
+def base_sentence(meaning: Meaning, passive: bool = False, place_first: bool = False) -> str:
+    """`meaning` in the base language, e.g. "the old farmers will carry the baskets near the river."."""
+    verb, subject, direct_object = VERBS[meaning.verb], meaning.subject, meaning.object
+    if passive:
+        if direct_object is None:
+            raise ValueError(f"{meaning.verb!r} has no object here, so it has no passive")
+        clause = [_english(direct_object), _be(meaning.tense, direct_object.plural), verb.participle]
+        clause += ["by", _english(subject)]
+    else:
+        clause = [_english(subject), _english_verb(verb, meaning.tense, subject.plural)]
+        clause += [_english(direct_object)] if direct_object else []
+    if meaning.place:
+        place = f"{meaning.place[0]} the {meaning.place[1]}"
+        clause.insert(0 if place_first else len(clause), place)
+    return " ".join(clause) + "."
+
+
+def _english(phrase: NounPhrase) -> str:
+    noun = IRREGULAR_PLURALS.get(phrase.noun, phrase.noun + "s") if phrase.plural else phrase.noun
+    return f"the {phrase.adjective} {noun}" if phrase.adjective else f"the {noun}"
+
+
+def _english_verb(verb: Verb, tense: str, plural: bool) -> str:
+    if tense == "past":
+        return verb.past
+    if tense == "future":
+        return f"will {verb.base}"
+    if plural:
+        return verb.base
+    if verb.base.endswith("ry"):
+        return verb.base[:-1] + "ies"
+    return verb.base + ("es" if verb.base.endswith("sh") else "s")
+
+
+def _be(tense: str, plural: bool) -> str:
+    return {"past": ("was", "were"), "present": ("is", "are"), "future": ("will be", "will be")}[tense][plural]
+
+
+NEW_LANGUAGE = "Tavosi"
+LEXICON_SEED = 1
+ONSETS = "b d f g h k l m n p r s t v z w".split()
+VOWELS = "a e i o u".split()
+SYLLABLES = tuple(onset + vowel for onset in ONSETS for vowel in VOWELS)
+
+CLASS_PREFIXES = {  # kind: (singular, plural)
+    "person": ("mo", "ba"),
+    "animal": ("ne", "zi"),
+    "food": ("ki", "vi"),
+    "thing": ("lu", "ta"),
+    "place": ("pa", "pa"),
+}
+TENSE_PREFIXES = {"past": "di", "present": "na", "future": "sa"}
+PLACE_SUFFIXES = {"near": "ke", "in": "ni", "behind": "mu", "beside": "wo", "outside": "ra"}
+
+
+@cache
+def new_stems() -> dict[str, str]:
+    """The stem of every noun, adjective and verb: two syllables, all different."""
+    rng = random.Random(LEXICON_SEED)
+    lemmas = [*KIND_OF, *ADJECTIVES, *VERBS]
+    stems: dict[str, str] = {}
+    for lemma in lemmas:
+        stem = rng.choice(SYLLABLES) + rng.choice(SYLLABLES)
+        while stem in stems.values():
+            stem = rng.choice(SYLLABLES) + rng.choice(SYLLABLES)
+        stems[lemma] = stem
+    return stems
+
+
+def new_sentence(meaning: Meaning) -> str:
+    """`meaning` in the new language: place, subject, object, verb."""
+    stems = new_stems()
+    words = []
+    if meaning.place:
+        preposition, noun = meaning.place
+        words.append(CLASS_PREFIXES["place"][0] + stems[noun] + PLACE_SUFFIXES[preposition])
+    phrases = [meaning.subject] if meaning.object is None else [meaning.subject, meaning.object]
+    for phrase in phrases:
+        words.append(_agreement(phrase) + stems[phrase.noun])
+        if phrase.adjective:
+            words.append(_agreement(phrase) + stems[phrase.adjective])
+    subject, *objects = (_agreement(phrase) for phrase in phrases)
+    words.append("".join([subject, TENSE_PREFIXES[meaning.tense], *objects, stems[meaning.verb]]))
+    return " ".join(words) + "."
+
+
+def _agreement(phrase: NounPhrase) -> str:
+    return CLASS_PREFIXES[KIND_OF[phrase.noun]][phrase.plural]
+
+
+def pair(left: str, right: str) -> str:
+    """Two sentences with the same meaning as one document."""
+    return f"{left} = {right}"

@@ -1,0 +1,152 @@
+"""What the demo trains on and what it measures: documents, held-out questions, and the scores of a model on them."""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from sacrebleu.metrics import CHRF
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cogsym.data import Document, PackedDataset, pack, separator_id, tokenize
+from cogsym.demo import language
+from cogsym.training.evaluate import bits_per_byte, option_log_probabilities
+
+ROW = 256  # tokens; a pair of sentences has about 45
+OPTIONS = 4
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Test items, none of whose meanings is trained on.
+
+    Attributes:
+        new_text, base_text: sentences of the two languages, packed for bits per byte.
+        new_floor, base_floor: bits per byte of the generator itself on them; no model can expect less.
+        questions: (context, options), the right option first.
+        sources, references: base-language sentences and their translations.
+    """
+
+    new_text: PackedDataset
+    base_text: PackedDataset
+    new_floor: float
+    base_floor: float
+    questions: list[tuple[str, list[str]]]
+    sources: list[str]
+    references: list[str]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model knows of the new language, and what is left of the base language.
+
+    Attributes:
+        accuracy: perception, share of new-language sentences whose meaning is chosen among `OPTIONS`.
+        margin: mean of log p(right) - max log p(wrong), nats.
+        understanding: mean log p(right meaning | new-language sentence), nats.
+        bits_per_byte: production, of new-language text.
+        chrf: production, chrF++ of greedy translations into the new language, 0 to 100.
+        exact: share of translations that are the reference, letter by letter.
+        base_bits_per_byte: retention, of base-language text.
+        translations: the greedy translations, in the order of `HeldOut.sources`.
+    """
+
+    accuracy: float
+    margin: float
+    understanding: float
+    bits_per_byte: float
+    chrf: float
+    exact: float
+    base_bits_per_byte: float
+    translations: list[str]
+
+
+def training_documents(count: int, seed: int) -> list[Document]:
+    """`count` documents of train meanings: a fifth new-language sentences, the rest pairs, half in each direction."""
+    return list(islice(_documents(seed), count))
+
+
+def _documents(seed: int) -> Iterator[Document]:
+    rng = random.Random(f"adaptation {seed}")
+    for meaning in language.meanings("train", seed):
+        base, new = language.base_sentence(meaning), language.new_sentence(meaning)
+        draw = rng.random()
+        if draw < 0.2:
+            yield Document(new)
+        else:
+            yield Document(language.pair(new, base) if draw < 0.6 else language.pair(base, new))
+
+
+def held_out(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> HeldOut:
+    """Test items from `count` test meanings."""
+    rng = random.Random(f"questions {seed}")
+    meanings = list(islice(language.meanings("test", seed), count))
+    base = [language.base_sentence(meaning) for meaning in meanings]
+    new = [language.new_sentence(meaning) for meaning in meanings]
+    questions = []
+    for meaning, sentence in zip(meanings, new, strict=True):
+        options = [meaning, *language.distractors(meaning, rng, OPTIONS - 1)]
+        questions.append((f"{sentence} =", [f" {language.base_sentence(option)}" for option in options]))
+    bits = sum(map(language.surprisal, meanings))
+    # The base model also learnt the other forms of a meaning; the plain one is one of them.
+    form_bits = sum(math.log2(len(language.base_forms(meaning))) for meaning in meanings)
+    return HeldOut(
+        new_text=_packed(tokenizer, new),
+        base_text=_packed(tokenizer, base),
+        new_floor=bits / sum(len(sentence.encode()) for sentence in new),
+        base_floor=(bits + form_bits) / sum(len(sentence.encode()) for sentence in base),
+        questions=questions,
+        sources=base,
+        references=new,
+    )
+
+
+def _packed(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> PackedDataset:
+    documents = [Document(sentence) for sentence in sentences]
+    return pack(tokenize(documents, tokenizer, "all", separator_id(tokenizer)), ROW, seed=None)
+
+
+def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: HeldOut) -> Scores:
+    """Perception, production and retention of a model."""
+    separator = separator_id(tokenizer)
+    options = option_log_probabilities(model, tokenizer, items.questions, separator, batch_size=64)
+    margins = [right - max(wrong) for right, *wrong in options]
+    translations = translate(model, tokenizer, items.sources)
+    return Scores(
+        accuracy=sum(margin > 0 for margin in margins) / len(margins),
+        margin=sum(margins) / len(margins),
+        understanding=sum(right for right, *_ in options) / len(options),
+        bits_per_byte=bits_per_byte(model, items.new_text, batch_size=8),
+        chrf=chrf_metric().corpus_score(translations, [items.references]).score,
+        exact=sum(map(str.__eq__, translations, items.references)) / len(translations),
+        base_bits_per_byte=bits_per_byte(model, items.base_text, batch_size=8),
+        translations=translations,
+    )
+
+
+def chrf_metric() -> CHRF:
+    """ChrF++: character 6-grams and word 2-grams."""
+    return CHRF(word_order=2)
+
+
+@torch.inference_mode()
+def translate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[str]:
+    """Greedy translations: what the model writes after "sentence =", up to the separator or `4 * longest` tokens."""
+    separator = separator_id(tokenizer)
+    prompts = [
+        [separator, *ids] for ids in tokenizer([f"{s} =" for s in sentences], add_special_tokens=False)["input_ids"]
+    ]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[separator] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=3 * width,
+        eos_token_id=separator,
+        pad_token_id=separator,
+    )
+    return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
