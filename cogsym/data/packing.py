@@ -77,8 +77,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     - `input_ids`: documents end to end, padded with the separator.
     - `labels`: `input_ids` where the loss counts (the model shifts them by one), else -100: on a document's first
       token, before its target, and on padding.
-    - `position_ids`: count from 0 in every document, and in the padding. Given these and no attention mask,
-      transformers lets no document attend to another (`masking_utils.find_packed_sequence_indices`).
+    - `position_ids`: count from 0 in every document, and in the padding. Given these, no attention mask and
+      `use_cache=False`, transformers lets no document attend to another (`masking_utils.find_packed_sequence_indices`);
+      with a cache it does, and says nothing.
 
     Attributes:
         length: Tokens of a row.
