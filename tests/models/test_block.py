@@ -1,0 +1,161 @@
+"""A prepared model computes what transformers computes: logits, and the gradient of every parameter."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VARIANTS, batch, exact_norms, tiny_model
+
+import cogsym
+
+KINDS = ("plain", "padded-right", "padded-left", "packed")
+
+
+def run(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits (0 where a token is padding: its value means nothing) and gradients."""
+    model.zero_grad()
+    out = model(**inputs, use_cache=False)
+    out.loss.backward()
+    logits = out.logits.detach()
+    if "attention_mask" in inputs:
+        logits = logits * inputs["attention_mask"][..., None]
+    return logits, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def largest_errors(
+    got: tuple[torch.Tensor, dict[str, torch.Tensor]], want: tuple[torch.Tensor, dict[str, torch.Tensor]]
+) -> dict[str, float]:
+    """Largest difference of the logits and of each gradient, relative to the largest true value."""
+    pairs = {"logits": (got[0], want[0])} | {name: (g, want[1][name]) for name, g in got[1].items()}
+    return {n: ((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-12)).item() for n, (a, b) in pairs.items()}
+
+
+def relative_errors(
+    got: tuple[torch.Tensor, dict[str, torch.Tensor]], want: tuple[torch.Tensor, dict[str, torch.Tensor]]
+) -> dict[str, float]:
+    """Norm of the difference over the norm of the truth, of the logits and of each gradient."""
+    pairs = {"logits": (got[0], want[0])} | {name: (g, want[1][name]) for name, g in got[1].items()}
+    return {n: ((a.double() - b).norm() / b.norm()).item() for n, (a, b) in pairs.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float64_agrees_to_rounding(variant: str, kind: str) -> None:
+    model = tiny_model(variant, torch.float64)
+    inputs = batch(kind)
+    with exact_norms():
+        want = run(model, inputs)
+        cogsym.prepare(model, cogsym.LayerPlan.all(4))
+        assert {layer.path for layer in cogsym.explain(model).layers} <= {"cpp", "reference"}
+        got = run(model, inputs)
+    assert got[1].keys() == want[1].keys()
+    errors = largest_errors(got, want)
+    assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_error_is_at_most_twice_that_of_transformers(variant: str, dtype: torch.dtype) -> None:
+    """Over six random models: in one alone, the error of a small gradient is mostly chance on either side."""
+    theirs: Counter[str] = Counter()
+    ours: Counter[str] = Counter()
+    for seed in range(6):
+        model, inputs = tiny_model(variant, dtype, seed), batch("packed", seed)
+        with exact_norms():
+            truth = run(copy.deepcopy(model).double(), inputs)
+        theirs.update(relative_errors(run(model, inputs), truth))
+        ours.update(relative_errors(run(cogsym.prepare(model, cogsym.LayerPlan.all(4)), inputs), truth))
+    worse = {name: (ours[name], theirs[name]) for name in ours if ours[name] > 2 * theirs[name]}
+    assert not worse
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        cogsym.LayerPlan.outer(4, front=1, back=1),
+        cogsym.LayerPlan.first(4, 1),
+        cogsym.LayerPlan.last(4, 1),
+        cogsym.LayerPlan.layers(4, [2], final_norm=True),
+        cogsym.LayerPlan.layers(4, [], embeddings=True),
+        cogsym.LayerPlan.layers(4, [], head=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("variant", ["llama-biases", "qwen3", "mistral-window"])
+def test_planned_parameters_alone_get_their_right_gradient(variant: str, plan: cogsym.LayerPlan) -> None:
+    model = tiny_model(variant, torch.float64)
+    inputs = batch("padded-left")
+    with exact_norms():
+        want = run(model, inputs)
+        cogsym.prepare(model, plan)
+        got = run(model, inputs)
+    parts = {part.name: part for part in plan.parts(model)}
+    trained = {id(p) for part in parts.values() if part.trained for p in part.parameters}
+    assert got[1].keys() == {n for n, p in model.named_parameters() if id(p) in trained}
+    errors = largest_errors(got, want)
+    assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2-windows", "qwen3"])
+def test_packed_documents_do_not_see_each_other(variant: str) -> None:
+    model = cogsym.prepare(tiny_model(variant, torch.float64), cogsym.LayerPlan.outer(4))
+    inputs = batch("packed")
+    ids, positions = inputs["input_ids"], inputs["position_ids"]
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        for row in range(len(ids)):
+            starts = [*torch.nonzero(positions[row] == 0).flatten().tolist(), ids.shape[1]]
+            for a, b in itertools.pairwise(starts):
+                alone = model(input_ids=ids[row : row + 1, a:b], use_cache=False).logits[0]
+                torch.testing.assert_close(packed[row, a:b], alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2-windows", "qwen3"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_generation_with_a_cache_gives_the_same_tokens(variant: str, implementation: str) -> None:
+    model = tiny_model(variant, attn_implementation=implementation)
+    prompt = batch("plain")["input_ids"][:, :7]
+    settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    mask = torch.ones_like(prompt)
+    want = model.generate(prompt, attention_mask=mask, **settings)
+    got = cogsym.prepare(model, cogsym.LayerPlan.outer(4)).generate(prompt, attention_mask=mask, **settings)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=1e-4, atol=1e-4)
+    assert torch.equal(got.sequences, want.sequences)
+
+
+def test_no_weight_is_copied() -> None:
+    model = tiny_model("qwen3")
+    before = {n: p.data_ptr() for n, p in model.named_parameters()}
+    cogsym.prepare(model, cogsym.LayerPlan.outer(4))
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == before
+
+
+def test_a_layer_that_is_not_known_runs_its_own_forward() -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = GPTNeoXForCausalLM(config).eval()
+    inputs = batch("plain")
+    want = run(model, inputs)[0]
+    cogsym.prepare(model, cogsym.LayerPlan.outer(4))
+    layers = cogsym.explain(model).layers
+    assert {layer.path for layer in layers} == {"own forward"}
+    assert "GPTNeoXLayer is not a decoder layer known to cogsym" in layers[0].reason
+    assert torch.equal(run(model, inputs)[0], want)
+    assert not any(p.requires_grad for p in model.gpt_neox.layers[2].parameters())
+    assert all(p.requires_grad for p in model.gpt_neox.layers[0].parameters())
+
+
+def test_an_unknown_activation_runs_the_layer_s_own_forward() -> None:
+    model = tiny_model("llama", hidden_act="relu")
+    cogsym.prepare(model, cogsym.LayerPlan.outer(4))
+    assert "'relu' has no kernel" in cogsym.explain(model).layers[0].reason
