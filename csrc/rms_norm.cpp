@@ -11,6 +11,23 @@ C inverse_rms(C sum_of_squares, int64_t D, double eps) {
     return C(1) / square_root(sum_of_squares / C(D) + C(eps));
 }
 
+template <class T, class C = compute_t<T>>
+C sum_of_squares(const T* h, int64_t D) {
+    C sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < D; ++i) sum += widen(h[i]) * widen(h[i]);
+    return sum;
+}
+
+// Σ dy γ h
+template <class T, class C = compute_t<T>>
+C weighted_dot(const T* dy, const C* gamma, const T* h, int64_t D) {
+    C sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < D; ++i) sum += widen(dy[i]) * gamma[i] * widen(h[i]);
+    return sum;
+}
+
 template <class T>
 void forward(const RmsNorm& a) {
     using C = compute_t<T>;
@@ -27,10 +44,7 @@ void forward(const RmsNorm& a) {
             write(sum, D, [=](int64_t i) { return widen(x[i]) + widen(residual[i]); });
             h = sum;
         }
-        C squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < D; ++i) squares += widen(h[i]) * widen(h[i]);
-        const C r = inverse_rms(squares, D, a.eps);
+        const C r = inverse_rms(sum_of_squares(h, D), D, a.eps);
         write(static_cast<T*>(a.y) + row * D, D, [=](int64_t i) { return widen(h[i]) * r * gamma[i]; });
     });
 }
@@ -72,16 +86,9 @@ void backward(const RmsNormBackward& a) {
         for (int64_t row = begin; row < end; ++row) {
             const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
             const T* h = static_cast<const T*>(a.h) + row * a.h_stride;
-            C squares = 0, dot = 0;
-#pragma omp simd reduction(+ : squares, dot)
-            for (int64_t i = 0; i < D; ++i) {
-                const C hi = widen(h[i]);
-                squares += hi * hi;
-                dot += widen(dy[i]) * gamma[i] * hi;
-            }
-            const C r = inverse_rms(squares, D, a.eps);
+            const C r = inverse_rms(sum_of_squares(h, D), D, a.eps);
             if (a.dx) {
-                const C scale = r * r * r * (dot / C(D));
+                const C scale = r * r * r * (weighted_dot(dy, gamma, h, D) / C(D));
                 T* dx = static_cast<T*>(a.dx) + row * D;
                 if (a.dh) {
                     const T* dh = static_cast<const T*>(a.dh) + row * a.dh_stride;
