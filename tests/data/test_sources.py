@@ -58,6 +58,11 @@ def test_byte_order_mark_windows_ends_and_blank_lines_are_no_text(tmp_path, raw)
     assert [d.text for d in read_documents(Source(tmp_path / "a.txt"))] == ["moja", "mbili"]
 
 
+def test_blank_lines_between_json_objects(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "moja"}\r\n \t\r\n\n{"text": "mbili"}')
+    assert [d.text for d in read_documents(Source(tmp_path / "a.jsonl"))] == ["moja", "mbili"]
+
+
 def test_tsv_with_byte_order_mark_windows_ends_and_quotes(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b'\xef\xbb\xbfen\tsw\r\n"one\tmoja\r\n\r\n')
     documents = read_documents(Source(tmp_path / "a.tsv", template="{en} = {sw}"), loss="target")
