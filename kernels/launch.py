@@ -1,0 +1,14 @@
+"""The functions that launch the Triton kernels, under the names and with the arguments of the plain references."""
+
+from cogsym.kernels.gated_activation import gated_activation, gated_activation_backward
+from cogsym.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+from cogsym.kernels.rotary import rotary
+
+__all__ = [
+    "add_rms_norm",
+    "gated_activation",
+    "gated_activation_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotary",
+]
