@@ -44,6 +44,19 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> Any:
     return model
 
 
+def load_config(name: str | Path) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        CogsymError: there is none, or it is not understood.
+    """
+    folder = check_model_folder(name)
+    try:
+        return AutoConfig.from_pretrained(folder or name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CogsymError(f"The model {str(name)!r} is not understood: {_first_line(error)}") from error
+
+
 def load_tokenizer(name: str | Path) -> Any:
     """The fast tokenizer that belongs to a model.
 
@@ -85,10 +98,6 @@ def check_model_folder(name: str | Path) -> Path | None:
                 opened.keys()
         except (SafetensorError, OSError) as error:
             raise CogsymError(f"{file} is damaged ({_first_line(error)}); fetch or write it again.") from error
-    try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CogsymError(f"{folder / 'config.json'} is not understood: {_first_line(error)}") from error
     return folder
 
 

@@ -1,0 +1,221 @@
+"""The command line: `cogsym train`, `cogsym demo`, `cogsym info`.
+
+Each command checks its arguments, calls the function of the same name in Python and prints the outcome. torch and
+transformers are imported inside the commands, so that help appears at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cogsym.errors import CogsymError
+
+app = typer.Typer(
+    name="cogsym",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Teach a language model a new language by training its outermost layers and freezing the middle.",
+    epilog="New here? `cogsym demo` shows the whole thing in two minutes, without network or files.",
+)
+
+
+class Schedule(enum.StrEnum):
+    """How the learning rate falls."""
+
+    cosine = "cosine"
+    linear = "linear"
+
+
+class Dtype(enum.StrEnum):
+    """Precision of the computation."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Loss(enum.StrEnum):
+    """Which side of a pair is learned."""
+
+    all = "all"
+    target = "target"
+
+
+def _option(text: str, *names: str, panel: str | None = None, **extra: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **extra)
+
+
+@app.command(
+    epilog="Example: `cogsym train HuggingFaceTB/SmolLM2-135M --data news.jsonl#swahili --eval dev.jsonl#swahili "
+    "--out smollm2-sw`"
+)
+def train(
+    model: Annotated[str, typer.Argument(help="A model folder (safetensors) or the id of a model on the hub.")],
+    data: Annotated[
+        list[str],
+        _option(
+            "Text to learn: .txt (a document a line), .jsonl, .tsv, .parquet or a `datasets` folder. PATH#FIELD "
+            "names the column, PATH@2 shows it twice as often. Repeat the option to mix several."
+        ),
+    ],
+    out: Annotated[Path, _option("Folder for the model, the loss curve, the numbers and the checkpoints.")],
+    template: Annotated[
+        str | None,
+        _option('How a pair becomes a text, columns in braces: "English: {en}\\nSwahili: {sw}".', panel="Text"),
+    ] = None,
+    loss: Annotated[Loss, _option("Learn all the text, or the last column of the template.", panel="Text")] = Loss.all,
+    evaluate: Annotated[
+        list[str] | None,
+        _option(
+            "Held-out text, PATH or PATH#FIELD, scored in bits per byte before and after; repeatable.",
+            "--eval",
+            panel="Text",
+        ),
+    ] = None,
+    length: Annotated[int, _option("Tokens a row; documents are packed into rows.", panel="Text")] = 512,
+    separator: Annotated[
+        str | None,
+        _option("The token between documents; the tokenizer's bos or eos where it is left out.", panel="Text"),
+    ] = None,
+    fraction: Annotated[float, _option("Share of the layers to train, outermost first.", panel="Layers")] = 0.25,
+    front: Annotated[int | None, _option("Train this many of the first layers.", panel="Layers")] = None,
+    back: Annotated[int | None, _option("Train this many of the last layers.", panel="Layers")] = None,
+    everything: Annotated[bool, _option("Full fine-tuning, for comparison.", "--all-layers", panel="Layers")] = False,
+    embeddings: Annotated[bool, _option("Train the embeddings too.", "--embeddings", panel="Layers")] = False,
+    head: Annotated[bool, _option("Train the output head too.", "--head", panel="Layers")] = False,
+    final_norm: Annotated[bool, _option("Train the final norm too.", "--final-norm", panel="Layers")] = False,
+    lora_rank: Annotated[
+        int | None, _option("Train LoRA adapters of this rank on those layers, not their weights.", panel="Layers")
+    ] = None,
+    learning_rate: Annotated[float, _option("Peak rate of AdamW.", panel="Optimisation")] = 3e-4,
+    schedule: Annotated[Schedule, _option("How the rate falls to 0.", panel="Optimisation")] = Schedule.cosine,
+    warmup: Annotated[float, _option("Share of the steps in which the rate rises.", panel="Optimisation")] = 0.05,
+    weight_decay: Annotated[float, _option("Of AdamW.", panel="Optimisation")] = 0.0,
+    batch_size: Annotated[int, _option("Rows a forward pass.", panel="Optimisation")] = 4,
+    accumulation: Annotated[int, _option("Forward passes an optimizer step.", panel="Optimisation")] = 1,
+    epochs: Annotated[float, _option("Passes over the text.", panel="Optimisation")] = 1.0,
+    steps: Annotated[int | None, _option("Optimizer steps, instead of epochs.", panel="Optimisation")] = None,
+    dtype: Annotated[Dtype, _option("Precision of the computation.", panel="Optimisation")] = Dtype.bf16,
+    seed: Annotated[int, _option("Of the shuffle and of LoRA's first weights.", panel="Optimisation")] = 0,
+    eval_every: Annotated[int | None, _option("Evaluate every so many steps too.", panel="Run")] = None,
+    save_every: Annotated[int, _option("Write a checkpoint every so many steps.", panel="Run")] = 200,
+    resume: Annotated[bool, _option("Go on from the last checkpoint in --out.", "--resume", panel="Run")] = False,
+) -> None:
+    """Adapt a model to new text by training its outermost layers.
+
+    Writes OUT/model, a folder that plain `from_pretrained` loads, with OUT/loss.png and OUT/metrics.jsonl beside it.
+    Ctrl-C saves and stops; the same command with --resume goes on.
+    """
+    _quiet_transformers()
+    from cogsym import LayerPlan, TrainSettings
+    from cogsym.data import Source
+    from cogsym.models.loading import load_config
+    from cogsym.training.run import train as run
+
+    settings = TrainSettings(
+        length=length,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        epochs=epochs,
+        steps=steps,
+        learning_rate=learning_rate,
+        schedule=schedule.value,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        dtype=dtype.value,
+        lora_rank=lora_rank,
+        loss=loss.value,
+        separator=separator,
+        eval_every=eval_every,
+        save_every=save_every,
+        seed=seed,
+    )
+    num_layers = load_config(model).get_text_config().num_hidden_layers
+    parts = {"embeddings": embeddings, "head": head, "final_norm": final_norm}
+    plan = LayerPlan.all(num_layers) if everything else LayerPlan.outer(num_layers, fraction, front, back, **parts)
+
+    def source(text: str) -> Source:
+        parsed = Source.parse(text)
+        return parsed if parsed.field else Source(parsed.path, template=template, weight=parsed.weight)
+
+    held_out = {s.path.stem if not s.field else f"{s.path.stem}-{s.field}": s for s in map(source, evaluate or [])}
+    result = run(
+        model,
+        [source(text) for text in data],
+        out,
+        plan=plan,
+        evaluate=held_out,
+        settings=settings,
+        resume=resume,
+        cache_dir=_cache_dir(),
+    )
+    for name in held_out:
+        scores = result.bits_per_byte(name)
+        typer.echo(f"{name}: {scores[0]:.3f} bits per byte before, {scores[-1]:.3f} after")
+    typer.echo(
+        f"{result.steps:,} steps, {result.tokens_per_second:,.0f} tokens/s. The model is in {result.folder}, "
+        f"the curve in {out / 'loss.png'}."
+    )
+
+
+@app.command(epilog="Example: `cogsym demo --out my-demo`")
+def demo(
+    out: Annotated[Path, _option("Folder for the table and the plots.")] = Path("cogsym-demo"),
+    seed: Annotated[int, _option("Of the data's order.")] = 0,
+) -> None:
+    """Watch a small model learn a small new language, with the outer layers and with all of them.
+
+    A base model that ships with cogsym knows one generated language; the demo teaches it a second one, twice, and
+    compares. It needs no network and no files, and about two minutes on a laptop.
+    """
+    _quiet_transformers()
+    from cogsym.demo.run import run
+
+    run(out, seed=seed)
+
+
+@app.command(epilog="Example: `COGSYM_BACKEND=reference cogsym info`")
+def info() -> None:
+    """Show versions, the processor, the GPU and what computes each operation here."""
+    from cogsym.info import describe
+
+    rows = describe()
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def _cache_dir() -> Path:
+    from platformdirs import user_cache_path
+
+    return user_cache_path("cogsym")
+
+
+def _quiet_transformers() -> None:
+    """Our own progress is enough."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Run the command line; a user's error is one sentence and an exit status, never a traceback."""
+    try:
+        app()
+    except CogsymError as error:
+        print(f"cogsym: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("cogsym: stopped at once; nothing after the last checkpoint was saved.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
