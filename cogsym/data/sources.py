@@ -84,24 +84,25 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> "Source":
-        """Read a source as the command line gives it: `PATH` or `PATH@WEIGHT`.
+        """Read a source as the command line gives it: `PATH`, `PATH#FIELD`, `PATH@WEIGHT` or `PATH#FIELD@WEIGHT`.
 
-        `swahili.txt@2` is swahili.txt with every line seen twice. A path that exists exactly as written is that path,
-        even if it contains an @, and so is one with a folder separator after its last @.
+        `pairs.tsv#swahili@2` is the column "swahili" of pairs.tsv, every line seen twice. A path that exists exactly as
+        written is that path, even if it contains one of the two signs, and so is one with a folder separator after it.
 
         Raises:
             CogsymError: What follows the last @ is not a positive number.
         """
-        path, at, weight = text.rpartition("@")
-        if not at or "/" in weight or "\\" in weight or Path(text).exists():
+        if Path(text).exists():
             return cls(Path(text))
+        rest, weight = _split_last(text, "@")
+        path, field = _split_last(rest, "#")
         try:
-            value = float(weight)
+            value = 1.0 if weight is None else float(weight)
         except ValueError:
             raise CogsymError(
                 f"weight {weight!r} in {text!r} is not a number; write PATH or PATH@WEIGHT, such as swahili.txt@2."
             ) from None
-        return cls(Path(path), weight=value)
+        return cls(Path(path), field=field, weight=value)
 
     @property
     def pieces(self) -> list[tuple[str, str | None]]:
@@ -114,6 +115,12 @@ class Source:
     def fields(self) -> list[str]:
         """The columns that are read, each once."""
         return list(dict.fromkeys(field for _, field in self.pieces if field is not None))
+
+
+def _split_last(text: str, sign: str) -> tuple[str, str | None]:
+    """What stands before the last `sign` and what after it; None where that would cut a folder's name."""
+    before, found, after = text.rpartition(sign)
+    return (before, after) if found and "/" not in after and "\\" not in after else (text, None)
 
 
 def read_documents(source: Source, loss: Loss = "all") -> list[Document]:

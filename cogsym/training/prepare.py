@@ -8,7 +8,7 @@ working; deleting the attribute undoes it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -75,7 +75,8 @@ def prepare(model: Model, plan: LayerPlan) -> Model:
         except UnknownLayerError:
             continue
         layer.__dict__[_RECORD] = block
-        layer.__dict__["forward"] = MethodType(_forward, layer)
+        # A partial, as a bound method does not survive pickling while its layer is still being rebuilt.
+        layer.__dict__["forward"] = partial(_forward, layer)
     setattr(model, _RECORD, record)
     return model
 

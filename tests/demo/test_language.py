@@ -5,9 +5,13 @@ from itertools import islice
 import pytest
 
 from cogsym.demo import language
-from cogsym.demo.language import Meaning, NounPhrase, base_sentence, new_sentence
+from cogsym.demo.language import TAVOSI, Meaning, NounPhrase, base_sentence, invented_sentence
 
 FARMERS = Meaning(NounPhrase("farmer", True, "old"), "carry", "future", NounPhrase("basket", True), ("near", "river"))
+
+
+def tavosi(meaning: Meaning) -> str:
+    return invented_sentence(meaning, TAVOSI)
 
 
 def some_meanings(split: str, seed: int, count: int = 500) -> list[Meaning]:
@@ -27,31 +31,53 @@ def test_base_sentence_by_value() -> None:
         base_sentence(child, passive=True)
 
 
-def test_new_sentence_has_its_own_order_and_affixes() -> None:
-    stem = language.new_stems()
-    # Place with its suffix, subject and adjective with the same prefix, object, then subject-tense-object-verb.
-    words = [
-        f"pa{stem['river']}ke",
-        f"ba{stem['farmer']}",
-        f"ba{stem['old']}",
-        f"ta{stem['basket']}",
-        f"basata{stem['carry']}.",
+def test_tavosi_by_value() -> None:
+    assert tavosi(FARMERS) == "mosugeni gefada gesoma donaru gesodozado."
+    # Place with its case, subject and adjective with the same prefix, object, then subject-tense-object-verb.
+    words = language.lexicon(TAVOSI.seed)
+    stem = words.stems
+    (_, people), (_, things) = words.classes["person"], words.classes["thing"]
+    assert tavosi(FARMERS).split() == [
+        words.classes["place"][0] + stem["river"] + words.cases["near"],
+        people + stem["farmer"],
+        people + stem["old"],
+        things + stem["basket"],
+        people + words.tenses["future"] + things + stem["carry"] + ".",
     ]
-    assert new_sentence(FARMERS).split() == words
-    assert new_sentence(FARMERS) == "papezike bagizi babema tazura basatasiko."
 
 
 @pytest.mark.parametrize(
     ("subject", "expected"),
     [
-        (NounPhrase("farmer", False, "old"), "mogizi mobema modiwaki."),
-        (NounPhrase("farmer", True, "old"), "bagizi babema badiwaki."),
-        (NounPhrase("dog", False), "neviko nediwaki."),
-        (NounPhrase("dog", True), "ziviko zidiwaki."),
+        (NounPhrase("farmer", False, "old"), "bifada bisoma bidujowa."),
+        (NounPhrase("farmer", True, "old"), "gefada gesoma gedujowa."),
+        (NounPhrase("dog", False), "vusage vudujowa."),
+        (NounPhrase("dog", True), "wosage wodujowa."),
     ],
 )
 def test_class_and_number_agree_on_noun_adjective_and_verb(subject: NounPhrase, expected: str) -> None:
-    assert new_sentence(Meaning(subject, "fall", "past")) == expected
+    assert tavosi(Meaning(subject, "fall", "past")) == expected
+
+
+def test_another_grammar_of_the_family() -> None:
+    grammar = language.Grammar(
+        "test",
+        TAVOSI.seed,
+        order=("verb", "object", "place", "subject"),
+        verb_parts=("stem", "object", "tense", "subject"),
+        adjective_first=True,
+        suffixes=True,
+    )
+    assert invented_sentence(FARMERS, grammar) == "zadodosoge narudo sugemoni somage fadage."
+
+
+def test_relatives_differ_from_tavosi_in_words_and_structure() -> None:
+    structures = {(g.order, g.verb_parts, g.adjective_first, g.suffixes) for g in (TAVOSI, *language.RELATIVES)}
+    assert len(structures) == 1 + len(language.RELATIVES)
+    ours = language.lexicon(TAVOSI.seed).stems
+    for relative in language.RELATIVES:
+        theirs = language.lexicon(relative.seed).stems
+        assert sum(ours[lemma] == theirs[lemma] for lemma in ours) <= 1
 
 
 def test_streams_depend_on_split_and_seed_alone() -> None:
@@ -74,7 +100,7 @@ def test_a_sentence_has_one_meaning_in_either_language() -> None:
     seed = random.randrange(10**6)
     print("seed", seed)
     meanings = set(some_meanings("train", seed, 20_000))
-    assert len({new_sentence(meaning) for meaning in meanings}) == len(meanings)
+    assert len({tavosi(meaning) for meaning in meanings}) == len(meanings)
     forms = [base_sentence(meaning, *form) for meaning in meanings for form in language.base_forms(meaning)]
     assert len(set(forms)) == len(forms)
 
@@ -83,8 +109,8 @@ def test_parallel_sentences_change_together() -> None:
     """What changes in the meaning changes both sentences, in the words that carry it and nowhere else."""
     past = Meaning(FARMERS.subject, "carry", "past", FARMERS.object, FARMERS.place)
     assert base_sentence(past).split()[:3] == base_sentence(FARMERS).split()[:3]
-    assert new_sentence(past).split()[:-1] == new_sentence(FARMERS).split()[:-1]
-    assert new_sentence(past).split()[-1] == "baditasiko."
+    assert tavosi(past).split()[:-1] == tavosi(FARMERS).split()[:-1]
+    assert tavosi(past).split()[-1] == "gedudozado."
 
 
 def test_surprisal_is_the_logarithm_of_the_frequency() -> None:

@@ -1,0 +1,187 @@
+"""Compiles Triton kernels for chips that are not here, exactly as their launch functions would launch them.
+
+`launches` runs launch functions on meta tensors and records each kernel with its arguments; `compile_for` specialises
+and compiles one as Triton's launcher would; `resources` reads registers, spills and shared memory from the binary.
+
+    python tests/kernels/aot.py
+
+prints them for every kernel and target.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from cogsym.kernels import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OPTIONS = ("num_warps", "num_stages", "num_ctas")
+TYPE_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass
+class Launch:
+    """One kernel launch: what `kernel[grid](*args, **kwargs)` was given."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Resources:
+    """What one compiled kernel takes: registers a thread, bytes of spilled registers a thread, shared bytes a block."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches are listed, not run."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(kernel, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def compile_for(target: GPUTarget, launch: Launch) -> CompiledKernel:
+    """Specialised as Triton's launcher does: 1 and None are constants; multiples of 16 and tensors are aligned."""
+    options = {name: launch.kwargs[name] for name in OPTIONS if name in launch.kwargs}
+    given = {name: value for name, value in launch.kwargs.items() if name not in OPTIONS}
+    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | given
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        aligned = True
+        if isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPE_NAMES[value.dtype]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            raise TypeError(f"{parameter.name} is {value!r}: pass floating-point scalars as constexpr.")
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=target, options=options)
+
+
+def resources(compiled: CompiledKernel) -> Resources:
+    """Read from the binary itself, by cuobjdump for NVIDIA and from the assembly's metadata for AMD."""
+    if "cubin" in compiled.asm:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+            usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        # These kernels have no arrays of their own: all that is on the stack or in local memory was spilled.
+        field = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        return Resources(field["REG"], field["STACK"] + field["LOCAL"], compiled.metadata.shared)
+    assembly = compiled.asm["amdgcn"]
+    field = {name: int(value) for name, value in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
+    spilled = 4 * field["vgpr_spill_count"] + field["private_segment_fixed_size"] + 4 * field["sgpr_spill_count"]
+    return Resources(field["vgpr_count"], spilled, compiled.metadata.shared)
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _rms_norm(D: int, dtype: torch.dtype) -> None:
+    x, weight = _empty(8, 1024, D, dtype=dtype), _empty(D, dtype=dtype)
+    launch.rms_norm(x, weight, 1e-5, 0.0)
+    launch.add_rms_norm(x, x, weight, 1e-5, 1.0)
+    for dh, need_dx, need_dweight in ((x, True, True), (None, True, False), (None, False, True)):
+        launch.rms_norm_backward(x, x, weight, 1e-5, 0.0, dh, need_dx, need_dweight)
+
+
+def _head_norm(D: int, dtype: torch.dtype) -> None:
+    """q and k norms, on heads sliced from a fused projection, with float32 weights."""
+    heads = _empty(8, 1024, 48, D, dtype=dtype)[:, :, :32]
+    weight = _empty(D, dtype=torch.float32)
+    launch.rms_norm(heads, weight, 1e-6, 0.0)
+    launch.rms_norm_backward(heads, heads, weight, 1e-6, 0.0, None, True, True)
+
+
+def _rotary(D: int, dtype: torch.dtype) -> None:
+    heads = _empty(8, 1024, 48, D, dtype=dtype)[:, :, :40]
+    for half in (D // 2, D // 8):
+        angles = _empty(1, 1024, half, dtype=torch.float32)
+        for interleaved in (False, True):
+            launch.rotary(heads, angles, angles, interleaved, inverse=interleaved)
+
+
+def _gated_activation(F: int, dtype: torch.dtype) -> None:
+    gate, up = _empty(8, 1024, 2 * F, dtype=dtype).chunk(2, -1)
+    for activation in ("silu", "gelu_tanh"):
+        launch.gated_activation(gate, up, activation)
+        for need_dgate, need_dup in ((True, True), (True, False), (False, True)):
+            launch.gated_activation_backward(gate, gate, up, activation, need_dgate, need_dup)
+
+
+# Widths of SmolLM2-135M, Llama-3.1-8B, its 70B and 405B sisters, and the heads and MLPs of these.
+CASES: dict[tuple[str, int], Callable[[int, torch.dtype], None]] = {
+    **{("rms_norm", D): _rms_norm for D in (576, 4096, 8192, 16384, 18432)},
+    **{("head_norm", D): _head_norm for D in (64, 128)},
+    **{("rotary", D): _rotary for D in (64, 128)},
+    **{("gated_activation", F): _gated_activation for F in (1536, 14336)},
+}
+
+
+def launches(case: tuple[str, int], dtype: torch.dtype) -> list[Launch]:
+    """Every kernel launch of one of `CASES`."""
+    with recorded() as found:
+        CASES[case](case[1], dtype)
+    return found
+
+
+def main() -> None:
+    """Prints the table."""
+    print(f"{'kernel':56}{'size':>7}  {'dtype':6}{'warps':>6}", *(f"{name:>20}" for name in TARGETS), sep="")
+    print(f"{'':77}" + f"{'reg spl shared':>20}" * len(TARGETS))
+    for case in CASES:
+        for dtype in DTYPES:
+            for found in launches(case, dtype):
+                kernel = f"{case[0]}: {found.kernel.__module__.split('.')[-1]}.{found.kernel.__name__}"
+                cells = [resources(compile_for(target, found)) for target in TARGETS.values()]
+                row = "".join(f"{r.registers:10d}{r.spilled:4d}{r.shared:6d}" for r in cells)
+                print(f"{kernel:56}{case[1]:>7}  {TYPE_NAMES[dtype]:6}{found.kwargs['num_warps']:>6}{row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import batch, tiny_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import cogsym
+from cogsym import CogsymError, LayerPlan
+
+
+def loss_of(model: Any) -> torch.Tensor:
+    return model(**batch("packed"), use_cache=False).loss
+
+
+def fast_path_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many blocks of a forward pass take the fast path."""
+    from cogsym.models import Block
+
+    calls = []
+    original = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    loss_of(model)
+    return len(calls)
+
+
+def test_the_middle_is_frozen_and_the_outer_layers_trained() -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    needed = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert needed == {n for n, _ in model.named_parameters() if n.startswith(("model.layers.0.", "model.layers.3."))}
+
+
+def test_restore_puts_everything_back() -> None:
+    model = tiny_model("qwen3")
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    attributes = [dict(vars(m)) for m in model.modules()]
+    keys = list(model.state_dict())
+    cogsym.prepare(model, LayerPlan.outer(4))
+    assert list(model.state_dict()) == keys
+    cogsym.restore(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert [dict(vars(m)) for m in model.modules()] == attributes
+    with pytest.raises(CogsymError, match="not prepared; call cogsym"):
+        cogsym.restore(model)
+
+
+def test_a_second_prepare_replaces_the_first() -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    cogsym.prepare(model, LayerPlan.last(4, 1))
+    assert {n[:15] for n, p in model.named_parameters() if p.requires_grad} == {"model.layers.3."}
+    cogsym.restore(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_bad_second_plan_leaves_the_first() -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    with pytest.raises(CogsymError, match="plan is for 5 layers"):
+        cogsym.prepare(model, LayerPlan.outer(5))
+    assert cogsym.explain(model).layers[0].trained == "trained"
+
+
+def test_explain_says_what_runs_where() -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    handle = model.model.layers[2].mlp.register_forward_hook(lambda *_: None)
+    report = cogsym.explain(model)
+    assert [layer.trained for layer in report.layers] == ["trained", "frozen", "frozen", "trained"]
+    assert report.layers[2].path == "own forward"
+    assert report.layers[2].reason == "a hook on LlamaMLP must fire"
+    assert "layer 2: frozen, own forward (a hook on LlamaMLP must fire)" in str(report)
+    handle.remove()
+    assert cogsym.explain(model).layers[2].path in ("cpp", "reference")
+
+
+def test_a_hook_on_a_module_that_the_fast_path_leaves_out_still_fires(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    seen = []
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    assert fast_path_runs(model, monkeypatch) == 3
+    assert seen == [1]
+
+
+def test_hidden_states_and_attentions_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tiny_model("llama", attn_implementation="eager")
+    model = cogsym.prepare(copy.deepcopy(plain), LayerPlan.outer(4))
+    ids = batch("plain")["input_ids"]
+    wants = {"output_hidden_states": True, "output_attentions": True}
+    got, want = model(ids, **wants), plain(ids, **wants)
+    assert len(got.attentions) == 4 and len(got.hidden_states) == 5
+    torch.testing.assert_close(got.attentions, want.attentions, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.hidden_states, want.hidden_states, rtol=1e-4, atol=1e-4)
+    # transformers leaves its hooks behind; they do not slow later calls down.
+    assert fast_path_runs(model, monkeypatch) == 4
+
+
+def test_a_copy_has_blocks_of_its_own() -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+        twin_logits = twin(batch("plain")["input_ids"]).logits
+        logits = model(batch("plain")["input_ids"]).logits
+    assert not twin_logits.any() and logits.any()
+    cogsym.restore(twin)
+    assert cogsym.explain(model)
+
+
+def test_pickle_round_trip() -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loss_of(twin), loss_of(model))
+
+
+def test_save_pretrained_writes_what_plain_transformers_loads(tmp_path: Path) -> None:
+    model = cogsym.prepare(tiny_model("qwen2"), LayerPlan.outer(4))
+    model.save_pretrained(tmp_path)
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(loss_of(plain.eval()), loss_of(model))
+
+
+def test_compiles_whole_without_a_graph_break() -> None:
+    model = cogsym.prepare(tiny_model("llama", num_hidden_layers=2), LayerPlan.outer(2, front=0, back=1))
+    inputs = batch("plain")
+    eager = model(**inputs, use_cache=False)
+    eager.loss.backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)(**inputs, use_cache=False)
+    compiled.loss.backward()
+    torch.testing.assert_close(compiled.logits, eager.logits, rtol=1e-4, atol=1e-4)
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, want[n], rtol=1e-3, atol=1e-5)
+
+
+def test_lora_modules_are_used_and_only_planned_adapters_train() -> None:
+    plain = get_peft_model(
+        tiny_model("llama"), LoraConfig(r=3, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
+    )
+    for n, p in plain.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.1)  # peft starts it at zero, which hides a forgotten adapter
+    model = copy.deepcopy(plain)
+    cogsym.prepare(model, LayerPlan.outer(4))
+    needed = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert needed == {
+        n for n, _ in model.named_parameters() if "lora_" in n and (".layers.0." in n or ".layers.3." in n)
+    }
+    got, want = loss_of(model), loss_of(plain)
+    torch.testing.assert_close(got, want)
+    got.backward()
+    want.backward()
+    theirs = {n: p.grad for n, p in plain.named_parameters()}
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, theirs[n], rtol=1e-4, atol=1e-7)
+    assert cogsym.explain(model).layers[0].trained == "adapters trained"
+
+
+def test_adapters_outside_the_plan_are_told() -> None:
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]))
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(
+        CogsymError, match="leaves no parameter to train; with peft, give the adapter the plan's layers"
+    ):
+        cogsym.prepare(model, LayerPlan.outer(4, front=1, back=1))
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_not_a_decoder() -> None:
+    with pytest.raises(CogsymError, match="Linear has no decoder layers"):
+        cogsym.prepare(torch.nn.Linear(2, 2), LayerPlan.outer(4))
+
+
+def test_gradient_checkpointing_and_accumulation_give_the_same_gradients() -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    loss_of(model).backward()
+    want = {n: 2 * p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss_of(model).backward()
+    loss_of(model).backward()
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == want.keys()
+    for n in got:
+        torch.testing.assert_close(got[n], want[n], rtol=1e-4, atol=1e-6)
+
+
+def test_inside_a_plain_trainer_only_the_outer_layers_move(tmp_path: Path) -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    inputs = batch("packed")
+    rows = [{key: value[i] for key, value in inputs.items()} for i in range(3)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=3, learning_rate=1e-2, use_cpu=True,
+        report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    first = loss_of(model).item()
+    Trainer(model=model, args=args, train_dataset=rows).train()
+    assert loss_of(model).item() < first
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
