@@ -67,14 +67,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> 
     """`rms_norm` in plain PyTorch; the documentation of what the kernels compute."""
     h = _compute_dtype(x)
     y = h * _inverse_rms(h, eps) * (offset + weight.to(h.dtype))
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()
 
 
 def add_rms_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """`rms_norm` of x + residual: (y, h). The norm sees h as it is stored, so y belongs to the h returned."""
-    h = x + residual
+    h = (x + residual).contiguous()
     return rms_norm_reference(h, weight, eps, offset), h
 
 
@@ -108,7 +108,7 @@ def rms_norm_backward_reference(
     if need_dx:
         g = g * (offset + weight.to(g.dtype))
         total = r * (g - x * r.square() * (g * x).mean(-1, keepdim=True))
-        dx = (total if dh is None else total + dh).to(h.dtype)
+        dx = (total if dh is None else total + dh).to(h.dtype).contiguous()
     return dx, dweight
 
 
