@@ -1,0 +1,75 @@
+"""A tiny model with its tokenizer on disk, and a little text: what a user brings."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import cogsym
+
+_WORDS = (
+    "habari",
+    "ya",
+    "leo",
+    "mtoto",
+    "anasoma",
+    "kitabu",
+    "shuleni",
+    "mama",
+    "anapika",
+    "chakula",
+    "kizuri",
+    "sana",
+)
+
+
+def pytest_report_header() -> str:
+    from cogsym.ops import backend
+
+    return f"cogsym: {Path(cogsym.__file__).parent}, C++ extension: {backend.unavailable('cpp') or 'built'}"
+
+
+def sentences(number: int, seed: int = 0) -> list[str]:
+    """Made-up sentences of two to eight words."""
+    chance = random.Random(seed)
+    return [" ".join(chance.choices(_WORDS, k=chance.randint(2, 8))) + "." for _ in range(number)]
+
+
+@pytest.fixture(scope="session")
+def _model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences(200), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    tiny_model("llama", vocab_size=300, attention_dropout=0.1, initializer_range=0.2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model_folder(_model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(_model_folder, tmp_path / "base"))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """120 sentences as .jsonl, field "sw", with a made-up other side "en"."""
+    path = tmp_path / "news.jsonl"
+    lines = [json.dumps({"sw": line, "en": line[::-1]}) for line in sentences(120, seed=1)]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
