@@ -1,8 +1,8 @@
 """Builds the C++ extension `cogsym._C` with ninja; everything else is in pyproject.toml.
 
-Neither torch nor CMake is needed, only a C++17 compiler (`$CXX`, else c++, g++ or clang++). Every kernel file is compiled
-once for each instruction set of the target, and the extension picks one when it is imported. Without a compiler, or
-where it fails, the package installs without the extension and its operations run in plain PyTorch.
+Neither torch nor CMake is needed, only a C++17 compiler (`$CXX`, else c++, g++ or clang++). Every kernel file is
+compiled once for each instruction set of the target, and the extension picks one when it is imported. Without a
+compiler, or where it fails, the package installs without the extension and its operations run in plain PyTorch.
 
 With COGSYM_CUDA=1 and nvcc at hand, csrc/cuda is compiled too.
 """

@@ -7,7 +7,7 @@ namespace COGSYM_ISA {
 namespace {
 
 // Both activations are act(g) = g σ(s(g)), because (1 + tanh t) / 2 = σ(2t); so
-// act'(g) = σ(s) + g σ(s) (1 - σ(s)) s'(g), and no cancellation where the tanh is near -1.
+// act'(g) = σ(s) + g σ(s) (1 - σ(s)) s'(g), and nothing cancels where the tanh is near -1.
 struct Silu {
     template <class C>
     static C argument(C g) {
@@ -31,10 +31,16 @@ struct GeluTanh {
     }
 };
 
+// σ(s) and 1 - σ(s), each with its full relative precision: from e^-|s|, so that nothing overflows or cancels.
 template <class C>
-inline C sigmoid(C x) {
-    return C(1) / (C(1) + exponential(-x));
-}
+struct Sigmoid {
+    C value, complement;
+    explicit Sigmoid(C s) {
+        const C small = exponential(s < 0 ? s : -s), inverse = C(1) / (C(1) + small);
+        value = (s < 0 ? small : C(1)) * inverse;
+        complement = (s < 0 ? C(1) : small) * inverse;
+    }
+};
 
 // f(row, column, n, offset) for runs of n elements that lie in one row, offset being their place in a contiguous
 // [rows, F]. Cut by elements, not by rows: decoding has one row.
@@ -61,7 +67,7 @@ void forward(const GatedActivation& a) {
         const T* up = static_cast<const T*>(a.up) + row * a.up_stride + column;
         write(static_cast<T*>(a.z) + offset, n, [=](int64_t i) {
             const C g = widen(gate[i]);
-            return g * sigmoid(Act::argument(g)) * widen(up[i]);
+            return g * Sigmoid<C>(Act::argument(g)).value * widen(up[i]);
         });
     });
 }
@@ -78,7 +84,7 @@ void backward(const GatedActivationBackward& a) {
         if (!dgate) {
             write(dup, n, [=](int64_t i) {
                 const C g = widen(gate[i]);
-                return widen(dz[i]) * (g * sigmoid(Act::argument(g)));
+                return widen(dz[i]) * (g * Sigmoid<C>(Act::argument(g)).value);
             });
             return;
         }
@@ -89,9 +95,10 @@ void backward(const GatedActivationBackward& a) {
             const int64_t m = n - begin < tile ? n - begin : tile;
             const T *g_ = gate + begin, *u_ = up + begin, *d_ = dz + begin;
             write(dgate + begin, m, [=, &act](int64_t i) {
-                const C g = widen(g_[i]), sigma = sigmoid(Act::argument(g));
-                act[i] = g * sigma;
-                const C slope = sigma * (C(1) + g * (C(1) - sigma) * Act::argument_slope(g));
+                const C g = widen(g_[i]);
+                const Sigmoid<C> sigmoid(Act::argument(g));
+                act[i] = g * sigmoid.value;
+                const C slope = sigmoid.value * (C(1) + g * sigmoid.complement * Act::argument_slope(g));
                 return widen(d_[i]) * widen(u_[i]) * slope;
             });
             if (dup) write(dup + begin, m, [=, &act](int64_t i) { return widen(d_[i]) * act[i]; });

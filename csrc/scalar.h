@@ -79,13 +79,13 @@ inline float16 narrow<float16>(float x) {
     return {uint16_t(((u >> 16) & 0x8000) | (magnitude >= (143u << 23) ? special : finite))};
 }
 
-// e^x to within 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial in r (Cephes expf).
+// e^x for x <= 0, to within 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial in r (Cephes expf). Below the
+// smallest normal number it is 0.
 inline float exponential(float x) {
-    const float bounded = x > 89.0f ? 89.0f : (x < -104.0f ? -104.0f : x);  // a NaN stays
-    const float shift = 0x1.8p23f;                                         // rounds to an integer in the low bits
-    const float shifted = bounded * 1.44269504f + shift;
+    const float shift = 0x1.8p23f;  // its addition rounds to an integer, which then lies in the low bits
+    const float shifted = x * 1.44269504f + shift;
     const float n = shifted - shift;
-    const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -93,9 +93,8 @@ inline float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = (p * r) * r + r + 1.0f;
-    // 2^n in two factors: n runs from -150 to 128, beyond what one exponent holds.
-    const int32_t power = int32_t(to_bits(shifted) - to_bits(shift)), half = power >> 1;
-    return p * from_bits(uint32_t(half + 127) << 23) * from_bits(uint32_t(power - half + 127) << 23);
+    const float power = from_bits((to_bits(shifted) + 127) << 23);
+    return x < -87.0f ? 0.0f : p * power;  // a NaN stays one
 }
 inline double exponential(double x) { return __builtin_exp(x); }
 

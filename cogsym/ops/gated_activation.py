@@ -54,7 +54,7 @@ def gated_activation_reference(gate: Tensor, up: Tensor, activation: str) -> Ten
     """`gated_activation` in plain PyTorch."""
     g, u = _compute_dtype(gate), _compute_dtype(up)
     act = F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")
-    return (act * u).to(gate.dtype)
+    return (act * u).to(gate.dtype).contiguous()
 
 
 def gated_activation_backward_reference(
@@ -70,8 +70,8 @@ def gated_activation_backward_reference(
         tanh = torch.tanh(scale * (g + cubic * g**3))
         act = 0.5 * g * (1 + tanh)
         slope = 0.5 * (1 + tanh) + 0.5 * g * (1 - tanh**2) * scale * (1 + 3 * cubic * g**2)
-    dgate = (d * u * slope).to(gate.dtype) if need_dgate else gate.new_empty(0)
-    dup = (d * act).to(up.dtype) if need_dup else up.new_empty(0)
+    dgate = (d * u * slope).to(gate.dtype).contiguous() if need_dgate else gate.new_empty(0)
+    dup = (d * act).to(up.dtype).contiguous() if need_dup else up.new_empty(0)
     return dgate, dup
 
 

@@ -66,7 +66,7 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inv
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
     a, b = a * c - b * s, b * c + a * s
     turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
-    return torch.cat((turned.to(x.dtype), rest), -1)
+    return torch.cat((turned.to(x.dtype), rest), -1).contiguous()
 
 
 @torch.library.custom_op("cogsym::rotary", mutates_args=())

@@ -14,7 +14,9 @@ from cogsym.ops import backend
 
 ISAS = [] if backend.unavailable("cpp") else __import__("cogsym._C", fromlist=["isas"]).isas()
 NOT_BUILT = pytest.mark.skip(reason=f"no C++ extension: {backend.unavailable('cpp')}")
-BACKENDS = ["reference", *(f"cpp {isa}" for isa in ISAS)] if ISAS else ["reference", pytest.param("cpp", marks=NOT_BUILT)]
+BACKENDS = (
+    ["reference", *(f"cpp {isa}" for isa in ISAS)] if ISAS else ["reference", pytest.param("cpp", marks=NOT_BUILT)]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +28,8 @@ def seed() -> int:
     return value
 
 
-@pytest.fixture(params=BACKENDS)
-def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The reference, then the C++ kernels in every variant that this processor runs."""
-    name, _, isa = request.param.partition(" ")
+def force(backend_and_isa: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    name, _, isa = backend_and_isa.partition(" ")
     monkeypatch.setenv("COGSYM_BACKEND", name)
     if not isa:
         yield name
@@ -40,6 +40,18 @@ def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     _C.set_isa(isa)
     yield name
     _C.set_isa(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The reference, then the C++ kernels in every variant that this processor runs."""
+    yield from force(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[BACKENDS[0], BACKENDS[-1]])
+def best_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The reference, then the C++ kernels in the variant in use: for what no variant changes."""
+    yield from force(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_residual(
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)))
 @pytest.mark.parametrize("used", ["y", "h", "both"])
 def test_only_gradients_asked_for(
-    cpu_backend: str, backward_calls: list[tuple[bool, bool]], wanted: tuple[bool, ...], used: str
+    best_backend: str, backward_calls: list[tuple[bool, bool]], wanted: tuple[bool, ...], used: str
 ) -> None:
     """x, residual and weight: a gradient asked for has its value, another is None and is not computed."""
     leaves = [torch.randn(4, 9, 33).requires_grad_(wanted[0]), torch.randn(4, 9, 33).requires_grad_(wanted[1])]
@@ -129,7 +129,7 @@ def test_only_gradients_asked_for(
     assert backward_calls == ([(wanted[0] or wanted[1], wanted[2])] if computed else [])
 
 
-def test_gradients_not_needed_are_empty(cpu_backend: str) -> None:
+def test_gradients_not_needed_are_empty(best_backend: str) -> None:
     dy, h, weight = torch.randn(3, 5), torch.randn(3, 5), torch.randn(5)
     for need_dx, need_dweight in itertools.product([False, True], repeat=2):
         dx, dweight = torch.ops.cogsym.rms_norm_backward(dy, h, weight, EPS, 0.0, None, need_dx, need_dweight)
@@ -158,7 +158,7 @@ def test_weight_of_another_dtype(
     assert_no_worse(leaves[1].grad, own_leaves[1].grad, truth[1].grad, "dweight", scales[1])
 
 
-def test_residual_of_another_dtype(cpu_backend: str) -> None:
+def test_residual_of_another_dtype(best_backend: str) -> None:
     x, residual, weight = torch.randn(3, 8).bfloat16(), torch.randn(3, 8), torch.randn(8)
     y, h = rms_norm(x, weight, EPS, residual=residual)
     assert torch.equal(h, x.float() + residual)
@@ -183,7 +183,7 @@ def test_nan_and_infinity(cpu_backend: str, dtype: torch.dtype, value: float) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6)])
-def test_no_rows(cpu_backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_no_rows(best_backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     weight = torch.randn(6).to(dtype).requires_grad_()
     y, h = rms_norm(x, weight, EPS, residual=residual)
@@ -222,7 +222,7 @@ def test_gradcheck(cpu_backend: str) -> None:
     assert torch.autograd.gradcheck(lambda x, r, w: rms_norm(x, w, EPS, residual=r), (x, residual, weight))
 
 
-def test_opcheck(cpu_backend: str) -> None:
+def test_opcheck(best_backend: str) -> None:
     ops = torch.ops.cogsym
     weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
     for x in (torch.randn(2, 3, 8), torch.randn(2, 3, 8).transpose(0, 1), torch.randn(8, 6).t()):
