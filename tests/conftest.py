@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
+
+# Before torch and transformers are imported. Tiny models are fastest on one thread; tests of threads set their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 from tiny_models import tiny_model

@@ -1,0 +1,279 @@
+"""The command line as a user meets it: help, one sentence for each mistake, exit statuses, real signals."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from cogsym import cli
+
+# In the repository's root Python would take the source tree for the package.
+FOLDER = Path(__file__).parent
+BIG = ["--length", "64", "--batch-size", "2", "--dtype", "fp32", "--learning-rate", "1e-3"]
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def cogsym(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Run a command in this process: a new one takes seconds to import torch."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["cogsym", *map(str, args)])
+        capfd.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capfd.readouterr()
+        return Done(status, out, err)
+
+    return run
+
+
+@pytest.fixture
+def complaint(cogsym: Callable[..., Done]) -> Callable[..., str]:
+    """The one line that a failed command prints; its status is 2 and it shows no traceback."""
+
+    def run(*args: str | Path) -> str:
+        done = cogsym(*args)
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        assert done.returncode == 2, done.stderr
+        assert len(lines) == 1 and lines[0].startswith("cogsym: "), done.stderr
+        return lines[0]
+
+    return run
+
+
+def process(*args: str | Path, **extra: Any) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own."""
+    return subprocess.run(command(*args), capture_output=True, text=True, cwd=FOLDER, timeout=300, **extra)
+
+
+def command(*args: str | Path) -> list[str]:
+    return [sys.executable, "-m", "cogsym.cli", *map(str, args)]
+
+
+def test_help_of_each_command_has_an_example(cogsym: Callable[..., Done]) -> None:
+    assert {"train", "demo", "info"} <= set(cogsym("--help").stdout.split())
+    for command in ("train", "demo", "info"):
+        done = cogsym(command, "--help")
+        assert done.returncode == 0
+        assert "Example: " in done.stdout
+
+
+def test_info(cogsym: Callable[..., Done]) -> None:
+    done = cogsym("info")
+    rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    assert rows["torch"].strip() == torch.__version__
+    assert {"rms_norm", "rotary", "gated_activation", "extension", "processor", "gpu"} <= rows.keys()
+
+
+def test_train_and_resume(
+    complaint: Callable[..., str], cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    args = ["train", model_folder, "--data", f"{text_file}#sw", "--eval", f"{text_file}#sw", "--out", out, *BIG]
+    done = cogsym(*args, "--steps", "4")
+    assert done.returncode == 0, done.stderr
+    assert "news-sw:" in done.stdout and "bits per byte before" in done.stdout
+    AutoModelForCausalLM.from_pretrained(out / "model")
+    again = complaint(*args, "--steps", "4")
+    assert again.endswith("holds a run already; continue it with --resume, or choose another --out.")
+
+
+def test_pairs_through_a_template(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    done = cogsym(
+        "train", model_folder, "--data", text_file, "--template", r"en: {en}\nsw: {sw}", "--loss", "target",
+        "--out", tmp_path / "out", "--steps", "2", *BIG,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_then_resume_gives_the_same_weights(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def args(out: Path) -> list[str]:
+        return ["train", str(model_folder), "--data", f"{text_file}#sw", "--out", str(out), "--steps", "150", *BIG]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cogsym(*args(whole)).returncode == 0
+    with subprocess.Popen(command(*args(cut)), stderr=subprocess.PIPE, text=True, cwd=FOLDER) as running:
+        while not (cut / "metrics.jsonl").exists() or not (cut / "metrics.jsonl").read_text():
+            assert running.poll() is None
+            time.sleep(0.02)
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 130, stderr
+    assert "and saved; the same command with --resume goes on from there." in stderr
+    assert "Traceback" not in stderr
+    assert cogsym(*args(cut), "--resume").returncode == 0
+    want, got = (load_file(out / "model" / "model.safetensors") for out in (whole, cut))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_a_disk_that_fills_up(cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk: the write fails in the middle, as on a full one."""
+    out = tmp_path / "out"
+    args = ["train", model_folder, "--data", f"{text_file}#sw", "--out", out, "--steps", "4", *BIG]
+    done = process(*args, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)))
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cogsym: The checkpoint at step 4 was not written" in done.stderr
+    assert not list((out / "checkpoints").iterdir())
+    assert cogsym(*args, "--resume").returncode == 0
+
+
+def test_a_missing_model_folder(complaint: Callable[..., str], text_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "nowhere" / "model"
+    line = complaint("train", folder, "--data", text_file, "--out", tmp_path / "out")
+    assert line == f"cogsym: There is no model folder '{folder}'; give a folder that save_pretrained wrote."
+
+
+def test_a_hub_id_that_cannot_be_had(complaint: Callable[..., str], text_file: Path, tmp_path: Path) -> None:
+    line = complaint("train", "nobody/nothing", "--data", text_file, "--out", tmp_path / "out")
+    assert "'nobody/nothing'" in line
+
+
+def test_a_folder_without_safetensors(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (model_folder / "model.safetensors").rename(model_folder / "pytorch_model.bin")
+    line = complaint("train", model_folder, "--data", text_file, "--out", tmp_path / "out")
+    assert "holds no .safetensors file and cogsym unpickles nothing" in line
+
+
+def test_corrupt_safetensors(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    file = model_folder / "model.safetensors"
+    for data in (file.read_bytes()[:1000], b"not weights"):
+        file.write_bytes(data)
+        line = complaint("train", model_folder, "--data", text_file, "--out", tmp_path / "out")
+        assert f"{file} is damaged" in line and line.endswith("fetch or write it again.")
+
+
+def test_a_checkpoint_that_lacks_a_weight(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    file = model_folder / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    line = complaint("train", model_folder, "--data", f"{text_file}#sw", "--out", tmp_path / "out")
+    assert "lacks 1 of its weights, such as model.layers.2.mlp.up_proj.weight" in line
+
+
+def test_a_config_that_is_not_understood(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (model_folder / "config.json").write_text("{")
+    assert "is not understood" in complaint("train", model_folder, "--data", text_file, "--out", tmp_path / "out")
+    (model_folder / "config.json").unlink()
+    assert "holds no config.json" in complaint("train", model_folder, "--data", text_file, "--out", tmp_path / "out")
+
+
+def test_tokenizer_and_model_that_disagree(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from tiny_models import tiny_model
+
+    tiny_model("llama", vocab_size=200).save_pretrained(model_folder)
+    line = complaint("train", model_folder, "--data", f"{text_file}#sw", "--out", tmp_path / "out")
+    assert "200" in line and "300" in line
+
+
+def test_no_tokenizer(complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (model_folder / "tokenizer.json").unlink()
+    (model_folder / "tokenizer_config.json").unlink()
+    line = complaint("train", model_folder, "--data", f"{text_file}#sw", "--out", tmp_path / "out")
+    assert "tokenizer" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "holds no document"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2"),
+        ("a.txt", b"habari\n\xff\xfe\n", "UTF-8"),
+        ("a.docx", b"x", "unknown suffix"),
+    ],
+)
+def test_bad_text(
+    complaint: Callable[..., str], model_folder: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    line = complaint("train", model_folder, "--data", tmp_path / name, "--out", tmp_path / "out")
+    assert message in line and name in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fraction", "1.5"], "fraction of layers to train is 1.5, expected more than 0 and at most 1"),
+        (["--fraction", "0"], "fraction of layers to train is 0.0, expected more than 0 and at most 1"),
+        (["--front", "0", "--back", "0"], "The plan trains nothing"),
+        (["--front", "3", "--back", "2"], "3 first and 2 last layers"),
+        (["--learning-rate", "-1"], "learning_rate is -1.0"),
+        (["--resume"], "no run in"),
+        (["--separator", "<nope>"], "<nope>"),
+        (["--template", "{sw} {missing}"], "missing"),
+    ],
+)
+def test_bad_options(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    data = text_file if "--template" in options else f"{text_file}#sw"
+    assert message in complaint("train", model_folder, "--data", data, "--out", tmp_path / "out", *options)
+
+
+def test_an_output_that_cannot_be_written(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    line = complaint("train", model_folder, "--data", f"{text_file}#sw", "--out", tmp_path / "file" / "out")
+    assert "cannot be written" in line
+
+
+def test_a_backend_that_is_not_there(complaint: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COGSYM_BACKEND", "vulkan")
+    assert complaint("info") == (
+        "cogsym: COGSYM_BACKEND is 'vulkan', expected one of reference, cpp, triton; correct or unset it."
+    )
+
+
+def test_metrics_are_json_lines(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = cogsym("train", model_folder, "--data", f"{text_file}#sw", "--out", out, "--steps", "10", *BIG)
+    assert done.returncode == 0, done.stderr
+    (line,) = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
+    assert line.keys() == {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second"}
+    assert "step 10/10, loss" in done.stderr and "tokens/s" in done.stderr
