@@ -6,14 +6,21 @@ namespace cogsym {
 namespace COGSYM_ISA {
 namespace {
 
-// Turns n pairs of one head: (a[0], b[0]), (a[stride], b[stride]), ...
-template <int stride, class T, class C>
-void turn(T* ya, T* yb, const T* a, const T* b, const C* cos, const C* sin, int64_t n) {
+// Turns the pairs (a[0], b[0]), (a[1], b[1]), ... of one head.
+template <class T, class C>
+void turn_halves(T* ya, T* yb, const T* a, const T* b, const C* cos, const C* sin, int64_t n) {
+    write(ya, n, [=](int64_t i) { return widen(a[i]) * cos[i] - widen(b[i]) * sin[i]; });
+    write(yb, n, [=](int64_t i) { return widen(b[i]) * cos[i] + widen(a[i]) * sin[i]; });
+}
+
+// Turns the pairs (x[0], x[1]), (x[2], x[3]), ... of one head.
+template <class T, class C>
+void turn_neighbours(T* y, const T* x, const C* cos, const C* sin, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-        const C ai = widen(a[i * stride]), bi = widen(b[i * stride]);
-        ya[i * stride] = narrow<T>(ai * cos[i] - bi * sin[i]);
-        yb[i * stride] = narrow<T>(bi * cos[i] + ai * sin[i]);
+        const C a = widen(x[2 * i]), b = widen(x[2 * i + 1]);
+        y[2 * i] = narrow<T>(a * cos[i] - b * sin[i]);
+        y[2 * i + 1] = narrow<T>(b * cos[i] + a * sin[i]);
     }
 }
 
@@ -44,13 +51,10 @@ void rotate(const Rotary& a) {
             for (int64_t head = 0; head < a.H; ++head) {
                 const T* from = x + head * a.x_strides[2];
                 T* to = y + head * a.D;
-                if (a.interleaved) {
-                    from += 2 * begin, to += 2 * begin;
-                    turn<2>(to, to + 1, from, from + 1, cos, sin, n);
-                } else {
-                    from += begin, to += begin;
-                    turn<1>(to, to + a.half, from, from + a.half, cos, sin, n);
-                }
+                if (a.interleaved)
+                    turn_neighbours(to + 2 * begin, from + 2 * begin, cos, sin, n);
+                else
+                    turn_halves(to + begin, to + begin + a.half, from + begin, from + begin + a.half, cos, sin, n);
             }
         }
         const int64_t turned = 2 * a.half;
