@@ -31,10 +31,13 @@ def config(F: int) -> dict[str, int]:
 
 
 @triton.jit
-def _sigmoid_of_gate(g, ACTIVATION: tl.constexpr):
-    """σ(k(g)); exp may overflow to infinity, which gives 0 as it should."""
+def _sigmoids(g, ACTIVATION: tl.constexpr):
+    """σ(k(g)) and 1 - σ(k(g)), neither by a difference, from an exp that cannot overflow."""
     k = g if ACTIVATION == "silu" else 1.5957691216057308 * (g + 0.044715 * g * g * g)
-    return 1.0 / (1.0 + tl.exp(-k))
+    small = tl.exp(-tl.abs(k))
+    larger = 1.0 / (1.0 + small)
+    smaller = small * larger
+    return tl.where(k >= 0.0, larger, smaller), tl.where(k >= 0.0, smaller, larger)
 
 
 @triton.jit
@@ -64,7 +67,8 @@ def forward_kernel(
     mask = col < F
     g = tl.load(gate_ptr + _offsets(row, col, inner, gate_outer, gate_inner), mask, 0.0).to(compute)
     u = tl.load(up_ptr + _offsets(row, col, inner, up_outer, up_inner), mask, 0.0).to(compute)
-    z = g * _sigmoid_of_gate(g, ACTIVATION) * u
+    sigmoid, _ = _sigmoids(g, ACTIVATION)
+    z = g * sigmoid * u
     tl.store(z_ptr + row * F + col, z.to(z_ptr.dtype.element_ty), mask)
 
 
@@ -97,16 +101,16 @@ def backward_kernel(
     dz = tl.load(dz_ptr + dz_offsets, mask, 0.0, eviction_policy="evict_first").to(compute)
     gate_offsets = _offsets(row, col, inner, gate_outer, gate_inner)
     g = tl.load(gate_ptr + gate_offsets, mask, 0.0, eviction_policy="evict_first").to(compute)
-    sigmoid = _sigmoid_of_gate(g, ACTIVATION)
+    sigmoid, complement = _sigmoids(g, ACTIVATION)
     act = g * sigmoid
     if dup_ptr is not None:
         tl.store(dup_ptr + row * F + col, (dz * act).to(dup_ptr.dtype.element_ty), mask)
     if dgate_ptr is not None:
         up_offsets = _offsets(row, col, inner, up_outer, up_inner)
         u = tl.load(up_ptr + up_offsets, mask, 0.0, eviction_policy="evict_first").to(compute)
-        bend = act * (1.0 - sigmoid)
+        bend = act * complement
         if ACTIVATION == "gelu_tanh":
-            # Where σ(k) is 0 or 1 to the last bit, k' may already be infinite, and 0 · ∞ is not 0.
+            # Where σ(k) or 1 - σ(k) is 0, k' may already be infinite, and 0 · ∞ is not 0.
             bend = tl.where(bend == 0.0, 0.0, bend * (1.5957691216057308 * (1.0 + 0.134145 * g * g)))
         tl.store(dgate_ptr + row * F + col, (dz * u * (sigmoid + bend)).to(dgate_ptr.dtype.element_ty), mask)
 

@@ -122,12 +122,23 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _rms_norm(D: int, dtype: torch.dtype) -> None:
+def _rms_norm_forward(D: int, dtype: torch.dtype) -> None:
     x, weight = _empty(8, 1024, D, dtype=dtype), _empty(D, dtype=dtype)
     launch.rms_norm(x, weight, 1e-5, 0.0)
     launch.add_rms_norm(x, x, weight, 1e-5, 1.0)
-    for dh, need_dx, need_dweight in ((x, True, True), (None, True, False), (None, False, True)):
-        launch.rms_norm_backward(x, x, weight, 1e-5, 0.0, dh, need_dx, need_dweight)
+
+
+def _rms_norm(D: int, dtype: torch.dtype) -> None:
+    _rms_norm_forward(D, dtype)
+    x, weight = _empty(8, 1024, D, dtype=dtype), _empty(D, dtype=dtype)
+    launch.rms_norm_backward(x, x, weight, 1e-5, 0.0, x, True, True)
+
+
+def _frozen_norm(D: int, dtype: torch.dtype) -> None:
+    """Not every gradient is needed."""
+    x, weight = _empty(8, 1024, D, dtype=dtype), _empty(D, dtype=dtype)
+    launch.rms_norm_backward(x, x, weight, 1e-5, 0.0, None, True, False)
+    launch.rms_norm_backward(x, x, weight, 1e-5, 0.0, None, False, True)
 
 
 def _head_norm(D: int, dtype: torch.dtype) -> None:
@@ -139,27 +150,32 @@ def _head_norm(D: int, dtype: torch.dtype) -> None:
 
 
 def _rotary(D: int, dtype: torch.dtype) -> None:
+    """Whole and partial."""
     heads = _empty(8, 1024, 48, D, dtype=dtype)[:, :, :40]
-    for half in (D // 2, D // 8):
+    for half in (D // 8, D // 2):
         angles = _empty(1, 1024, half, dtype=torch.float32)
-        for interleaved in (False, True):
-            launch.rotary(heads, angles, angles, interleaved, inverse=interleaved)
+        launch.rotary(heads, angles, angles, interleaved=False, inverse=True)
+    launch.rotary(heads, angles, angles, interleaved=True, inverse=False)
 
 
 def _gated_activation(F: int, dtype: torch.dtype) -> None:
+    """On the halves of a fused product."""
     gate, up = _empty(8, 1024, 2 * F, dtype=dtype).chunk(2, -1)
     for activation in ("silu", "gelu_tanh"):
         launch.gated_activation(gate, up, activation)
-        for need_dgate, need_dup in ((True, True), (True, False), (False, True)):
-            launch.gated_activation_backward(gate, gate, up, activation, need_dgate, need_dup)
+        launch.gated_activation_backward(gate, gate, up, activation, True, True)
+    for need_dgate in (True, False):
+        launch.gated_activation_backward(gate, gate, up, "silu", need_dgate, not need_dgate)
 
 
-# Widths of SmolLM2-135M, Llama-3.1-8B, its 70B and 405B sisters, and the heads and MLPs of these.
+# Widths of SmolLM2-135M and of Llama 3.1 in 8B, 70B and beyond, and the heads and MLPs of these.
 CASES: dict[tuple[str, int], Callable[[int, torch.dtype], None]] = {
-    **{("rms_norm", D): _rms_norm for D in (576, 4096, 8192, 16384, 18432)},
+    **{("rms_norm", D): _rms_norm for D in (576, 4096, 8192, 18432)},
+    ("rms_norm_forward", 16384): _rms_norm_forward,
+    ("frozen_norm", 4096): _frozen_norm,
     **{("head_norm", D): _head_norm for D in (64, 128)},
     **{("rotary", D): _rotary for D in (64, 128)},
-    **{("gated_activation", F): _gated_activation for F in (1536, 14336)},
+    ("gated_activation", 14336): _gated_activation,
 }
 
 

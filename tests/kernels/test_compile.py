@@ -1,0 +1,63 @@
+"""Every kernel, as its launch function launches it, compiles for every target with no register spilled."""
+
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+import torch
+
+from cogsym.kernels.common import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled", allow_module_level=True)
+
+import aot
+import triton.language as tl
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes from, or goes to, the user's cache of compiled kernels."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("dtype", aot.DTYPES, ids=aot.TYPE_NAMES.get)
+@pytest.mark.parametrize("case", aot.CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_compiles_without_spills(case: tuple[str, int], dtype: torch.dtype, target: str) -> None:
+    launches = aot.launches(case, dtype)
+    assert launches
+    for launch in launches:
+        resources = aot.resources(aot.compile_for(aot.TARGETS[target], launch))
+        assert resources.spilled == 0, f"{launch.kernel.__name__}: {resources}"
+        assert 0 < resources.registers <= 255
+        assert resources.shared <= 64 * 1024  # what every target grants a block without asking
+
+
+@triton.jit
+def hungry_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    """Keeps N values alive across a sum of them all."""
+    values = tl.load(x_ptr + tl.arange(0, N))
+    tl.store(y_ptr + tl.arange(0, N), values / tl.sum(values, 0))
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_spills_are_seen(target: str) -> None:
+    x = torch.empty(8192, device="meta")
+    with aot.recorded() as launches:
+        hungry_kernel[(1,)](x, x, N=8192, num_warps=1)
+    assert aot.resources(aot.compile_for(aot.TARGETS[target], launches[0])).spilled > 0
+
+
+def test_every_kernel_is_compiled() -> None:
+    compiled = {launch.kernel for case in aot.CASES for launch in aot.launches(case, torch.float32)}
+    kernels = {
+        value
+        for function in (aot.launch.rms_norm, aot.launch.rotary, aot.launch.gated_activation)
+        for name, value in function.__globals__.items()
+        if name.endswith("_kernel")
+    }
+    assert kernels
+    assert compiled == kernels
