@@ -1,0 +1,37 @@
+"""Where a result was measured: every result file carries it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+import cogsym
+from cogsym.ops import backend
+
+
+def describe() -> dict[str, str]:
+    """Machine and versions, for the head of a result file."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    features = ""
+    if not backend.unavailable("cpp"):
+        from cogsym import _C
+
+        features = f" ({', '.join(_C.cpu_features())})"
+    return {
+        "processor": (names[0] if names else platform.processor()) + features,
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "cogsym": cogsym.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
