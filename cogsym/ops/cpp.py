@@ -44,7 +44,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         rows, weight = _rows(x), _table(weight)
         _C.rms_norm(
             rows.data_ptr(), rows.stride(0), 0, 0, weight.data_ptr(), y.data_ptr(), 0,
-            *rows.shape, eps, offset, _DTYPE_CODES[x.dtype], _DTYPE_CODES[weight.dtype], torch.get_num_threads(),
+            rows.shape[0], rows.shape[1], eps, offset,
+            _DTYPE_CODES[x.dtype], _DTYPE_CODES[weight.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return y
 
@@ -57,7 +58,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
         _C.rms_norm(
             rows.data_ptr(), rows.stride(0), residual.data_ptr(), residual.stride(0), weight.data_ptr(),
             y.data_ptr(), h.data_ptr(),
-            *rows.shape, eps, offset, _DTYPE_CODES[x.dtype], _DTYPE_CODES[weight.dtype], torch.get_num_threads(),
+            rows.shape[0], rows.shape[1], eps, offset,
+            _DTYPE_CODES[x.dtype], _DTYPE_CODES[weight.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return y, h
 
@@ -84,7 +86,8 @@ def rms_norm_backward(
         grad.data_ptr(), grad.stride(0), rows.data_ptr(), rows.stride(0),
         0 if dh is None else stream.data_ptr(), stream.stride(0), table.data_ptr(),
         dx.data_ptr() if need_dx else 0, dweight.data_ptr() if need_dweight else 0,
-        *rows.shape, eps, offset, _DTYPE_CODES[h.dtype], _DTYPE_CODES[table.dtype], torch.get_num_threads(),
+        rows.shape[0], rows.shape[1], eps, offset,
+        _DTYPE_CODES[h.dtype], _DTYPE_CODES[table.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dx, dweight.to(weight.dtype)
 
@@ -92,12 +95,13 @@ def rms_norm_backward(
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     """As `cogsym.ops.rotary.rotary_reference`."""
     y = _empty_like(x)
+    B, T, H, D = x.shape
     if x.numel():
         x, cos = _contiguous_rows(x), _table(cos)
         sin = _table(sin.to(cos.dtype))
         _C.rotary(
             x.data_ptr(), x.stride()[:3], cos.data_ptr(), _table_strides(cos), sin.data_ptr(), _table_strides(sin),
-            y.data_ptr(), *x.shape, cos.shape[2], interleaved, inverse,
+            y.data_ptr(), B, T, H, D, cos.shape[2], interleaved, inverse,
             _DTYPE_CODES[x.dtype], _DTYPE_CODES[cos.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return y
@@ -110,7 +114,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         g, u = _rows(gate), _rows(up)
         _C.gated_activation(
             g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0), z.data_ptr(),
-            *g.shape, _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
+            g.shape[0], g.shape[1], _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return z
 
@@ -126,7 +130,7 @@ def gated_activation_backward(
         _C.gated_activation_backward(
             d.data_ptr(), d.stride(0), g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0),
             dgate.data_ptr() if need_dgate else 0, dup.data_ptr() if need_dup else 0,
-            *g.shape, _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
+            g.shape[0], g.shape[1], _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return dgate, dup
 
