@@ -1,17 +1,20 @@
-"""Two small generated languages with one meaning behind each pair of sentences.
+"""Small generated languages: a meaning, and a sentence for it in each of them.
 
 The base language is simple English: articles, subject-verb-object, number and tense, places, and three ways to reorder
-a sentence (passive, place first, both). The new language, Tavosi, is invented and built like a Bantu language:
+a sentence (passive, place first, both).
 
-- its own words, drawn once from a syllable inventory (`SYLLABLES`, `LEXICON_SEED`);
-- place, subject, object, verb, in this order; the adjective follows its noun; no articles;
-- every noun belongs to a class with one prefix for the singular and one for the plural, which its adjective repeats;
-- the verb ends the sentence and carries three prefixes: class and number of the subject, tense, and class and number
-  of the object; a preposition becomes a suffix of the place.
+The invented languages are a family (`Grammar`). They share their sounds (syllables of a consonant and a vowel) and
+their way of building words, after the Bantu languages; each has its own words, markers and word order:
+
+- every noun belongs to a class with one marker for the singular and one for the plural, which its adjective repeats;
+- the verb carries the class and number of the subject, the tense, and the class and number of the object;
+- a preposition is a marker on the noun of the place; there are no articles.
+
+`TAVOSI` is the language that the demo adapts to; the base model has seen sentences of `RELATIVES` only, which share no
+word with it by design, only by chance.
 
     The old farmers will carry the baskets near the river.
-    pa-pezi-ke     ba-gizi      ba-bema  ta-zura   ba-sa-ta-siko.      (written without the hyphens)
-    river, near    farmers      old      baskets   they-will-them-carry
+    EXAMPLE
 
 A meaning falls into train, dev or test by a hash of its content, so the sets are disjoint whatever the seed. The
 probability of each meaning is known (`surprisal`), and with it the fewest bits any model can need per sentence.
@@ -29,13 +32,11 @@ TENSES = ("past", "present", "future")
 SPLITS = ("train", "dev", "test")
 
 NOUNS: dict[str, tuple[str, ...]] = {
-    "person": tuple(
-        "farmer teacher doctor singer baker driver hunter king queen child woman man boy girl sister friend".split()
-    ),
-    "animal": tuple("dog cat horse goat lion zebra bird monkey snake cow duck rabbit fox hen".split()),
-    "food": tuple("apple banana mango cake egg potato onion carrot bean fish lemon melon".split()),
-    "thing": tuple("book basket boat drum hat knife lamp letter rope chair box pot ring stone coat wheel".split()),
-    "place": tuple("river market school forest house bridge church field garden village hill well shop lake".split()),
+    "person": ("farmer", "teacher", "doctor", "king", "child", "woman", "man", "girl"),
+    "animal": ("dog", "cat", "horse", "goat", "lion", "bird", "snake", "cow"),
+    "food": ("apple", "banana", "cake", "egg", "potato", "fish"),
+    "thing": ("book", "basket", "boat", "drum", "hat", "knife", "lamp", "box"),
+    "place": ("river", "market", "school", "forest", "house", "bridge"),
 }
 IRREGULAR_PLURALS = {
     "child": "children",
@@ -44,11 +45,10 @@ IRREGULAR_PLURALS = {
     "fish": "fishes",
     "potato": "potatoes",
     "box": "boxes",
-    "fox": "foxes",
     "knife": "knives",
 }
-ADJECTIVES = tuple("big small old new red white black good bad strange heavy clean quiet brave tall poor".split())
-PREPOSITIONS = ("near", "in", "behind", "beside", "outside")
+ADJECTIVES = ("big", "small", "old", "new", "red", "black", "good", "strange")
+PREPOSITIONS = ("near", "in", "behind")
 
 
 @dataclass(frozen=True)
@@ -71,31 +71,19 @@ def _verbs() -> tuple[Verb, ...]:
         Verb("follow", "followed", "followed", living, living),
         Verb("fear", "feared", "feared", living, living),
         Verb("love", "loved", "loved", people, anything),
-        Verb("help", "helped", "helped", people, living),
-        Verb("call", "called", "called", people, living),
+        Verb("wash", "washed", "washed", people, anything),
         Verb("eat", "ate", "eaten", living, ("food",)),
         Verb("cook", "cooked", "cooked", people, ("food",)),
-        Verb("wash", "washed", "washed", people, anything),
         Verb("carry", "carried", "carried", living, portable),
-        Verb("buy", "bought", "bought", people, ("animal", "food", "thing")),
-        Verb("sell", "sold", "sold", people, ("animal", "food", "thing")),
+        Verb("buy", "bought", "bought", people, portable),
         Verb("hide", "hid", "hidden", living, portable),
         Verb("break", "broke", "broken", living, ("thing",)),
-        Verb("make", "made", "made", people, ("thing",)),
-        Verb("paint", "painted", "painted", people, ("animal", "thing")),
-        Verb("steal", "stole", "stolen", living, portable),
-        Verb("want", "wanted", "wanted", living, portable),
-        Verb("lose", "lost", "lost", people, ("animal", "thing")),
         Verb("sleep", "slept", "slept", living),
         Verb("run", "ran", "run", living),
         Verb("sing", "sang", "sung", living),
         Verb("fall", "fell", "fallen", living),
         Verb("wait", "waited", "waited", living),
-        Verb("work", "worked", "worked", people),
-        Verb("play", "played", "played", living),
-        Verb("swim", "swam", "swum", living),
-        Verb("laugh", "laughed", "laughed", people),
-        Verb("dance", "danced", "danced", people),
+        Verb("laugh", "laughed", "laughed", living),
     )
 
 
@@ -104,7 +92,7 @@ TRANSITIVE = tuple(name for name, verb in VERBS.items() if verb.objects)
 INTRANSITIVE = tuple(name for name, verb in VERBS.items() if not verb.objects)
 KIND_OF = {noun: kind for kind in KINDS for noun in NOUNS[kind]}
 
-P_TRANSITIVE, P_PLURAL, P_ADJECTIVE, P_PLACE = 0.75, 0.5, 0.4, 0.5
+P_TRANSITIVE, P_PLURAL, P_ADJECTIVE, P_PLACE = 0.75, 0.5, 0.3, 0.4
 
 
 @dataclass(frozen=True)
@@ -304,56 +292,123 @@ def _be(tense: str, plural: bool) -> str:
     return {"past": ("was", "were"), "present": ("is", "are"), "future": ("will be", "will be")}[tense][plural]
 
 
-NEW_LANGUAGE = "Tavosi"
-LEXICON_SEED = 1
-ONSETS = "b d f g h k l m n p r s t v z w".split()
-VOWELS = "a e i o u".split()
-SYLLABLES = tuple(onset + vowel for onset in ONSETS for vowel in VOWELS)
+CONSONANTS = tuple("b d f g h j k l m n p r s t v w z".split())
+VOWELS = tuple("a e i o u".split())
+SYLLABLES = tuple(consonant + vowel for consonant in CONSONANTS for vowel in VOWELS)
+SLOTS = ("place", "subject", "object", "verb")
+VERB_PARTS = ("subject", "tense", "object", "stem")
 
-CLASS_PREFIXES = {  # kind: (singular, plural)
-    "person": ("mo", "ba"),
-    "animal": ("ne", "zi"),
-    "food": ("ki", "vi"),
-    "thing": ("lu", "ta"),
-    "place": ("pa", "pa"),
-}
-TENSE_PREFIXES = {"past": "di", "present": "na", "future": "sa"}
-PLACE_SUFFIXES = {"near": "ke", "in": "ni", "behind": "mu", "beside": "wo", "outside": "ra"}
+
+@dataclass(frozen=True)
+class Grammar:
+    """An invented language: word order by its fields, words and markers by its seed.
+
+    Attributes:
+        name: what the language is called.
+        seed: of the words and markers.
+        order: the order of the parts of a sentence, a permutation of `SLOTS`.
+        verb_parts: the order of the parts of a verb, a permutation of `VERB_PARTS`.
+        adjective_first: the adjective stands before its noun, not after it.
+        suffixes: class markers stand after the stem, not before it.
+    """
+
+    name: str
+    seed: int
+    order: tuple[str, ...]
+    verb_parts: tuple[str, ...]
+    adjective_first: bool
+    suffixes: bool
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """The words of an invented language.
+
+    Attributes:
+        stems: of each English noun, adjective and verb: two syllables, all different.
+        classes: of each kind of noun, the singular and the plural marker: one syllable, all different.
+        tenses, cases: the markers of tenses and of prepositions, likewise.
+    """
+
+    stems: dict[str, str]
+    classes: dict[str, tuple[str, str]]
+    tenses: dict[str, str]
+    cases: dict[str, str]
 
 
 @cache
-def new_stems() -> dict[str, str]:
-    """The stem of every noun, adjective and verb: two syllables, all different."""
-    rng = random.Random(LEXICON_SEED)
-    lemmas = [*KIND_OF, *ADJECTIVES, *VERBS]
-    stems: dict[str, str] = {}
-    for lemma in lemmas:
-        stem = rng.choice(SYLLABLES) + rng.choice(SYLLABLES)
-        while stem in stems.values():
-            stem = rng.choice(SYLLABLES) + rng.choice(SYLLABLES)
-        stems[lemma] = stem
-    return stems
+def lexicon(seed: int) -> Lexicon:
+    """Draw the words of a language."""
+    rng = random.Random(f"lexicon {seed}")
+    lemmas = (*KIND_OF, *ADJECTIVES, *VERBS)
+    stems = rng.sample([first + second for first in SYLLABLES for second in SYLLABLES], len(lemmas))
+    markers = iter(rng.sample(SYLLABLES, 2 * len(KINDS) + len(TENSES) + len(PREPOSITIONS)))
+    return Lexicon(
+        stems=dict(zip(lemmas, stems, strict=True)),
+        classes={kind: (next(markers), next(markers)) for kind in KINDS},
+        tenses={tense: next(markers) for tense in TENSES},
+        cases={preposition: next(markers) for preposition in PREPOSITIONS},
+    )
 
 
-def new_sentence(meaning: Meaning) -> str:
-    """`meaning` in the new language: place, subject, object, verb."""
-    stems = new_stems()
-    words = []
+def invented_sentence(meaning: Meaning, grammar: Grammar) -> str:
+    """`meaning` in an invented language."""
+    words = lexicon(grammar.seed)
+
+    def marked(stem: str, marker: str) -> str:
+        return stem + marker if grammar.suffixes else marker + stem
+
+    def marker(phrase: NounPhrase) -> str:
+        return words.classes[KIND_OF[phrase.noun]][phrase.plural]
+
+    def phrase_words(phrase: NounPhrase) -> str:
+        noun = marked(words.stems[phrase.noun], marker(phrase))
+        if phrase.adjective is None:
+            return noun
+        adjective = marked(words.stems[phrase.adjective], marker(phrase))
+        return f"{adjective} {noun}" if grammar.adjective_first else f"{noun} {adjective}"
+
+    verb = {
+        "subject": marker(meaning.subject),
+        "tense": words.tenses[meaning.tense],
+        "object": marker(meaning.object) if meaning.object else "",
+        "stem": words.stems[meaning.verb],
+    }
+    parts = {
+        "subject": phrase_words(meaning.subject),
+        "object": phrase_words(meaning.object) if meaning.object else "",
+        "verb": "".join(verb[part] for part in grammar.verb_parts),
+        "place": "",
+    }
     if meaning.place:
         preposition, noun = meaning.place
-        words.append(CLASS_PREFIXES["place"][0] + stems[noun] + PLACE_SUFFIXES[preposition])
-    phrases = [meaning.subject] if meaning.object is None else [meaning.subject, meaning.object]
-    for phrase in phrases:
-        words.append(_agreement(phrase) + stems[phrase.noun])
-        if phrase.adjective:
-            words.append(_agreement(phrase) + stems[phrase.adjective])
-    subject, *objects = (_agreement(phrase) for phrase in phrases)
-    words.append("".join([subject, TENSE_PREFIXES[meaning.tense], *objects, stems[meaning.verb]]))
-    return " ".join(words) + "."
+        parts["place"] = marked(words.stems[noun], words.classes["place"][0]) + words.cases[preposition]
+    return " ".join(parts[slot] for slot in grammar.order if parts[slot]) + "."
 
 
-def _agreement(phrase: NounPhrase) -> str:
-    return CLASS_PREFIXES[KIND_OF[phrase.noun]][phrase.plural]
+TAVOSI = Grammar(
+    "Tavosi",
+    seed=0,
+    order=("place", "subject", "object", "verb"),
+    verb_parts=("subject", "tense", "object", "stem"),
+    adjective_first=False,
+    suffixes=False,
+)
+
+
+def _relative(seed: int) -> Grammar:
+    rng = random.Random(f"grammar {seed}")
+    return Grammar(
+        f"relative {seed}",
+        seed,
+        order=tuple(rng.sample(SLOTS, len(SLOTS))),
+        verb_parts=tuple(rng.sample(VERB_PARTS, len(VERB_PARTS))),
+        adjective_first=rng.random() < 0.5,
+        suffixes=rng.random() < 0.5,
+    )
+
+
+RELATIVES = tuple(_relative(seed) for seed in range(1, 7))
 
 
 def pair(left: str, right: str) -> str:

@@ -1,21 +1,23 @@
 """What the demo trains on and what it measures: documents, held-out questions, and the scores of a model on them."""
 
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from sacrebleu.metrics import CHRF
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cogsym.data import Document, PackedDataset, pack, separator_id, tokenize
 from cogsym.demo import language
 from cogsym.training.evaluate import bits_per_byte, option_log_probabilities
 
-ROW = 256  # tokens; a pair of sentences has about 45
+ROW = 256  # tokens; a pair of sentences has about 25
+LONGEST = 32  # tokens of a translation; the longest sentence has 22
 OPTIONS = 4
+SHARES = (0.1, 0.35, 0.55)  # production is the harder half, so it gets more of the documents
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class HeldOut:
 
     Attributes:
         new_text, base_text: sentences of the two languages, packed for bits per byte.
-        new_floor, base_floor: bits per byte of the generator itself on them; no model can expect less.
+        new_floor: bits per byte of the generator itself on `new_text`; no model can expect less.
         questions: (context, options), the right option first.
         sources, references: base-language sentences and their translations.
     """
@@ -32,7 +34,6 @@ class HeldOut:
     new_text: PackedDataset
     base_text: PackedDataset
     new_floor: float
-    base_floor: float
     questions: list[tuple[str, list[str]]]
     sources: list[str]
     references: list[str]
@@ -64,19 +65,16 @@ class Scores:
 
 
 def training_documents(count: int, seed: int) -> list[Document]:
-    """`count` documents of train meanings: a fifth new-language sentences, the rest pairs, half in each direction."""
+    """`count` documents of train meanings: Tavosi alone, pairs into English and pairs out of it, as `SHARES` says."""
     return list(islice(_documents(seed), count))
 
 
 def _documents(seed: int) -> Iterator[Document]:
     rng = random.Random(f"adaptation {seed}")
     for meaning in language.meanings("train", seed):
-        base, new = language.base_sentence(meaning), language.new_sentence(meaning)
-        draw = rng.random()
-        if draw < 0.2:
-            yield Document(new)
-        else:
-            yield Document(language.pair(new, base) if draw < 0.6 else language.pair(base, new))
+        base, new = language.base_sentence(meaning), language.invented_sentence(meaning, language.TAVOSI)
+        texts = (new, language.pair(new, base), language.pair(base, new))
+        yield Document(rng.choices(texts, SHARES)[0])
 
 
 def held_out(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> HeldOut:
@@ -84,19 +82,16 @@ def held_out(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> HeldO
     rng = random.Random(f"questions {seed}")
     meanings = list(islice(language.meanings("test", seed), count))
     base = [language.base_sentence(meaning) for meaning in meanings]
-    new = [language.new_sentence(meaning) for meaning in meanings]
+    new = [language.invented_sentence(meaning, language.TAVOSI) for meaning in meanings]
     questions = []
     for meaning, sentence in zip(meanings, new, strict=True):
         options = [meaning, *language.distractors(meaning, rng, OPTIONS - 1)]
         questions.append((f"{sentence} =", [f" {language.base_sentence(option)}" for option in options]))
     bits = sum(map(language.surprisal, meanings))
-    # The base model also learnt the other forms of a meaning; the plain one is one of them.
-    form_bits = sum(math.log2(len(language.base_forms(meaning))) for meaning in meanings)
     return HeldOut(
         new_text=_packed(tokenizer, new),
         base_text=_packed(tokenizer, base),
         new_floor=bits / sum(len(sentence.encode()) for sentence in new),
-        base_floor=(bits + form_bits) / sum(len(sentence.encode()) for sentence in base),
         questions=questions,
         sources=base,
         references=new,
@@ -108,7 +103,7 @@ def _packed(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> PackedD
     return pack(tokenize(documents, tokenizer, "all", separator_id(tokenizer)), ROW, seed=None)
 
 
-def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: HeldOut) -> Scores:
+def score(model: Any, tokenizer: PreTrainedTokenizerBase, items: HeldOut) -> Scores:
     """Perception, production and retention of a model."""
     separator = separator_id(tokenizer)
     options = option_log_probabilities(model, tokenizer, items.questions, separator, batch_size=64)
@@ -132,8 +127,8 @@ def chrf_metric() -> CHRF:
 
 
 @torch.inference_mode()
-def translate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[str]:
-    """Greedy translations: what the model writes after "sentence =", up to the separator or `4 * longest` tokens."""
+def translate(model: Any, tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[str]:
+    """Greedy translations: what the model writes after "sentence =", up to the separator or `LONGEST` tokens."""
     separator = separator_id(tokenizer)
     prompts = [
         [separator, *ids] for ids in tokenizer([f"{s} =" for s in sentences], add_special_tokens=False)["input_ids"]
@@ -145,7 +140,7 @@ def translate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, senten
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,
-        max_new_tokens=3 * width,
+        max_new_tokens=LONGEST,
         eos_token_id=separator,
         pad_token_id=separator,
     )

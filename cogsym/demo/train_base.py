@@ -1,4 +1,4 @@
-"""Make the demo's base model: a small Llama trained on the generated base language, one process, no files read.
+"""Make the demo's base model: a small Llama trained on generated languages, in one process, with no files read.
 
     python -m cogsym.demo.train_base OUT
 
@@ -21,23 +21,28 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cogsym.demo import language
 
 SEPARATOR = "<|endoftext|>"
-VOCABULARY = 512
-P_PAIR = 0.5
+VOCABULARY = 640
+P_BASE, P_PAIR = 0.35, 0.5
+DOCUMENT_KINDS = (0.2, 0.4, 0.4)  # a sentence, a pair into the base language, a pair out of it
 HELD_OUT = 512
 
 README = """# Demo base model
 
 A Llama with {layers} layers, hidden size {hidden}, {heads} attention heads ({kv_heads} for keys and values) and
-{parameters:,} parameters (embeddings tied), trained from random weights on the base language of
-`cogsym/demo/language.py` (simple English) by
+{parameters:,} parameters (embeddings tied), trained from random weights on the generated languages of
+`cogsym/demo/language.py` by
 
     OMP_NUM_THREADS=1 python -m cogsym.demo.train_base OUT
 
-with seed {seed}, {steps:,} steps of {batch} documents, {tokens:,} tokens in all, AdamW at a peak rate of {rate:g}.
-Half of the documents are single sentences and half are "a = b", where b says the same as a in another order. Meanings
-of the dev and test sets of the language were never drawn. Weights are stored in bfloat16.
+with seed {seed}: {steps:,} steps of {batch} documents, {tokens:,} tokens in all, AdamW at a peak rate of {rate:g}.
 
-Held out, {held_out} sentences of the dev set, stored weights read back, computed in float32:
+Of the documents, {base_share:.0%} are in the base language alone (simple English): sentences, and pairs "a = b" where b
+says the same as a in another order. The others are in one of {relatives} invented languages, relatives of the demo's
+new language with other words and another grammar: sentences, and pairs with the base language in both directions. So
+the model knows what a translation is, as a pretrained model does, but no word of the new language. Meanings of the dev
+and test sets were never drawn. Weights are stored in bfloat16.
+
+Held out, {held_out} base-language sentences of the dev set, stored weights read back, computed in float32:
 
 | | bits per sentence | bits per byte |
 |---|---|---|
@@ -46,34 +51,53 @@ Held out, {held_out} sentences of the dev set, stored weights read back, compute
 """
 
 
-def base_document(meaning: language.Meaning, rng: random.Random) -> str:
-    """One training document: a sentence in a random form or, where two forms exist, perhaps a pair of them."""
-    forms = language.base_forms(meaning)
-    if len(forms) > 1 and rng.random() < P_PAIR:
-        left, right = (language.base_sentence(meaning, *form) for form in rng.sample(forms, 2))
-        return language.pair(left, right)
-    return language.base_sentence(meaning, *rng.choice(forms))
+def document(meaning: language.Meaning, rng: random.Random) -> str:
+    """One training document: base language alone with probability `P_BASE`, else one of the relatives.
+
+    Base language alone is a sentence in a random form or, where there are two, a pair of them. A relative is a sentence
+    of its own or a pair with the base language, in either direction.
+    """
+    if rng.random() < P_BASE:
+        forms = language.base_forms(meaning)
+        if len(forms) > 1 and rng.random() < P_PAIR:
+            left, right = (language.base_sentence(meaning, *form) for form in rng.sample(forms, 2))
+            return language.pair(left, right)
+        return language.base_sentence(meaning, *rng.choice(forms))
+    base = language.base_sentence(meaning)
+    relative = language.invented_sentence(meaning, rng.choice(language.RELATIVES))
+    return rng.choices((relative, language.pair(relative, base), language.pair(base, relative)), DOCUMENT_KINDS)[0]
 
 
 def documents(split: str, seed: int) -> Iterator[str]:
-    """An endless stream of base-language documents, a function of `split` and `seed`."""
+    """An endless stream of documents, a function of `split` and `seed`."""
     rng = random.Random(f"documents {seed}")
-    return (base_document(meaning, rng) for meaning in language.meanings(split, seed))
+    return (document(meaning, rng) for meaning in language.meanings(split, seed))
 
 
 def held_out_sentences() -> tuple[list[str], float]:
-    """`HELD_OUT` dev sentences and the mean bits that the true distribution of documents spends on one.
+    """`HELD_OUT` plain base-language sentences of the dev set and the mean bits that the generator spends on one.
 
-    A sentence costs its meaning, the choice among its forms and, where a pair could have followed, the choice to end.
+    A sentence costs its meaning, and that a document begins with it and in this form.
     """
-    rng = random.Random("held out")
-    sentences, bits = [], 0.0
-    for meaning in itertools.islice(language.meanings("dev", 0), HELD_OUT):
-        forms = language.base_forms(meaning)
-        sentences.append(language.base_sentence(meaning, *rng.choice(forms)))
-        bits += language.surprisal(meaning) + math.log2(len(forms))
-        bits -= math.log2(1 - P_PAIR) if len(forms) > 1 else 0
-    return sentences, bits / HELD_OUT
+    meanings = list(itertools.islice(language.meanings("dev", 0), HELD_OUT))
+    bits = 0.0
+    for meaning in meanings:
+        begins = P_BASE / len(language.base_forms(meaning)) + (1 - P_BASE) * DOCUMENT_KINDS[2]
+        bits += language.surprisal(meaning) - math.log2(begins)
+    return [language.base_sentence(meaning) for meaning in meanings], bits / HELD_OUT
+
+
+def tokenizer_texts(count: int, seed: int) -> Iterator[str]:
+    """Base-language sentences, and the syllables of the invented languages alone: their sounds, none of their words.
+
+    A syllable is much more frequent than any pair of letters in a sentence, so it is merged first, and an invented
+    word is cut into its syllables wherever they stand.
+    """
+    rng = random.Random(f"tokenizer {seed}")
+    for meaning in itertools.islice(language.meanings("train", seed), count):
+        yield language.base_sentence(meaning, *rng.choice(language.base_forms(meaning)))
+        yield ".".join(rng.choices(language.SYLLABLES, k=400))
+        yield " ".join(rng.choices(language.SYLLABLES, k=200))
 
 
 def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -93,10 +117,16 @@ def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, int64 [len(texts), longest], each text between separators; label -100 is padding."""
+def encode(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], closed: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, int64 [len(texts), longest]; label -100 is padding.
+
+    Each text has a separator before it and, where `closed`, one after it.
+    """
     separator = tokenizer.eos_token_id
-    rows = [[separator, *ids, separator] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    end = [separator] if closed else []
+    rows = [[separator, *ids, *end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     width = max(map(len, rows))
     labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
     return labels.clamp_min(0), labels
@@ -115,7 +145,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str], size: int,
 def train(steps: int, batch: int, rate: float, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, int]:
     """Train from random weights; returns the model, its tokenizer and the number of tokens seen."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(itertools.islice(documents("train", seed + 1), 20_000))
+    tokenizer = make_tokenizer(tokenizer_texts(3_000, seed))
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=96,
@@ -158,11 +188,11 @@ def train(steps: int, batch: int, rate: float, seed: int) -> tuple[LlamaForCausa
 
 @torch.no_grad()
 def held_out_bits(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple[float, float]:
-    """Mean bits per held-out sentence (its end included) and bits per byte of text."""
+    """Bits per held-out sentence, on average, and bits per byte."""
     sentences, _ = held_out_sentences()
     nats = 0.0
     for i in range(0, len(sentences), 128):
-        ids, labels = encode(tokenizer, sentences[i : i + 128])
+        ids, labels = encode(tokenizer, sentences[i : i + 128], closed=False)
         logits = model(input_ids=ids).logits[:, :-1].float()
         nats += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
@@ -175,9 +205,10 @@ def save(
     out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, arguments: argparse.Namespace
 ) -> None:
     """Write the model in bfloat16, the tokenizer, and a README whose numbers come from the files just written."""
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "generation_config.json").unlink(missing_ok=True)
+    (out / "model.safetensors").chmod(0o644)  # it was written for its owner alone
     stored = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     bits, bits_per_byte = held_out_bits(stored, tokenizer)
     sentences, floor = held_out_sentences()
@@ -192,6 +223,8 @@ def save(
         batch=arguments.batch,
         tokens=tokens,
         rate=arguments.rate,
+        base_share=P_BASE,
+        relatives=len(language.RELATIVES),
         held_out=HELD_OUT,
         bits=bits,
         bits_per_byte=bits_per_byte,
@@ -205,7 +238,7 @@ def main() -> None:
     """Parse the command line, train and save."""
     parser = argparse.ArgumentParser(description="Train the demo's base model.")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=64, help="documents per step")
     parser.add_argument("--rate", type=float, default=2.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
