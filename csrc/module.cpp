@@ -120,9 +120,9 @@ void rms_norm_backward(Address dy, int64_t dy_stride, Address h, int64_t h_strid
     a.dh = pointer(dh), a.dh_stride = dh_stride;
     a.weight = pointer(weight), a.dx = pointer(dx), a.dweight = pointer(dweight);
     a.rows = rows, a.D = D, a.eps = eps, a.offset = offset, a.num_threads = num_threads;
-    // At most 128 partial sums of dweight, so that the scratch stays small, of at least 32 rows each.
-    const int64_t even = (rows + 127) / 128;
-    a.block_rows = even > 32 ? even : 32;
+    // dweight is summed over blocks of rows: short ones, for its precision, but at most 512, for the scratch's size.
+    const int64_t even = (rows + 511) / 512;
+    a.block_rows = even > 16 ? even : 16;
     a.num_blocks = (rows + a.block_rows - 1) / a.block_rows;
     const Scratch gamma(a.dtype, D), partials(a.dtype, dweight ? a.num_blocks * D : 0);
     a.gamma = gamma.data(), a.partials = partials.data();

@@ -11,21 +11,34 @@ C inverse_rms(C sum_of_squares, int64_t D, double eps) {
     return C(1) / square_root(sum_of_squares / C(D) + C(eps));
 }
 
+// Long sums are sums of sums of this many elements: the error grows with the longest chain of additions.
+constexpr int64_t sum_block = 256;
+
 template <class T, class C = compute_t<T>>
 C sum_of_squares(const T* h, int64_t D) {
-    C sum = 0;
+    C total = 0;
+    for (int64_t begin = 0; begin < D; begin += sum_block) {
+        const int64_t end = D - begin < sum_block ? D : begin + sum_block;
+        C sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < D; ++i) sum += widen(h[i]) * widen(h[i]);
-    return sum;
+        for (int64_t i = begin; i < end; ++i) sum += widen(h[i]) * widen(h[i]);
+        total += sum;
+    }
+    return total;
 }
 
 // Σ dy γ h
 template <class T, class C = compute_t<T>>
 C weighted_dot(const T* dy, const C* gamma, const T* h, int64_t D) {
-    C sum = 0;
+    C total = 0;
+    for (int64_t begin = 0; begin < D; begin += sum_block) {
+        const int64_t end = D - begin < sum_block ? D : begin + sum_block;
+        C sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < D; ++i) sum += widen(dy[i]) * gamma[i] * widen(h[i]);
-    return sum;
+        for (int64_t i = begin; i < end; ++i) sum += widen(dy[i]) * gamma[i] * widen(h[i]);
+        total += sum;
+    }
+    return total;
 }
 
 template <class T>
@@ -49,7 +62,7 @@ void forward(const RmsNorm& a) {
     });
 }
 
-// dweight = Σ_blocks partials, in the order of the blocks.
+// dweight = Σ_blocks partials, in the order of the blocks and in double.
 template <class C>
 void sum_partials(const RmsNormBackward& a) {
     constexpr int64_t tile = 256;
@@ -58,7 +71,7 @@ void sum_partials(const RmsNormBackward& a) {
         using W = decltype(element);
         parallel_for((a.D + tile - 1) / tile, a.num_blocks * a.D, a.num_threads, [&](int64_t t) {
             const int64_t begin = t * tile, n = a.D - begin < tile ? a.D - begin : tile;
-            C total[tile] = {};
+            double total[tile] = {};
             for (int64_t b = 0; b < a.num_blocks; ++b) {
                 const C* partial = partials + b * a.D + begin;
 #pragma omp simd

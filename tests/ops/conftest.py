@@ -87,12 +87,13 @@ def backward_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
 
 @pytest.fixture
 def assert_no_worse() -> Callable[..., None]:
-    """(ours, PyTorch's own at the same precision, float64): our largest error is at most twice PyTorch's.
+    """(ours, PyTorch's own at the same precision, float64): our error is at most twice PyTorch's.
 
-    One unit in the last place of `scale` is granted besides: PyTorch may happen to be exact, and in float64 the
-    yardstick is no better than what it measures. `scale` is the largest value, or where values are sums that cancel,
-    the largest sum of their terms' magnitudes.
+    Over many values that holds for the root mean square. The largest of a few is a matter of luck, so there the
+    roundings that the formula takes are granted besides, each half a unit in the last place of `scale`: the largest
+    value, or where values are sums that cancel, the largest sum of their terms' magnitudes.
     """
+    roundings = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 8, torch.float64: 32}
 
     def check(
         ours: Tensor | None, own: Tensor | None, exact: Tensor | None, what: str = "", scale: Tensor | None = None
@@ -101,9 +102,13 @@ def assert_no_worse() -> Callable[..., None]:
         assert ours.dtype == own.dtype and ours.shape == exact.shape, what
         if not exact.numel():
             return
-        error, allowed = ((t.double() - exact).abs().max().item() for t in (ours, own))
-        scale = exact if scale is None else scale
-        slack = torch.finfo(ours.dtype).eps * scale.abs().max().item() * (16 if ours.dtype == torch.float64 else 1)
-        assert error <= 2 * allowed + slack, f"{what}: error {error:.3g}, PyTorch's own {allowed:.3g}, ulp {slack:.3g}"
+        error, allowed = ((t.double() - exact).abs() for t in (ours, own))
+        largest = (exact if scale is None else scale).abs().max().item()
+        slack = roundings[ours.dtype] * torch.finfo(ours.dtype).eps / 2 * largest
+        worst, limit = error.max().item(), 2 * allowed.max().item() + slack
+        assert worst <= limit, f"{what}: largest error {worst:.3g}, allowed {limit:.3g} with {slack:.3g} for roundings"
+        if exact.numel() >= 100_000 and ours.dtype != torch.float64:  # in float64 the yardstick is no better
+            typical, limit = error.square().mean().sqrt().item(), 2 * allowed.square().mean().sqrt().item()
+            assert typical <= limit, f"{what}: typical error {typical:.3g}, allowed {limit:.3g}"
 
     return check

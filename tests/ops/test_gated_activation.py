@@ -71,6 +71,29 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_error_over_many_values(
+    cpu_backend: str,
+    poisoned: None,
+    assert_no_worse: Callable[..., None],
+    activation: Activation,
+    dtype: torch.dtype,
+) -> None:
+    inputs, dz = [torch.randn(101, 1027).to(dtype) * 2 for _ in range(2)], torch.randn(101, 1027).to(dtype)
+    results = []
+    for function, to in (
+        (gated_activation, dtype),
+        (transformers_activation, dtype),
+        (exact_activation, torch.float64),
+    ):
+        leaves = [t.to(to).detach().requires_grad_() for t in inputs]
+        z = function(*leaves, activation)
+        results.append((z, *torch.autograd.grad(z, leaves, dz.to(to))))
+    for what, *values in zip(("z", "dgate", "dup"), *results, strict=True):
+        assert_no_worse(*values, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_whole_range(cpu_backend: str, activation: Activation, dtype: torch.dtype) -> None:
     """Every magnitude, where exponentials overflow and underflow; compared relative to each value."""
     largest = min(torch.finfo(dtype).max, 1e12)

@@ -69,6 +69,23 @@ def test_values_and_gradients(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_error_over_many_values(
+    cpu_backend: str, poisoned: None, assert_no_worse: Callable[..., None], dtype: torch.dtype
+) -> None:
+    """Long rows and many of them, so that sums in a poor order would show."""
+    x, weight, dy = torch.randn(50, 4099).to(dtype), torch.randn(4099).to(dtype), torch.randn(50, 4099).to(dtype)
+    results = []
+    for function, to in ((exact_norm, torch.float64), (transformers_norm, dtype), (None, dtype)):
+        leaves = [t.detach().to(to).requires_grad_() for t in (x, weight)]
+        y = function(*leaves, 0.0) if function else rms_norm(*leaves, EPS)
+        results.append((y, *torch.autograd.grad(y, leaves, dy.to(to))))
+    exact, own, ours = results
+    scales = (exact[0], *gradient_scales(x, weight, dy, 0.0))
+    for what, scale, *values in zip(("y", "dx", "dweight"), scales, ours, own, exact, strict=True):
+        assert_no_worse(*values, what, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", WIDTHS)
 def test_residual(
     cpu_backend: str, poisoned: None, assert_no_worse: Callable[..., None], D: int, dtype: torch.dtype
