@@ -23,12 +23,12 @@ from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.training.run import TrainResult, TrainSettings, train
 
-STEPS = 300
+STEPS = 600
 BATCH = 2  # rows a step
 HELD_OUT = 150  # test meanings
 EVALUATIONS = 10  # points of the curve
 EXAMPLES = 3  # translations shown
-DOCUMENTS_PER_STEP = 20 * BATCH  # a few more than a row holds, so that no document is seen twice
+DOCUMENTS_PER_STEP = 11 * BATCH  # a row holds about 10, so no document is seen twice
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Method:
         return LayerPlan.all(num_layers) if self.fraction is None else LayerPlan.outer(num_layers, self.fraction)
 
 
-METHODS = (Method("cogsym", 0.25, 4e-3), Method("full", None, 2e-3))
+METHODS = (Method("cogsym", 0.25, 1e-2), Method("full", None, 5e-3))
 LABELS = {"before": "before", "cogsym": "CogSym 25 %", "full": "full"}
 
 
