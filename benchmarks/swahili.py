@@ -107,7 +107,7 @@ def score(folder: Path, tokenizer: Any, data: Path) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for language in ("swa", "eng"):
         text = tokenize(Source(data / "ntrex-128" / f"{language}.jsonl"), tokenizer, "all", separator)
-        scores[f"ntrex_{language}_bits_per_byte"] = bits_per_byte(model, pack(text, 1024, None), batch_size=4)
+        scores[f"ntrex_{language}_bits_per_byte"] = bits_per_byte(model, pack(text, 512, None), batch_size=4)
     return scores | {"xcopa_sw": xcopa(model, tokenizer, data)}
 
 

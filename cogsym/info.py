@@ -52,6 +52,6 @@ def _processor() -> str:
 def _extension() -> str:
     if reason := backend.unavailable("cpp"):
         return f"not built ({reason}); operations run in plain PyTorch. Install a C++ compiler and cogsym again."
-    from cogsym import _C
+    from cogsym.ops.cpp import _C  # where COGSYM_CPU_ISA is applied
 
     return f"built, running its {_C.isa()} kernels"
