@@ -29,7 +29,7 @@ from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.training.trainer import OuterTrainer, RunCallback
 
 SEPARATOR = "<|endoftext|>"
-ROUNDS, STEPS, WARM_UP = 3, 16, 4
+ROUNDS, STEPS, WARM_UP = 3, 14, 4
 SETTINGS = cogsym.TrainSettings(
     length=512, batch_size=4, steps=STEPS, learning_rate=1e-3, separator=SEPARATOR, log_every=1, save_every=10**6
 )

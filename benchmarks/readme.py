@@ -1,0 +1,94 @@
+"""Write the README's tables from the committed results: `python benchmarks/readme.py`.
+
+Each table stands between <!-- table: NAME --> and <!-- end -->. A test compares them, so that a number in the README is
+always that of a result file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def swahili() -> str:
+    """Held-out scores before and after, by method."""
+    result = load("swahili")
+    methods = result["methods"]
+    names = {
+        "before": "before",
+        "outer": "CogSym, outer 25 %",
+        "all": "full fine-tuning",
+        "lora": "LoRA (rank 16) on the outer 25 %",
+    }
+    full = methods["all"]["ntrex_swa_bits_per_byte"]
+    rows = []
+    for key, name in names.items():
+        m = methods[key]
+        gap = "" if key in ("before", "all") else f"{m['ntrex_swa_bits_per_byte'] / full - 1:+.1%}"
+        x = m["xcopa_sw"]
+        rows.append(
+            [
+                name,
+                f"{m['trained_parameters'] / 1e6:.1f} M" if "trained_parameters" in m else "",
+                f"{m['learning_rate']:g}" if "learning_rate" in m else "",
+                f"{m['ntrex_swa_bits_per_byte']:.3f}",
+                gap,
+                f"{m['ntrex_eng_bits_per_byte']:.3f}",
+                f"{x['accuracy']:.1%} {chance(x)}".strip(),
+                f"{x['mean_margin_nats']:+.2f}",
+            ]
+        )
+    head = [
+        "", "trained", "rate", "Swahili, bits per byte", "gap to full", "English, bits per byte", "XCOPA-sw",
+        "margin, nats",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def chance(scores: dict[str, float]) -> str:
+    """Says so where an accuracy of two choices is within two standard errors of one half."""
+    return "(chance)" if abs(scores["accuracy"] - 0.5) < 2 * 0.5 / scores["questions"] ** 0.5 else ""
+
+
+def speed() -> str:
+    """Training beside a plain loop."""
+    r = load("train_speed")
+    rows = [
+        [name, f"{r['seconds_per_step'][key]:.2f}", f"{r['tokens_per_second'][key]:,.0f}"]
+        for key, name in (("plain", "plain transformers loop, middle frozen"), ("cogsym", "`cogsym train`"))
+    ]
+    return table(["", "seconds a step", "tokens a second"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"swahili": swahili, "speed": speed}
+
+
+def load(name: str) -> dict[str, Any]:
+    """A committed result."""
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rendered(readme: str) -> str:
+    """The README with its tables made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, readme, flags=re.S)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(rendered(path.read_text("utf-8")), "utf-8")
