@@ -27,7 +27,7 @@ from cogsym.training.evaluate import bits_per_byte, option_log_probabilities
 
 SEPARATOR = "<|endoftext|>"
 STEPS, LENGTH, BATCH = 100, 512, 4
-RATES = {"outer": (3e-4, 1e-3, 2e-3), "all": (1e-4, 3e-4, 8e-4), "lora": (1e-3, 3e-3, 8e-3)}
+RATES = {"outer": (3e-4, 1e-3, 2e-3, 4e-3), "all": (1e-4, 3e-4, 8e-4, 2e-3), "lora": (1e-3, 3e-3, 8e-3, 2e-2)}
 LORA_RANK = 16
 RESULT = Path(__file__).parent / "results" / "swahili.json"
 CONNECTIVES = {"cause": " kwa sababu ", "effect": " kwa hiyo "}
