@@ -70,9 +70,9 @@ struct GatedActivationBackward {
     const void* dz;    // [rows, F]
     const void* gate;  // [rows, F]
     const void* up;    // [rows, F]
-    void* dgate;       // [rows, F] contiguous, or null: not wanted
-    void* dup;         // [rows, F] contiguous, or null: not wanted
-    int64_t rows, F, dz_stride, gate_stride, up_stride;
+    void* dgate;       // [rows, F], or null: not wanted
+    void* dup;         // [rows, F], or null: not wanted
+    int64_t rows, F, dz_stride, gate_stride, up_stride, gradient_stride;
     int num_threads;
 };
 

@@ -155,14 +155,14 @@ void gated_activation(Address gate, int64_t gate_stride, Address up, int64_t up_
 }
 
 void gated_activation_backward(Address dz, int64_t dz_stride, Address gate, int64_t gate_stride, Address up,
-                               int64_t up_stride, Address dgate, Address dup, int64_t rows, int64_t F, int activation,
-                               int dtype, int num_threads) {
+                               int64_t up_stride, Address dgate, Address dup, int64_t gradient_stride, int64_t rows,
+                               int64_t F, int activation, int dtype, int num_threads) {
     GatedActivationBackward a{};
     a.dtype = dtype_of(dtype), a.activation = activation_of(activation);
     a.dz = pointer(dz), a.dz_stride = dz_stride;
     a.gate = pointer(gate), a.gate_stride = gate_stride;
     a.up = pointer(up), a.up_stride = up_stride;
-    a.dgate = pointer(dgate), a.dup = pointer(dup);
+    a.dgate = pointer(dgate), a.dup = pointer(dup), a.gradient_stride = gradient_stride;
     a.rows = rows, a.F = F, a.num_threads = num_threads;
     active->gated_activation_backward(a);
 }
@@ -201,8 +201,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("gated_activation", &gated_activation, no_gil, arg("gate"), arg("gate_stride"), arg("up"), arg("up_stride"),
           arg("z"), arg("rows"), arg("F"), arg("activation"), arg("dtype"), arg("num_threads"), "z = act(gate) * up.");
     m.def("gated_activation_backward", &gated_activation_backward, no_gil, arg("dz"), arg("dz_stride"), arg("gate"),
-          arg("gate_stride"), arg("up"), arg("up_stride"), arg("dgate"), arg("dup"), arg("rows"), arg("F"),
-          arg("activation"), arg("dtype"), arg("num_threads"), "dgate and dup, each unless its address is 0.");
+          arg("gate_stride"), arg("up"), arg("up_stride"), arg("dgate"), arg("dup"), arg("gradient_stride"), arg("rows"),
+          arg("F"), arg("activation"), arg("dtype"), arg("num_threads"), "dgate and dup, each unless its address is 0.");
 #ifdef COGSYM_CUDA
     m.def(
         "rms_norm_cuda",

@@ -121,18 +121,19 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def gated_activation_backward(
     dz: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """As `cogsym.ops.gated_activation.gated_activation_backward_reference`."""
-    dgate = _empty_like(gate) if need_dgate else gate.new_empty(0)
-    dup = _empty_like(up) if need_dup else up.new_empty(0)
-    if gate.numel() and (need_dgate or need_dup):
-        d, g, u = _rows(dz), _rows(gate), _rows(up)
+    F = gate.shape[-1]
+    d = gate.new_empty(*gate.shape[:-1], F * (need_dgate + need_dup))
+    if d.numel():
+        z, g, u = _rows(dz), _rows(gate), _rows(up)
+        dup = d.data_ptr() + (F * d.element_size() if need_dgate else 0)
         _C.gated_activation_backward(
-            d.data_ptr(), d.stride(0), g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0),
-            dgate.data_ptr() if need_dgate else 0, dup.data_ptr() if need_dup else 0,
-            g.shape[0], g.shape[1], _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
+            z.data_ptr(), z.stride(0), g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0),
+            d.data_ptr() if need_dgate else 0, dup if need_dup else 0, d.shape[-1],
+            g.shape[0], F, _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
         )  # fmt: skip
-    return dgate, dup
+    return d
 
 
 def _empty_like(x: Tensor) -> Tensor:
