@@ -174,7 +174,7 @@ def _grouped(x: Tensor, kv: int) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """`x` with 0 for what is not finite: it meets the exact zeros of keys that a query does not see, and 0 · NaN is NaN.
+    """`x` with 0 for what is not finite: it meets the zeros of keys that a query does not see, and 0 · NaN is NaN.
 
     Queries that do see such a key have a NaN on the other side of the product.
     """
