@@ -25,12 +25,18 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SHARED_SOURCES = ("module.cpp", "cpu.cpp")
-KERNEL_SOURCES = ("rms_norm.cpp", "rotary.cpp", "gated_activation.cpp")
+KERNEL_SOURCES = ("rms_norm.cpp", "rotary.cpp", "gated_activation.cpp", "attention.cpp")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # In the order of speed; csrc/cpu.cpp says which processors run them.
-X86_VARIANTS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+X86_VARIANTS = {
+    "baseline": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
 
 # The two -fno let loops with sqrt and comparisons be vectorised; neither changes a value. -ffast-math would: it forgets
 # NaN and infinity.

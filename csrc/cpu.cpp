@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -26,6 +30,20 @@ bool supports_avx512() {
 }
 
 bool supports_avx512_bf16() { return supports_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+bool supports_amx_bf16() {
+#if defined(__linux__)
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+    const bool tiles = edx >> 24 & 1, products = edx >> 22 & 1;
+    if (!supports_avx512_bf16() || !tiles || !products) return false;
+    // Tiles are 8 KiB of state that Linux saves only for a process that has asked for them (Linux 5.16).
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
 
 std::vector<std::string> cpu_features() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;

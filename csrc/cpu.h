@@ -11,6 +11,7 @@ bool supports_baseline();
 bool supports_avx2();
 bool supports_avx512();
 bool supports_avx512_bf16();
+bool supports_amx_bf16();
 
 // The vector and matrix extensions that matter to a language model, by their usual names.
 std::vector<std::string> cpu_features();

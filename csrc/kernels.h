@@ -76,6 +76,34 @@ struct GatedActivationBackward {
     int num_threads;
 };
 
+// A last dimension is contiguous; strides are those of the others. Nothing is copied for grouped heads.
+struct AttentionInputs {
+    DType dtype;
+    const void* q;          // [B, T, H, D]
+    const void* k;          // [B, T, KV, D]
+    const void* v;          // [B, T, KV, D]
+    const int32_t* starts;  // [B, T] contiguous: the first key that each query sees, or null: 0
+    int64_t B, T, H, KV, D;
+    int64_t q_strides[3], k_strides[3], v_strides[3];
+    double scale, soft_cap;  // a soft cap of 0 is none
+    int64_t window;          // 0 is none
+    void* scratch;           // as many bytes as a call with null, which does nothing else, returns
+    int num_threads;
+};
+
+struct Attention : AttentionInputs {
+    void* o;    // [B, T, H, D] contiguous
+    void* lse;  // [B, H, T] contiguous, of the compute type
+};
+
+struct AttentionBackward : AttentionInputs {
+    const void* dout;  // [B, T, H, D]
+    int64_t dout_strides[3];
+    const void* o;          // [B, T, H, D] contiguous
+    const void* lse;        // [B, H, T] contiguous, of the compute type
+    void *dq, *dk, *dv;     // as q, k and v, contiguous; each null where it is not wanted
+};
+
 // COGSYM_VARIANTS(V) is V(baseline) V(avx2) ..., from setup.py.
 #define COGSYM_DECLARE(isa)                                         \
     namespace isa {                                                 \
@@ -84,6 +112,8 @@ struct GatedActivationBackward {
     void rotary(const Rotary&);                                     \
     void gated_activation(const GatedActivation&);                  \
     void gated_activation_backward(const GatedActivationBackward&); \
+    int64_t attention(const Attention&);                            \
+    int64_t attention_backward(const AttentionBackward&);           \
     }
 COGSYM_VARIANTS(COGSYM_DECLARE)
 #undef COGSYM_DECLARE

@@ -33,6 +33,8 @@ struct Variant {
     decltype(&baseline::rotary) rotary;
     decltype(&baseline::gated_activation) gated_activation;
     decltype(&baseline::gated_activation_backward) gated_activation_backward;
+    decltype(&baseline::attention) attention;
+    decltype(&baseline::attention_backward) attention_backward;
 };
 
 #define COGSYM_ENTRY(isa)                        \
@@ -42,7 +44,9 @@ struct Variant {
      isa::rms_norm_backward,                     \
      isa::rotary,                                \
      isa::gated_activation,                      \
-     isa::gated_activation_backward},
+     isa::gated_activation_backward,             \
+     isa::attention,                             \
+     isa::attention_backward},
 const Variant variants[] = {COGSYM_VARIANTS(COGSYM_ENTRY)};  // from the slowest to the fastest
 
 const Variant* fastest() {
@@ -167,6 +171,50 @@ void gated_activation_backward(Address dz, int64_t dz_stride, Address gate, int6
     active->gated_activation_backward(a);
 }
 
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+void set(int64_t (&to)[3], const Strides& strides) { std::tie(to[0], to[1], to[2]) = strides; }
+
+void set(AttentionInputs& a, Address q, const Strides& q_strides, Address k, const Strides& k_strides, Address v,
+         const Strides& v_strides, Address starts, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> shape,
+         double scale, int64_t window, double soft_cap, int dtype, int num_threads) {
+    a.dtype = dtype_of(dtype);
+    a.q = pointer(q), a.k = pointer(k), a.v = pointer(v), a.starts = static_cast<const int32_t*>(pointer(starts));
+    set(a.q_strides, q_strides), set(a.k_strides, k_strides), set(a.v_strides, v_strides);
+    std::tie(a.B, a.T, a.H, a.KV, a.D) = shape;
+    a.scale = scale, a.window = window, a.soft_cap = soft_cap, a.num_threads = num_threads;
+}
+
+template <class Arguments>
+void run_with_scratch(int64_t (*kernel)(const Arguments&), Arguments& a) {
+    const Scratch scratch(DType::float32, (kernel(a) + 3) / 4);
+    a.scratch = scratch.data();
+    kernel(a);
+}
+
+void attention(Address q, const Strides& q_strides, Address k, const Strides& k_strides, Address v,
+               const Strides& v_strides, Address starts,
+               const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>& shape, double scale, int64_t window,
+               double soft_cap, int dtype, int num_threads, Address o, Address lse) {
+    Attention a{};
+    set(a, q, q_strides, k, k_strides, v, v_strides, starts, shape, scale, window, soft_cap, dtype, num_threads);
+    a.o = pointer(o), a.lse = pointer(lse);
+    run_with_scratch(active->attention, a);
+}
+
+void attention_backward(Address q, const Strides& q_strides, Address k, const Strides& k_strides, Address v,
+                        const Strides& v_strides, Address starts,
+                        const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>& shape, double scale,
+                        int64_t window, double soft_cap, int dtype, int num_threads, Address dout,
+                        const Strides& dout_strides, Address o, Address lse, Address dq, Address dk, Address dv) {
+    AttentionBackward a{};
+    set(a, q, q_strides, k, k_strides, v, v_strides, starts, shape, scale, window, soft_cap, dtype, num_threads);
+    a.dout = pointer(dout), a.o = pointer(o), a.lse = pointer(lse);
+    set(a.dout_strides, dout_strides);
+    a.dq = pointer(dq), a.dk = pointer(dk), a.dv = pointer(dv);
+    run_with_scratch(active->attention_backward, a);
+}
+
 }  // namespace
 }  // namespace cogsym
 
@@ -203,6 +251,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("gated_activation_backward", &gated_activation_backward, no_gil, arg("dz"), arg("dz_stride"), arg("gate"),
           arg("gate_stride"), arg("up"), arg("up_stride"), arg("dgate"), arg("dup"), arg("gradient_stride"), arg("rows"),
           arg("F"), arg("activation"), arg("dtype"), arg("num_threads"), "dgate and dup, each unless its address is 0.");
+    m.def("attention", &attention, no_gil, arg("q"), arg("q_strides"), arg("k"), arg("k_strides"), arg("v"),
+          arg("v_strides"), arg("starts"), arg("shape"), arg("scale"), arg("window"), arg("soft_cap"), arg("dtype"),
+          arg("num_threads"), arg("o"), arg("lse"), "o and lse; shape is (B, T, H, KV, D).");
+    m.def("attention_backward", &attention_backward, no_gil, arg("q"), arg("q_strides"), arg("k"), arg("k_strides"),
+          arg("v"), arg("v_strides"), arg("starts"), arg("shape"), arg("scale"), arg("window"), arg("soft_cap"),
+          arg("dtype"), arg("num_threads"), arg("dout"), arg("dout_strides"), arg("o"), arg("lse"), arg("dq"),
+          arg("dk"), arg("dv"), "dq, dk and dv, each unless its address is 0.");
 #ifdef COGSYM_CUDA
     m.def(
         "rms_norm_cuda",

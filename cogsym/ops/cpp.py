@@ -11,6 +11,7 @@ environment variable ``COGSYM_CPU_ISA`` names a slower one, to compare them or t
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +135,64 @@ def gated_activation_backward(
             g.shape[0], F, _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return d
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """As `cogsym.ops.attention.attention_reference`."""
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    o, lse = _empty_like(q), torch.empty_like(q[..., 0].mT, dtype=lse_dtype, memory_format=torch.contiguous_format)
+    if q.numel():
+        q, k, v = _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v)
+        starts = None if starts is None else starts.contiguous()
+        _C.attention(
+            *_attention_inputs(q, k, v, starts, scale, window, soft_cap), o.data_ptr(), lse.data_ptr()
+        )  # fmt: skip
+    return o, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    need_dq: bool,
+    need_dk: bool,
+    need_dv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `cogsym.ops.attention.attention_backward_reference`."""
+    dq = _empty_like(q) if need_dq else q.new_empty(0)
+    dk = _empty_like(k) if need_dk else k.new_empty(0)
+    dv = _empty_like(v) if need_dv else v.new_empty(0)
+    if q.numel() and (need_dq or need_dk or need_dv):
+        q, k, v, dout = _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v), _contiguous_rows(dout)
+        starts = None if starts is None else starts.contiguous()
+        o, lse = o.contiguous(), lse.contiguous()
+        _C.attention_backward(
+            *_attention_inputs(q, k, v, starts, scale, window, soft_cap),
+            dout.data_ptr(), dout.stride()[:3], o.data_ptr(), lse.data_ptr(),
+            dq.data_ptr() if need_dq else 0, dk.data_ptr() if need_dk else 0, dv.data_ptr() if need_dv else 0,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _attention_inputs(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[Any, ...]:
+    """The arguments that both directions begin with."""
+    B, T, H, D = q.shape
+    return (
+        q.data_ptr(), q.stride()[:3], k.data_ptr(), k.stride()[:3], v.data_ptr(), v.stride()[:3],
+        0 if starts is None else starts.data_ptr(), (B, T, H, k.shape[2], D),
+        scale, window or 0, soft_cap or 0.0, _DTYPE_CODES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _empty_like(x: Tensor) -> Tensor:

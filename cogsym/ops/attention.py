@@ -1,0 +1,310 @@
+"""Causal attention with grouped heads, packed sequences, a sliding window and a soft cap.
+
+    x_ts = scale · q_t · k_s                        for the keys s that query t sees
+    x_ts = soft_cap · tanh(x_ts / soft_cap)         where there is a soft cap
+    lse_t = ln Σ_s e^(x_ts)
+    o_t = Σ_s e^(x_ts - lse_t) · v_s
+
+Query t sees the keys start_t <= s <= t, and with a window only those with s > t - window. Query head h reads key-value
+head h // (H / KV). Sources: Vaswani et al., arXiv 1706.03762; grouped heads, Ainslie et al., arXiv 2305.13245; the soft
+cap, Gemma 2, arXiv 2408.00118.
+
+With p_ts = e^(x_ts - lse_t) and delta_t = do_t · o_t, the gradients are
+
+    dv_s = Σ_t p_ts · do_t
+    dx_ts = p_ts · (do_t · v_s - delta_t)           times 1 - (x_ts / soft_cap)² where there is a soft cap
+    dq_t = scale · Σ_s dx_ts · k_s                  dk_s = scale · Σ_t dx_ts · q_t
+
+(Dao, FlashAttention-2, arXiv 2307.08691.) Kept for them are q, k, v, o and lse. A block that keeps o and lse and
+computes q, k and v again calls `attention_forward` and `attention_backward` itself.
+
+Sums are float32 (float64 for float64). Half precision rounds p and dx to its own before it multiplies by them, as flash
+kernels do; the reference does not. A key that is not finite reaches only the queries that see it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogsym.ops import backend, flash
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention; the gradient flows through o.
+
+    Args:
+        q: [B, T, H, D], floating point, any strides; a slice of a fused projection will do.
+        k: [B, T, KV, D], H a multiple of KV, dtype of q.
+        v: like `k`.
+        scale: what q · k is multiplied by; usually D ** -0.5.
+        starts: the first key that each query sees, int32 [B, T], non-decreasing along T, starts[b, t] <= t: the first
+            position of the query's document in a packed sequence, or the first after left padding. None is 0.
+        window: how many keys a query sees at most, itself among them; None is all.
+        soft_cap: bound of the logits; None is none.
+
+    Returns:
+        o, [B, T, H, D] contiguous, dtype of q; and lse, [B, H, T], natural logarithm, float32 (float64 for float64),
+        through which no gradient flows.
+
+    Raises:
+        ValueError: shapes that do not fit, or a window or soft cap that is not positive.
+        TypeError: dtypes that differ, or `starts` not int32.
+    """
+    _check(q, k, v, starts, window, soft_cap)
+    return _attention(q, k, v, starts, scale, window, soft_cap)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """(o, lse) of `attention`, unchecked and outside autograd."""
+    return _implementation("attention", q, starts, window, soft_cap)(q, k, v, starts, scale, window, soft_cap)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    need_dq: bool = True,
+    need_dk: bool = True,
+    need_dv: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention`: (dq, dk, dv), contiguous, an empty tensor for one that is not needed.
+
+    Args:
+        dout: [B, T, H, D], gradient of o.
+        q: as in the forward pass.
+        k: as in the forward pass.
+        v: as in the forward pass.
+        o: result of the forward pass.
+        lse: result of the forward pass.
+        starts: as in the forward pass.
+        scale: as in the forward pass.
+        window: as in the forward pass.
+        soft_cap: as in the forward pass.
+        need_dq: whether dq is wanted.
+        need_dk: whether dk is wanted.
+        need_dv: whether dv is wanted.
+    """
+    function = _implementation("attention_backward", q, starts, window, soft_cap)
+    return function(dout, q, k, v, o, lse, starts, scale, window, soft_cap, need_dq, need_dk, need_dv)
+
+
+def starts_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
+    """`starts` of sequences packed one behind the other.
+
+    Args:
+        cu_seqlens: cumulative lengths, [N + 1], integers: 0, the end of the first sequence, ..., T.
+
+    Returns:
+        int32 [1, T]: for each position the place where its sequence begins.
+    """
+    begins, lengths = cu_seqlens[:-1].to(torch.int32), cu_seqlens.diff()
+    return torch.repeat_interleave(begins, lengths).unsqueeze(0)
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`attention` in plain PyTorch, with all logits and an explicit mask; the documentation of the kernels."""
+    logits, visible = _logits(q, k, starts, scale, window, soft_cap)
+    lse = logits.logsumexp(-1)
+    values = _grouped(v, k.shape[2])
+    o = (logits - lse.unsqueeze(-1)).exp() @ _finite(values)
+    if not (known := values.isfinite()).all():
+        o = o.masked_fill(visible.to(o.dtype) @ (~known).to(o.dtype) > 0, torch.nan)
+    return o.flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous(), lse.flatten(1, 2).contiguous()
+
+
+def attention_backward_reference(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    need_dq: bool,
+    need_dk: bool,
+    need_dv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_backward` in plain PyTorch."""
+    kv = k.shape[2]
+    logits, visible = _logits(q, k, starts, scale, window, soft_cap)
+    do, out, queries = (_grouped(x, kv) for x in (dout, o, q))
+    keys, values = (_grouped(x, kv) for x in (k, v))  # [B, KV, 1, T, D]
+    p = (logits - lse.to(logits.dtype).unflatten(1, (kv, -1)).unsqueeze(-1)).exp()
+    delta = (do * out).sum(-1, keepdim=True)
+    p = p.masked_fill(visible & ~delta.isfinite(), torch.nan)
+    dx = p * (do @ values.mT - delta)
+    if soft_cap is not None:
+        dx = dx * (1 - (logits / soft_cap).square())
+    dx = dx.masked_fill(~visible, 0)
+    dq = (scale * dx @ _finite(keys)).flatten(1, 2).transpose(1, 2) if need_dq else q.new_empty(0)
+    dk = (scale * dx.mT @ _finite(queries)).sum(2).transpose(1, 2) if need_dk else k.new_empty(0)
+    dv = (p.mT @ _finite(do)).sum(2).transpose(1, 2) if need_dv else v.new_empty(0)
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+
+
+def _grouped(x: Tensor, kv: int) -> Tensor:
+    """[B, T, heads, D] as [B, KV, heads / KV, T, D] in the dtype of the computation."""
+    return (x if x.dtype == torch.float64 else x.float()).transpose(1, 2).unflatten(1, (kv, x.shape[2] // kv))
+
+
+def _finite(x: Tensor) -> Tensor:
+    """`x` with 0 for what is not finite: it meets the zeros of keys that a query does not see, and 0 · NaN is NaN.
+
+    Queries that do see such a key have a NaN on the other side of the product.
+    """
+    return x.masked_fill(~x.isfinite(), 0)
+
+
+def _logits(
+    q: Tensor, k: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Logits, [B, KV, G, T, T], -inf where a query does not see a key; and where it does, [B or 1, 1, 1, T, T]."""
+    kv, position = k.shape[2], torch.arange(q.shape[1], device=q.device)
+    t, s = position.unsqueeze(1), position
+    visible = (s <= t)[None]
+    if starts is not None:
+        visible = visible & (s >= starts.unsqueeze(-1))
+    if window is not None:
+        visible = visible & (s > t - window)
+    visible = visible[:, None, None]
+    logits = scale * _grouped(q, kv) @ _grouped(k, kv).mT
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    return logits.masked_fill(~visible, -torch.inf), visible
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int | None, soft_cap: float | None) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"attention: q has shape {tuple(q.shape)}, expected [B, T, H, D].")
+    B, T, H, D = q.shape
+    if k.shape != v.shape or k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, T, D):
+        raise ValueError(
+            f"attention: k has shape {tuple(k.shape)} and v {tuple(v.shape)}, expected both [{B}, {T}, KV, {D}] to "
+            "match q."
+        )
+    if k.shape[2] == 0 or H % k.shape[2]:
+        raise ValueError(f"attention: q has {H} heads and k {k.shape[2]}, expected a multiple.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"attention: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}, expected one.")
+    if starts is not None and starts.dtype != torch.int32:
+        raise TypeError(f"attention: starts has dtype {starts.dtype}, expected torch.int32.")
+    if starts is not None and starts.shape != (B, T):
+        raise ValueError(f"attention: starts has shape {tuple(starts.shape)}, expected ({B}, {T}) to match q.")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}, expected at least 1; a query sees itself.")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"attention: soft_cap is {soft_cap}, expected a positive bound.")
+
+
+def _implementation(
+    operation: str, q: Tensor, starts: Tensor | None, window: int | None, soft_cap: float | None
+) -> Any:
+    """The function that computes `operation` here: ours on CPU, PyTorch's flash kernels where they do what is asked."""
+    chosen = backend.choose(q.device)
+    if chosen == "cpp" and q.dtype in backend.KERNEL_DTYPES:
+        return backend.implementation(operation, _REFERENCES[operation], q)
+    if not backend.forced() and flash.serves(q, starts, window, soft_cap):
+        return getattr(flash, operation)
+    return _REFERENCES[operation]
+
+
+_REFERENCES = {"attention": attention_reference, "attention_backward": attention_backward_reference}
+
+
+@torch.library.custom_op("cogsym::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    return attention_forward(q, k, v, starts, scale, window, soft_cap)
+
+
+@torch.library.custom_op("cogsym::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    need_dq: bool,
+    need_dk: bool,
+    need_dv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_backward(dout, q, k, v, o, lse, starts, scale, window, soft_cap, need_dq, need_dk, need_dv)
+
+
+@_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    lse = q.new_empty((B, H, T), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@_attention_backward.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    need_dq: bool,
+    need_dk: bool,
+    need_dv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = ((q, need_dq), (k, need_dk), (v, need_dv))
+    dq, dk, dv = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0) for x, need in wanted
+    )
+    return dq, dk, dv
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, starts, ctx.scale, ctx.window, ctx.soft_cap = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, starts)
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:3]
+    grads = _attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.window, ctx.soft_cap, *needed)
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,108 @@
+"""PyTorch's flash attention, forward and backward apart, under the names and with the arguments of the references.
+
+It serves CUDA tensors in half precision (FlashAttention-2, arXiv 2307.08691), and CPU tensors where the C++ extension
+is not built. The CUDA half follows the schema of torch 2.13; no GPU has run it yet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def serves(q: Tensor, starts: Tensor | None, window: int | None, soft_cap: float | None) -> bool:
+    """Whether these kernels compute attention for such arguments; the reference does the rest."""
+    if soft_cap is not None or not q.numel():
+        return False
+    if q.is_cuda:
+        half, D = q.dtype in (torch.bfloat16, torch.float16), q.shape[-1]
+        return half and D % 8 == 0 and D <= 256 and (starts is None or cu_seqlens(starts) is not None)
+    return q.device.type == "cpu" and starts is None and window is None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """As `cogsym.ops.attention.attention_reference`."""
+    B, T, H, _ = q.shape
+    if not q.is_cuda:
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v), 0.0, True, scale=scale)
+        return o.transpose(1, 2).contiguous(), lse.contiguous()
+    ends, longest = _sequences(q, starts)
+    # The last key that a query sees is its own, which window_size_right says: 0 keys after it.
+    o, lse, *_ = aten._flash_attention_forward(
+        *(x.flatten(0, 1) for x in (q, k, v)), ends, ends, longest, longest, 0.0, True, False,
+        scale=scale, window_size_left=None if window is None else window - 1, window_size_right=0,
+    )  # fmt: skip
+    return o.view(q.shape), lse.view(H, B, T).transpose(0, 1).contiguous()
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    need_dq: bool,
+    need_dk: bool,
+    need_dv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `cogsym.ops.attention.attention_backward_reference`, but that all gradients are computed."""
+    if not q.is_cuda:
+        grad, out, *inputs = _heads_first(dout, o, q, k, v)
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, *inputs, out, lse, 0.0, True, scale=scale
+        )
+        dq, dk, dv = (x.transpose(1, 2) for x in grads)
+    else:
+        ends, longest = _sequences(q, starts)
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
+        dq, dk, dv = (
+            x.unflatten(0, q.shape[:2])
+            for x in aten._flash_attention_backward(
+                *(x.flatten(0, 1) for x in (dout, q, k, v, o)), lse.transpose(0, 1).flatten(1), ends, ends,
+                longest, longest, 0.0, True, unused, unused,
+                scale=scale, window_size_left=None if window is None else window - 1, window_size_right=0,
+            )
+        )  # fmt: skip
+    return (
+        dq.contiguous() if need_dq else q.new_empty(0),
+        dk.contiguous() if need_dk else k.new_empty(0),
+        dv.contiguous() if need_dv else v.new_empty(0),
+    )
+
+
+def cu_seqlens(starts: Tensor) -> Tensor | None:
+    """Cumulative lengths of the sequences, int32 [N + 1], in a batch laid end to end; None where they overlap.
+
+    Args:
+        starts: as in `cogsym.ops.attention`, [B, T].
+    """
+    B, T = starts.shape
+    place = torch.arange(B * T, device=starts.device, dtype=torch.int32)
+    flat = (starts + place.view(B, T)[:, :1]).flatten()
+    begins = flat == place
+    if not torch.equal(flat, torch.where(begins, place, 0).cummax(0).values):
+        return None
+    return torch.cat((place[begins], place.new_tensor([B * T])))
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def _sequences(q: Tensor, starts: Tensor | None) -> tuple[Tensor, int]:
+    """Cumulative lengths, and the longest."""
+    B, T = q.shape[:2]
+    if starts is None:
+        return torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32), T
+    ends = cu_seqlens(starts)
+    assert ends is not None  # `serves` has looked
+    return ends, int(ends.diff().max())
