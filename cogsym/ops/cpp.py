@@ -11,12 +11,16 @@ environment variable ``COGSYM_CPU_ISA`` names a slower one, to compare them or t
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cogsym import _C
 from cogsym.errors import CogsymError
+
+if TYPE_CHECKING:
+    from cogsym.ops.linear_cross_entropy import OnlineState
 
 _DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(_C.DTYPES)}
 _ACTIVATION_CODES = {name: code for code, name in enumerate(_C.ACTIVATIONS)}
@@ -133,6 +137,54 @@ def gated_activation_backward(
             g.shape[0], g.shape[1], _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
         )  # fmt: skip
     return dgate, dup
+
+
+def online_softmax(
+    logits: Tensor,
+    first: int,
+    targets: Tensor,
+    state: OnlineState,
+    rescale: Tensor,
+    scale: float,
+    soft_cap: float,
+    exponentials: bool,
+) -> None:
+    """As `cogsym.ops.linear_cross_entropy.online_softmax_reference`."""
+    logit_sum, argmax = state.logit_sum, state.argmax
+    _C.online_softmax(
+        logits.data_ptr(), targets.data_ptr(), state.maximum.data_ptr(), state.total.data_ptr(),
+        state.target_logit.data_ptr(), rescale.data_ptr(),
+        0 if logit_sum is None else logit_sum.data_ptr(), 0 if argmax is None else argmax.data_ptr(),
+        logits.shape[0], logits.shape[1], first, scale, soft_cap, exponentials,
+        _DTYPE_CODES[logits.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def add_rescaled(total: Tensor, product: Tensor, rescale: Tensor) -> None:
+    """As `cogsym.ops.linear_cross_entropy.add_rescaled_reference`."""
+    _C.add_rescaled(
+        total.data_ptr(), product.data_ptr(), rescale.data_ptr(), product.shape[0], product.shape[1],
+        _DTYPE_CODES[product.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def logits_gradient(
+    logits: Tensor,
+    first: int,
+    targets: Tensor,
+    logsumexp: Tensor,
+    dloss: Tensor,
+    scale: float,
+    soft_cap: float,
+    confidence: float,
+    floor: float,
+) -> None:
+    """As `cogsym.ops.linear_cross_entropy.logits_gradient_reference`."""
+    _C.logits_gradient(
+        logits.data_ptr(), targets.data_ptr(), logsumexp.data_ptr(), dloss.data_ptr(),
+        logits.shape[0], logits.shape[1], first, scale, soft_cap, confidence, floor,
+        _DTYPE_CODES[logits.dtype], torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _empty_like(x: Tensor) -> Tensor:
