@@ -60,6 +60,22 @@ C largest(const T* z, int64_t n) {
     return result;
 }
 
+// exponentials[i] = e^(logit - shift) · slope; returns the sum of e^(logit - shift). Apart from the loop over rows, for
+// the compiler's sake: within it, with bfloat16's conversions beside, it is not vectorised.
+template <class T, class Value, class C = compute_t<T>>
+__attribute__((noinline)) C exponentiate(const T* __restrict z, int64_t n, C shift, Value value,
+                                         C* __restrict exponentials) {
+    C sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) {
+        const Logit<C> logit = value(widen(z[i]));
+        const C e = exponential(logit.value - shift);
+        sum += e;
+        exponentials[i] = e * logit.slope;
+    }
+    return sum;
+}
+
 // Logits grow with the product (scale > 0), so the products' maximum is theirs, ties included.
 template <class T, class Value>
 void forward(const OnlineSoftmax& a, Value value) {
@@ -94,17 +110,9 @@ void forward(const OnlineSoftmax& a, Value value) {
         for (int64_t begin = 0; begin < a.width; begin += tile) {
             const int64_t n = a.width - begin < tile ? a.width - begin : tile;
             T* out = z + begin;
-            C part = 0;
-#pragma omp simd reduction(+ : part)
-            for (int64_t i = 0; i < n; ++i) {
-                const Logit<C> logit = value(widen(out[i]));
-                const C e = exponential(logit.value - shift);
-                part += e;
-                exponentials[i] = e * logit.slope;
-            }
-            sum += part;
+            sum += exponentiate(out, n, shift, value, exponentials);
             if (a.logit_sum) {
-                part = 0;
+                C part = 0;
 #pragma omp simd reduction(+ : part)
                 for (int64_t i = 0; i < n; ++i) part += value(widen(out[i])).value;
                 logit_sum += part;
