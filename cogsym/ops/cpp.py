@@ -20,7 +20,7 @@ from cogsym import _C
 from cogsym.errors import CogsymError
 
 if TYPE_CHECKING:
-    from cogsym.ops.linear_cross_entropy import OnlineState
+    from cogsym.ops.logit_blocks import OnlineState
 
 _DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(_C.DTYPES)}
 _ACTIVATION_CODES = {name: code for code, name in enumerate(_C.ACTIVATIONS)}
@@ -149,7 +149,7 @@ def online_softmax(
     soft_cap: float,
     exponentials: bool,
 ) -> None:
-    """As `cogsym.ops.linear_cross_entropy.online_softmax_reference`."""
+    """As `cogsym.ops.logit_blocks.online_softmax_reference`."""
     logit_sum, argmax = state.logit_sum, state.argmax
     _C.online_softmax(
         logits.data_ptr(), targets.data_ptr(), state.maximum.data_ptr(), state.total.data_ptr(),
@@ -161,7 +161,7 @@ def online_softmax(
 
 
 def add_rescaled(total: Tensor, product: Tensor, rescale: Tensor) -> None:
-    """As `cogsym.ops.linear_cross_entropy.add_rescaled_reference`."""
+    """As `cogsym.ops.logit_blocks.add_rescaled_reference`."""
     _C.add_rescaled(
         total.data_ptr(), product.data_ptr(), rescale.data_ptr(), product.shape[0], product.shape[1],
         _DTYPE_CODES[product.dtype], torch.get_num_threads(),
@@ -179,7 +179,7 @@ def logits_gradient(
     confidence: float,
     floor: float,
 ) -> None:
-    """As `cogsym.ops.linear_cross_entropy.logits_gradient_reference`."""
+    """As `cogsym.ops.logit_blocks.logits_gradient_reference`."""
     _C.logits_gradient(
         logits.data_ptr(), targets.data_ptr(), logsumexp.data_ptr(), dloss.data_ptr(),
         logits.shape[0], logits.shape[1], first, scale, soft_cap, confidence, floor,

@@ -6,7 +6,7 @@ For one row h with target t, over a vocabulary of V:
     loss = lse - (1 - ε)·x_t - ε/V · Σ_v x_v      (ε: label smoothing, as in torch.nn.functional.cross_entropy)
     dx_v = softmax(x)_v - (1 - ε)·[v = t] - ε/V,  dz_v = dx_v · (1 - tanh²(z_v / c)),  dh = scale · dz·W
 
-Logits exist as blocks of `BLOCKS` rows × columns, which stay in cache. Each is a product by torch.mm, rounded to the
+Logits exist as blocks of a fixed size (`logit_blocks.BLOCKS`), which stay in cache. Each is a product by torch.mm, rounded to the
 inputs' dtype as a model's logits are; all that is computed from it is float32 (float64 for float64). The softmax goes
 online along the vocabulary (Milakov and Gimelshein, arXiv 1805.02867), and where only the hidden states need a
 gradient, dh goes with it as the values of flash attention do (Dao et al., arXiv 2205.14135; a head is attention of
@@ -32,7 +32,6 @@ ignored are left out of everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -40,13 +39,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from cogsym.ops import backend
+from cogsym.ops.logit_blocks import backward_pass, capped, compute_dtype, forward_pass
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
-# (rows, columns) of a block of logits. On a CPU: 2 to 4 MiB in bfloat16, and rows enough for full speed of the products.
-# On a GPU: so many columns that adding up the products, which is bound by memory, stays at a few per cent.
-BLOCKS = {"cpu": (2048, 1024), "cuda": (4096, 16384)}
 
 
 class TokenScores(NamedTuple):
@@ -56,16 +52,6 @@ class TokenScores(NamedTuple):
     logsumexp: Tensor  # like target_logit
     argmax: Tensor  # int64, the smallest of equals; -1 where the target is ignored
     loss: Tensor  # logsumexp - target_logit
-
-
-class OnlineState(NamedTuple):
-    """Of each row, over the columns seen so far; float32 (float64 for float64), [rows]."""
-
-    maximum: Tensor  # of the products hidden·weightᵀ
-    total: Tensor  # Σ exp(logit - logit of the maximum)
-    target_logit: Tensor
-    logit_sum: Tensor | None  # None: not wanted
-    argmax: Tensor | None  # int64; None: not wanted
 
 
 def linear_cross_entropy(
@@ -152,7 +138,7 @@ def linear_cross_entropy_reference(
     label_smoothing: float,
 ) -> Tensor:
     """Each token's loss in plain PyTorch, with all logits at once; `soft_cap` 0 is none."""
-    logits = _capped(_compute_dtype(F.linear(hidden, weight)), scale, soft_cap)
+    logits = capped(compute_dtype(F.linear(hidden, weight)), scale, soft_cap)
     targets = targets.expand(hidden.shape[:-1])
     return F.cross_entropy(
         logits.flatten(0, -2),
@@ -195,104 +181,6 @@ def _checked(
     return hidden, weight, targets.expand(shape)
 
 
-def _compute_dtype(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _capped(product: Tensor, scale: float, soft_cap: float) -> Tensor:
-    return soft_cap * torch.tanh(product * (scale / soft_cap)) if soft_cap else product * scale
-
-
-def _slope(logit: Tensor, scale: float, soft_cap: float) -> Tensor:
-    """d logit / d product."""
-    return scale * (1 - (logit / soft_cap).square()) if soft_cap else torch.full_like(logit, scale)
-
-
-# What happens to a block of logits between the products. A block is `width` columns of the vocabulary from `first` on;
-# it arrives as products hidden·weightᵀ, [rows, width] contiguous.
-
-
-def online_softmax_reference(
-    logits: Tensor,
-    first: int,
-    targets: Tensor,
-    state: OnlineState,
-    rescale: Tensor,
-    scale: float,
-    soft_cap: float,
-    exponentials: bool,
-) -> None:
-    """Takes a block into `state`.
-
-    Args:
-        logits: the block; where `exponentials`, replaced by exp(logit - maximum) · d logit / d product, 0 at the target.
-        first: the block's first column.
-        targets: [rows], int64, in [0, V).
-        state: of the columns before; updated in place.
-        rescale: [rows], written: exp(maximum before - maximum after).
-        scale: as in `linear_cross_entropy`.
-        soft_cap: likewise; 0 for none.
-        exponentials: whether to replace the block.
-    """
-    products = _compute_dtype(logits)
-    x = _capped(products, scale, soft_cap)
-    block_maximum, place = products.max(-1)
-    if state.argmax is not None:
-        state.argmax.copy_(torch.where(block_maximum > state.maximum, first + place, state.argmax))
-    before = _capped(state.maximum, scale, soft_cap)
-    state.maximum.copy_(torch.maximum(state.maximum, block_maximum))
-    shift = _capped(state.maximum, scale, soft_cap)
-    shift = torch.where(shift == -torch.inf, 0, shift)
-    rescale.copy_(torch.exp(before - shift))
-    exponential = torch.exp(x - shift[:, None])
-    state.total.mul_(rescale).add_(exponential.sum(-1))
-    if state.logit_sum is not None:
-        state.logit_sum.add_(x.sum(-1))
-    here = (targets >= first) & (targets < first + logits.shape[1])
-    column = torch.where(here, targets - first, 0)[:, None]
-    state.target_logit.copy_(torch.where(here, x.gather(1, column)[:, 0], state.target_logit))
-    if exponentials:
-        exponential.mul_(_slope(x, scale, soft_cap))
-        exponential.scatter_(1, column, torch.where(here[:, None], 0, exponential.gather(1, column)))
-        logits.copy_(exponential)
-
-
-def add_rescaled_reference(total: Tensor, product: Tensor, rescale: Tensor) -> None:
-    """total = total · rescale + product, row by row; total is [rows, D], float32 (float64 for float64)."""
-    total.mul_(rescale[:, None]).add_(product)
-
-
-def logits_gradient_reference(
-    logits: Tensor,
-    first: int,
-    targets: Tensor,
-    logsumexp: Tensor,
-    dloss: Tensor,
-    scale: float,
-    soft_cap: float,
-    confidence: float,
-    floor: float,
-) -> None:
-    """Replaces a block of products by their gradient.
-
-    Args:
-        logits: the block.
-        first: the block's first column.
-        targets: [rows], int64.
-        logsumexp: [rows].
-        dloss: [rows], gradient of each row's loss.
-        scale: as in `linear_cross_entropy`.
-        soft_cap: likewise; 0 for none.
-        confidence: 1 - ε, what the smoothed target has at t.
-        floor: ε/V, what it has everywhere.
-    """
-    x = _capped(_compute_dtype(logits), scale, soft_cap)
-    dx = torch.exp(x - logsumexp[:, None]) - floor
-    columns = torch.arange(first, first + logits.shape[1], device=logits.device)
-    dx = dx - confidence * (columns == targets[:, None])
-    logits.copy_(dloss[:, None] * dx * _slope(x, scale, soft_cap))
-
-
 class _Rows(NamedTuple):
     """The rows that count."""
 
@@ -310,10 +198,11 @@ class _Rows(NamedTuple):
 
 
 def _counted(hidden: Tensor, targets: Tensor, ignore_index: int, V: int) -> _Rows:
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]).contiguous(), targets.reshape(-1).contiguous()
     index = (targets != ignore_index).nonzero()[:, 0]
-    everything = len(index) == len(targets)
-    rows = _Rows(hidden.contiguous(), targets, None) if everything else _Rows(hidden[index], targets[index], index)
+    rows = _Rows(hidden, targets, None)
+    if len(index) < len(targets):
+        rows = _Rows(hidden[index], targets[index], index)
     if len(index):
         lowest, highest = (t.item() for t in rows.targets.aminmax())
         if lowest < 0 or highest >= V:
@@ -322,103 +211,6 @@ def _counted(hidden: Tensor, targets: Tensor, ignore_index: int, V: int) -> _Row
                 f"linear_cross_entropy: a target is {wrong}, expected 0 to {V - 1} or ignore_index {ignore_index}."
             )
     return rows
-
-
-def forward_pass(
-    rows: _Rows, weight: Tensor, soft_cap: float, scale: float, *, logit_sum: bool, argmax: bool, dhidden: bool
-) -> tuple[OnlineState, Tensor | None]:
-    """The statistics of every row, `logsumexp` excepted, and the gradient of each row's loss for its hidden state."""
-    hidden, targets, _ = rows
-    (N, D), V = hidden.shape, len(weight)
-    block_rows, block_columns = _block_size(hidden.device)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    state = OnlineState(
-        hidden.new_full((N,), -torch.inf, dtype=dtype),
-        hidden.new_zeros(N, dtype=dtype),
-        hidden.new_zeros(N, dtype=dtype),
-        hidden.new_zeros(N, dtype=dtype) if logit_sum else None,
-        targets.new_zeros(N) if argmax else None,
-    )
-    gradient = torch.empty_like(hidden) if dhidden else None
-    buffer = hidden.new_empty(min(block_rows, N) * min(block_columns, V))
-    softmax = backend.implementation("online_softmax", online_softmax_reference, hidden)
-    add = backend.implementation("add_rescaled", add_rescaled_reference, hidden)
-    for begin, end in _pieces(N, block_rows):
-        h, t = hidden[begin:end], targets[begin:end]
-        part = OnlineState(*(None if values is None else values[begin:end] for values in state))
-        rescale = torch.empty_like(part.total)
-        if gradient is not None:
-            total, product = torch.zeros(h.shape, dtype=dtype, device=h.device), torch.empty_like(h)
-        for first in range(0, V, block_columns):
-            w = weight[first : first + block_columns]
-            logits = torch.mm(h, w.t(), out=buffer[: len(h) * len(w)].view(len(h), len(w)))
-            softmax(logits, first, t, part, rescale, scale, soft_cap, dhidden)
-            if gradient is not None:
-                add(total, torch.mm(logits, w, out=product), rescale)
-        if gradient is not None:
-            p = torch.exp(part.target_logit - _capped(part.maximum, scale, soft_cap)) / part.total
-            of_target = (p - 1) * _slope(part.target_logit, scale, soft_cap)
-            total.div_(part.total[:, None]).addcmul_(weight[t].to(dtype), of_target[:, None])
-            gradient[begin:end] = total
-    return state, gradient
-
-
-def backward_pass(
-    rows: _Rows,
-    weight: Tensor,
-    logsumexp: Tensor,
-    dloss: Tensor,
-    soft_cap: float,
-    scale: float,
-    label_smoothing: float,
-    need_dhidden: bool,
-    need_dweight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dhidden of the rows, dweight), from logits computed again; None for one that is not needed."""
-    hidden, targets, _ = rows
-    (N, D), V = hidden.shape, len(weight)
-    block_rows, block_columns = _block_size(hidden.device)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    dhidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_dhidden else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dweight else None
-    buffer = hidden.new_empty(min(block_rows, N) * min(block_columns, V))
-    product, one = torch.empty_like(hidden[:block_rows]), torch.ones_like(logsumexp)
-    gradient = backend.implementation("logits_gradient", logits_gradient_reference, hidden)
-    add = backend.implementation("add_rescaled", add_rescaled_reference, hidden)
-    # Rows inside columns: each block of dweight is then finished, and rounded, before the next is begun.
-    for first in range(0, V, block_columns):
-        w = weight[first : first + block_columns]
-        if dweight is not None:
-            dw = torch.zeros(w.shape, dtype=dtype, device=w.device)
-        for begin, end in _pieces(N, block_rows):
-            h, t = hidden[begin:end], targets[begin:end]
-            logits = torch.mm(h, w.t(), out=buffer[: len(h) * len(w)].view(len(h), len(w)))
-            gradient(
-                logits, first, t, logsumexp[begin:end], dloss[begin:end],
-                scale, soft_cap, 1 - label_smoothing, label_smoothing / V,
-            )  # fmt: skip
-            if dhidden is not None:
-                add(dhidden[begin:end], torch.mm(logits, w, out=product[: len(h)]), one[begin:end])
-            if dweight is not None:
-                dw += torch.mm(logits.t(), h)
-        if dweight is not None:
-            dweight[first : first + block_columns] = dw
-    return None if dhidden is None else dhidden.to(hidden.dtype), dweight
-
-
-def _block_size(device: torch.device) -> tuple[int, int]:
-    return BLOCKS["cpu" if device.type == "cpu" else "cuda"]
-
-
-def _pieces(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of even pieces of at most `size`."""
-    number = -(-count // size)
-    for i in range(number):
-        yield count * i // number, count * (i + 1) // number
-
-
-def _logsumexp(state: OnlineState, scale: float, soft_cap: float) -> Tensor:
-    return _capped(state.maximum, scale, soft_cap) + state.total.log()
 
 
 @torch.library.custom_op("cogsym::linear_cross_entropy", mutates_args=())
@@ -435,8 +227,10 @@ def _linear_cross_entropy(
     """(loss, logsumexp, dhidden): dhidden is each row's for a gradient of 1, empty unless `at_once`."""
     rows = _counted(hidden, targets, ignore_index, len(weight))
     smoothed = label_smoothing != 0.0
-    state, dhidden = forward_pass(rows, weight, soft_cap, scale, logit_sum=smoothed, argmax=False, dhidden=at_once)
-    logsumexp = _logsumexp(state, scale, soft_cap)
+    state, dhidden = forward_pass(
+        rows.hidden, rows.targets, weight, soft_cap, scale, logit_sum=smoothed, argmax=False, dhidden=at_once
+    )
+    logsumexp = state.logsumexp(scale, soft_cap)
     loss = logsumexp - (1 - label_smoothing) * state.target_logit
     if state.logit_sum is not None:
         loss -= label_smoothing / len(weight) * state.logit_sum
@@ -465,7 +259,16 @@ def _linear_cross_entropy_backward(
     rows = _counted(hidden, targets, ignore_index, len(weight))
     dloss, logsumexp = (t.reshape(-1) if rows.index is None else t.reshape(-1)[rows.index] for t in (dloss, logsumexp))
     dhidden, dweight = backward_pass(
-        rows, weight, logsumexp, dloss.contiguous(), soft_cap, scale, label_smoothing, need_dhidden, need_dweight
+        rows.hidden,
+        rows.targets,
+        weight,
+        logsumexp,
+        dloss.contiguous(),
+        soft_cap,
+        scale,
+        label_smoothing,
+        need_dhidden,
+        need_dweight,
     )
     return (
         hidden.new_empty(0) if dhidden is None else rows.spread(dhidden, 0, hidden.shape),
@@ -486,11 +289,13 @@ def _token_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(target_logit, logsumexp, argmax)."""
     rows = _counted(hidden, targets, ignore_index, len(weight))
-    state, _ = forward_pass(rows, weight, soft_cap, scale, logit_sum=False, argmax=True, dhidden=False)
+    state, _ = forward_pass(
+        rows.hidden, rows.targets, weight, soft_cap, scale, logit_sum=False, argmax=True, dhidden=False
+    )
     assert state.argmax is not None
     return (
         rows.spread(state.target_logit, 0, targets.shape),
-        rows.spread(_logsumexp(state, scale, soft_cap), 0, targets.shape),
+        rows.spread(state.logsumexp(scale, soft_cap), 0, targets.shape),
         rows.spread(state.argmax, -1, targets.shape),
     )
 
