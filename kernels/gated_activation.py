@@ -113,7 +113,9 @@ def backward_kernel(
         if ACTIVATION == "gelu_tanh":
             # Where σ(k) or 1 - σ(k) is 0, k' may already be infinite, and 0 · ∞ is not 0.
             bend = tl.where(bend == 0.0, 0.0, bend * (1.5957691216057308 * (1.0 + 0.134145 * g * g)))
-        tl.store(dgate_ptr + row * gradient_stride + col, (dz * u * (sigmoid + bend)).to(dgate_ptr.dtype.element_ty), mask)
+        tl.store(
+            dgate_ptr + row * gradient_stride + col, (dz * u * (sigmoid + bend)).to(dgate_ptr.dtype.element_ty), mask
+        )
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:

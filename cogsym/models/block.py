@@ -190,9 +190,7 @@ class Block:
         z = ops.gated_activation(gate, up, self.activation)
         return h + self._added(self.down(z)[0], self.mlp_output_norm)
 
-    def heads(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as attention takes them: normed, rotated, [B, T, heads, head_dim] each."""
         if self.normed == "all":
             q, k = self._normed(q, k)

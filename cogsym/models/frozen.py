@@ -180,9 +180,7 @@ def _attention_gradient(block: Block, do: Tensor, kept: Kept, positions: Positio
         _project(block, kept, dtype)
     assert kept.qkv is not None and kept.o is not None and kept.lse is not None
     q, k, v = _heads(block, kept, positions)
-    dq, dk, dv = ops.attention_gradients(
-        do.view(kept.o.shape), q, k, v, kept.o, kept.lse, **_options(block, positions)
-    )
+    dq, dk, dv = ops.attention_gradients(do.view(kept.o.shape), q, k, v, kept.o, kept.lse, **_options(block, positions))
     del q, k, v
     if block.rotated:
         dq, dk = (ops.rotary(t, positions.cos, positions.sin, inverse=True) for t in (dq, dk))
@@ -194,5 +192,8 @@ def _attention_gradient(block: Block, do: Tensor, kept: Kept, positions: Positio
                 for norm, d, t in zip((block.q_norm, block.k_norm), (dq, dk), raw[:2], strict=True)
             )
         else:
-            dq, dk = block.q_norm.input_gradient(dq.flatten(-2), raw[0]), block.k_norm.input_gradient(dk.flatten(-2), raw[1])
+            dq, dk = (
+                block.q_norm.input_gradient(dq.flatten(-2), raw[0]),
+                block.k_norm.input_gradient(dk.flatten(-2), raw[1]),
+            )
     return torch.cat([t.reshape(*kept.qkv.shape[:-1], -1) for t in (dq, dk, dv)], dim=-1)
