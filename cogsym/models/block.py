@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cogsym import ops
-from cogsym.models.masks import UnknownMaskError, first_visible_keys
+from cogsym.models.masks import UnknownMaskError, visible_keys
 from cogsym.models.projections import Projections
 from cogsym.ops.gated_activation import Activation
 
@@ -69,12 +69,14 @@ class Positions:
     Attributes:
         cos: [B or 1, T, R/2], one column a rotated pair.
         sin: like `cos`.
-        starts: the first key that each query sees, int32 [B or 1, T]; None for the first of all.
+        starts: the first key that each query sees, int32 [B, T]; None for the first of all.
+        blind: queries whose attention is 0, bool [B or 1, T, 1, 1]; None where there are none.
     """
 
     cos: Tensor
     sin: Tensor
     starts: Tensor | None
+    blind: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,14 +144,14 @@ class Block:
         return [self.attention, self.mlp, activation, *(norm.module for norm in self.norms())]
 
     def positions(
-        self, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any, length: int, training: bool
+        self, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any, x: Tensor, training: bool
     ) -> Positions:
         """What our attention needs to know of a batch.
 
         Args:
             position_embeddings: cos and sin, [B or 1, T, R] each, their second half repeating the first.
             attention_mask: as the model made it for its attention implementation.
-            length: T.
+            x: the residual stream, or anything [B, T, ...] on its device.
             training: dropout is on.
 
         Raises:
@@ -161,7 +163,9 @@ class Block:
         if training and self.attention.attention_dropout:
             raise UnknownMaskError("attention dropout is on")
         cos, sin = (t[..., : t.shape[-1] // 2] for t in position_embeddings)
-        return Positions(cos, sin, first_visible_keys(attention_mask, length))
+        visible = visible_keys(attention_mask, x.shape[1])
+        starts = None if visible.starts is None else visible.starts.expand(x.shape[0], -1)
+        return Positions(cos, sin, starts, visible.blind)
 
     def forward(
         self,
@@ -201,6 +205,15 @@ class Block:
             q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
         return q, k, v
 
+    def attention_options(self, positions: Positions) -> dict[str, Any]:
+        """Keywords of `ops.attention`."""
+        return {
+            "scale": self.scale,
+            "starts": positions.starts,
+            "window": self.sliding_window,
+            "soft_cap": self.soft_cap,
+        }
+
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return (self.q_norm(q), self.k_norm(k)) if self.q_norm and self.k_norm else (q, k)
 
@@ -223,13 +236,12 @@ class Block:
         attention = self.attention
         if past_key_values is None:
             try:
-                where = self.positions(position_embeddings, attention_mask, q.shape[1], attention.training)
+                where = self.positions(position_embeddings, attention_mask, q, attention.training)
             except UnknownMaskError:
                 pass
             else:
-                return ops.attention(
-                    q, k, v, scale=self.scale, starts=where.starts, window=self.sliding_window, soft_cap=self.soft_cap
-                )[0]
+                o, _ = ops.attention(q, k, v, **self.attention_options(where))
+                return o if where.blind is None else o.masked_fill(where.blind, 0)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, attention.layer_idx)

@@ -105,7 +105,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _attention_half(block: Block, kept: Kept, positions: Positions, dtype: torch.dtype) -> Tensor:
     """h, from x; fills `kept` with qkv, o, lse and the middle."""
     _project(block, kept, dtype)
-    kept.o, kept.lse = ops.attention(*_heads(block, kept, positions), **_options(block, positions))
+    kept.o, kept.lse = ops.attention(*_heads(block, kept, positions), **block.attention_options(positions))
+    if positions.blind is not None:
+        kept.o.masked_fill_(positions.blind, 0)
     kept.middle = block.output.product(kept.o.flatten(-2), dtype)
     if block.attention_output_norm is None:
         # In place: a residual stream of another dtype than the products' takes the sum, as PyTorch's promotion has it.
@@ -123,15 +125,6 @@ def _heads(block: Block, kept: Kept, positions: Positions) -> tuple[Tensor, Tens
     assert kept.qkv is not None
     q, k, v = kept.qkv.split(block.qkv.sizes, dim=-1)
     return block.heads(q, k, v, positions.cos, positions.sin)
-
-
-def _options(block: Block, positions: Positions) -> dict[str, object]:
-    return {
-        "scale": block.scale,
-        "starts": positions.starts,
-        "window": block.sliding_window,
-        "soft_cap": block.soft_cap,
-    }
 
 
 def _stream(block: Block, x: Tensor, middle: Tensor) -> Tensor:
@@ -180,7 +173,10 @@ def _attention_gradient(block: Block, do: Tensor, kept: Kept, positions: Positio
         _project(block, kept, dtype)
     assert kept.qkv is not None and kept.o is not None and kept.lse is not None
     q, k, v = _heads(block, kept, positions)
-    dq, dk, dv = ops.attention_gradients(do.view(kept.o.shape), q, k, v, kept.o, kept.lse, **_options(block, positions))
+    do = do.view(kept.o.shape)
+    if positions.blind is not None:
+        do = do.masked_fill(positions.blind, 0)
+    dq, dk, dv = ops.attention_gradients(do, q, k, v, kept.o, kept.lse, **block.attention_options(positions))
     del q, k, v
     if block.rotated:
         dq, dk = (ops.rotary(t, positions.cos, positions.sin, inverse=True) for t in (dq, dk))

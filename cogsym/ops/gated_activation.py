@@ -8,8 +8,8 @@ Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202; the tanh 
 
     dgate = dz · up · act'(gate),   dup = dz · act(gate)
 
-gate and up are kept for the backward pass, nothing else; their gradients lie side by side, as one product wants them. Everything is computed in float32 (float64 for float64) and
-rounded once.
+gate and up are kept for the backward pass, nothing else; their gradients lie side by side, as one product wants them.
+Everything is computed in float32 (float64 for float64) and rounded once.
 """
 
 from __future__ import annotations

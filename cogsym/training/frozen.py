@@ -17,6 +17,7 @@ is an ordinary tensor with an ordinary gradient.
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -43,9 +44,15 @@ def run_frozen(block: Block, x: Tensor, positions: Positions, keep: Keep) -> Ten
             return frozen.forward(block, x, positions, "input")[0]
     run = None
     if keep == "nothing":
-        run = getattr(x.grad_fn, "run", None) or _Run()
+        run = _continued(x.grad_fn) or _Run()
         run.steps.append((block, positions))
     return _FrozenBlock.apply(x, block, positions, keep, run)  # type: ignore[no-untyped-call]
+
+
+def _continued(node: Any) -> _Run | None:
+    """The run that `node` ends, unless another block continues it already."""
+    run = getattr(node, "run", None)
+    return run if run is not None and len(run.steps) == node.place + 1 else None
 
 
 class _Run:
@@ -53,29 +60,34 @@ class _Run:
 
     Attributes:
         steps: the blocks, from the first on, with their positions.
-        first: the node of the first one, which keeps its input.
+        first: a weak reference to the node of the first one, which keeps its input: the graph holds it.
     """
 
     def __init__(self) -> None:
         self.steps: list[tuple[Block, Positions]] = []
-        self.first: Any = None
+        self.first: weakref.ref[Any] | None = None
         self._inputs: dict[int, Tensor] = {}
 
     def input(self, i: int) -> Tensor:
         """The input of block `i`; blocks are asked for from the last to the first."""
         if i == 0:
             self._inputs.clear()
-            (x,) = self.first.saved_tensors
-            return x
+            return self._first()
         if i not in self._inputs:
             self._compute(i)
         return self._inputs.pop(i)
+
+    def _first(self) -> Tensor:
+        assert self.first is not None
+        node = self.first()
+        x: Tensor = node.saved_tensors[0]
+        return x
 
     def _compute(self, i: int) -> None:
         """The inputs of the segment that ends with block `i`, from the nearest one before it."""
         size = math.isqrt(len(self.steps) - 1) + 1
         begin = max((j for j in self._inputs if j < i), default=0)
-        x = self._inputs[begin] if begin else self.first.saved_tensors[0]
+        x = self._inputs[begin] if begin else self._first()
         segment = i // size * size
         for j in range(begin, i):
             block, positions = self.steps[j]
@@ -96,7 +108,7 @@ class _FrozenBlock(torch.autograd.Function):
         if run is not None:
             ctx.place = len(run.steps) - 1
             if ctx.place == 0:
-                run.first = ctx
+                run.first = weakref.ref(ctx)
                 ctx.save_for_backward(x)
             return y
         if keep == "offload":
