@@ -29,6 +29,11 @@ class OnlineState(NamedTuple):
     logit_sum: Tensor | None  # None: not wanted
     argmax: Tensor | None  # int64; None: not wanted
 
+    def rows(self, begin: int, end: int) -> OnlineState:
+        """A view of some of the rows."""
+        optional = [None if t is None else t[begin:end] for t in self[3:]]
+        return OnlineState(*(t[begin:end] for t in self[:3]), *optional)
+
     def logsumexp(self, scale: float, soft_cap: float) -> Tensor:
         """Of the logits."""
         return capped(self.maximum, scale, soft_cap) + self.total.log()
@@ -159,7 +164,7 @@ def forward_pass(
     add = backend.implementation("add_rescaled", add_rescaled_reference, hidden)
     for begin, end in _row_pieces(N, hidden.device):
         h, t = hidden[begin:end], targets[begin:end]
-        part = OnlineState(*(None if values is None else values[begin:end] for values in state))
+        part = state.rows(begin, end)
         rescale = torch.empty_like(part.total)
         if gradient is not None:
             total, product = torch.zeros(h.shape, dtype=dtype, device=h.device), torch.empty_like(h)
