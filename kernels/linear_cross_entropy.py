@@ -39,7 +39,8 @@ def _logit(z, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
     1 - e cancels, tanh is Cephes' polynomial for float32.
     """
     if SOFT_CAP == 0.0:
-        x, slope = z * SCALE, tl.full(z.shape, SCALE, z.dtype)
+        # Constants take the type of what they meet, and alone they are float32: so 1 · SCALE, not SCALE.
+        x, slope = z * SCALE, tl.full(z.shape, 1.0, z.dtype) * SCALE
     else:
         u = z * (SCALE / SOFT_CAP)
         small = tl.exp(-2.0 * tl.abs(u))
@@ -163,8 +164,9 @@ def logits_gradient_kernel(
     col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     offset, mask = row * width + col, col < width
     x, slope = _logit(tl.load(logits_ptr + offset, mask, 0.0).to(compute), SCALE, SOFT_CAP)
-    wanted = tl.where(col == tl.load(targets_ptr + row) - first, CONFIDENCE + FLOOR, FLOOR)
-    gradient = tl.load(dloss_ptr + row) * slope * (tl.exp(x - tl.load(logsumexp_ptr + row)) - wanted)
+    dx = tl.exp(x - tl.load(logsumexp_ptr + row)) - FLOOR
+    dx = tl.where(col == tl.load(targets_ptr + row) - first, dx - CONFIDENCE, dx)
+    gradient = tl.load(dloss_ptr + row) * slope * dx
     tl.store(logits_ptr + offset, gradient.to(logits_ptr.dtype.element_ty), mask)
 
 

@@ -132,7 +132,7 @@ def logits_gradient_reference(
     x = capped(compute_dtype(logits), scale, soft_cap)
     dx = torch.exp(x - logsumexp[:, None]) - floor
     columns = torch.arange(first, first + logits.shape[1], device=logits.device)
-    dx = dx - confidence * (columns == targets[:, None])
+    dx = dx - confidence * (columns == targets[:, None]).to(x.dtype)
     logits.copy_(dloss[:, None] * dx * _slope(x, scale, soft_cap))
 
 
