@@ -91,6 +91,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an option out of range.
         IndexError: a target outside [0, V) that is not ignore_index.
+        RuntimeError: in the backward pass, a second derivative is asked for.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}.")
@@ -350,6 +351,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph: a dhidden that was computed before would pass for a constant
+        raise RuntimeError("linear_cross_entropy has no second derivative; compute its gradient without create_graph.")
     need_dhidden, need_dweight = ctx.needs_input_grad[:2]
     dhidden, dweight = None, None
     if ctx.at_once:

@@ -162,7 +162,7 @@ def forward_pass(
     buffer = hidden.new_empty(min(block_rows, N) * min(block_columns, V))
     softmax = backend.implementation("online_softmax", online_softmax_reference, hidden)
     add = backend.implementation("add_rescaled", add_rescaled_reference, hidden)
-    for begin, end in _row_pieces(N, hidden.device):
+    for begin, end in row_pieces(N, hidden.device):
         h, t = hidden[begin:end], targets[begin:end]
         part = state.rows(begin, end)
         rescale = torch.empty_like(part.total)
@@ -209,7 +209,7 @@ def backward_pass(
         w = weight[first : first + block_columns]
         if dweight is not None:
             dw = torch.zeros(w.shape, dtype=dtype, device=w.device)
-        for begin, end in _row_pieces(N, hidden.device):
+        for begin, end in row_pieces(N, hidden.device):
             h, t = hidden[begin:end], targets[begin:end]
             logits = torch.mm(h, w.t(), out=buffer[: len(h) * len(w)].view(len(h), len(w)))
             gradient(
@@ -225,7 +225,7 @@ def backward_pass(
     return None if dhidden is None else dhidden.to(hidden.dtype), dweight
 
 
-def _row_pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
+def row_pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """(begin, end) of the rows of each block.
 
     oneDNN's bfloat16 products of some 600 to 1,700 rows ran on half the cores where this was measured (2 cores with

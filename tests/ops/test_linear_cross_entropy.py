@@ -93,7 +93,9 @@ def compare(
     size = 2 * options.get("scale", 1.0) * dloss.abs().double()[..., None]
     of_hidden = (size * weight.double().abs().amax(0)).expand_as(hidden)
     of_weight = (size * hidden.double().abs()).flatten(0, -2).sum(0).expand_as(weight)
-    scales = [exact[0].abs() + 1, *itertools.compress((of_hidden, of_weight), trained)]
+    # A logit's rounding to the inputs' dtype is granted once: with a soft cap, PyTorch takes several, and may be lucky.
+    granted = max(1.0, torch.finfo(hidden.dtype).eps / torch.finfo(ours[0].dtype).eps / 8)
+    scales = [(exact[0].abs() + 1) * granted, *itertools.compress((of_hidden, of_weight), trained)]
     names = ["loss", *itertools.compress(("dhidden", "dweight"), trained)]
     for what, scale, *values in zip(names, scales, ours, own, exact, strict=True):
         check(*values, f"{what}, trained {trained}, {options}", scale)
@@ -271,9 +273,8 @@ def test_backward_twice(best_backend: str, small_blocks: None, trained: tuple[bo
     for ours, theirs in zip(second, torch.autograd.grad(exact, [t for t in truth if t.requires_grad]), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
     loss = linear_cross_entropy(*leaves, targets)
-    with pytest.raises(RuntimeError, match="linear_cross_entropy"):
-        (gradient,) = torch.autograd.grad(loss, wanted[:1], create_graph=True)
-        torch.autograd.grad(gradient.square().sum(), wanted)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
+        torch.autograd.grad(loss, wanted, create_graph=True)
 
 
 class Largest(TorchDispatchMode):
