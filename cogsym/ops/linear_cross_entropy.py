@@ -6,11 +6,11 @@ For one row h with target t, over a vocabulary of V:
     loss = lse - (1 - ε)·x_t - ε/V · Σ_v x_v      (ε: label smoothing, as in torch.nn.functional.cross_entropy)
     dx_v = softmax(x)_v - (1 - ε)·[v = t] - ε/V,  dz_v = dx_v · (1 - tanh²(z_v / c)),  dh = scale · dz·W
 
-Logits exist as blocks of a fixed size (`logit_blocks.BLOCKS`), which stay in cache. Each is a product by torch.mm, rounded to the
-inputs' dtype as a model's logits are; all that is computed from it is float32 (float64 for float64). The softmax goes
-online along the vocabulary (Milakov and Gimelshein, arXiv 1805.02867), and where only the hidden states need a
-gradient, dh goes with it as the values of flash attention do (Dao et al., arXiv 2205.14135; a head is attention of
-which the rows of W are both keys and values):
+Logits exist as blocks of a fixed size (`logit_blocks.BLOCKS`), which stay in cache. Each is a product by torch.mm,
+rounded to the inputs' dtype as a model's logits are; all that is computed from it is float32 (float64 for float64). The
+softmax goes online along the vocabulary (Milakov and Gimelshein, arXiv 1805.02867), and where only the hidden states
+need a gradient, dh goes with it as the values of flash attention do (Dao et al., arXiv 2205.14135; a head is attention
+of which the rows of W are both keys and values):
 
     dh = scale · (Σ_{v≠t} exp(x_v - max) · slope_v · w_v / Σ_v exp(x_v - max)  +  (p_t - 1) · slope_t · w_t)
 
@@ -91,6 +91,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an option out of range.
         IndexError: a target outside [0, V) that is not ignore_index.
+        RuntimeError: in the backward pass, a second derivative is asked for.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}.")
@@ -186,14 +187,14 @@ class _Rows(NamedTuple):
 
     hidden: Tensor  # [rows, D]
     targets: Tensor  # [rows]
-    index: Tensor | None  # their places among all rows; None: these are all
+    places: Tensor | None  # their places among all rows; None: these are all
 
     def spread(self, values: Tensor, fill: float, shape: torch.Size) -> Tensor:
         """`values` of the rows, and `fill` for those that do not count."""
-        if self.index is None:
+        if self.places is None:
             return values.view(shape)
         result = values.new_full(shape, fill)
-        result.view(-1, *values.shape[1:]).index_copy_(0, self.index, values)
+        result.view(-1, *values.shape[1:]).index_copy_(0, self.places, values)
         return result
 
 
@@ -257,7 +258,9 @@ def _linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dhidden, dweight), an empty tensor for one that is not needed."""
     rows = _counted(hidden, targets, ignore_index, len(weight))
-    dloss, logsumexp = (t.reshape(-1) if rows.index is None else t.reshape(-1)[rows.index] for t in (dloss, logsumexp))
+    dloss, logsumexp = (
+        t.reshape(-1) if rows.places is None else t.reshape(-1)[rows.places] for t in (dloss, logsumexp)
+    )
     dhidden, dweight = backward_pass(
         rows.hidden,
         rows.targets,
@@ -348,6 +351,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph: a dhidden that was computed before would pass for a constant
+        raise RuntimeError("linear_cross_entropy has no second derivative; compute its gradient without create_graph.")
     need_dhidden, need_dweight = ctx.needs_input_grad[:2]
     dhidden, dweight = None, None
     if ctx.at_once:

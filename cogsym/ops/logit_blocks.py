@@ -29,6 +29,11 @@ class OnlineState(NamedTuple):
     logit_sum: Tensor | None  # None: not wanted
     argmax: Tensor | None  # int64; None: not wanted
 
+    def rows(self, begin: int, end: int) -> OnlineState:
+        """A view of some of the rows."""
+        optional = [None if t is None else t[begin:end] for t in self[3:]]
+        return OnlineState(*(t[begin:end] for t in self[:3]), *optional)
+
     def logsumexp(self, scale: float, soft_cap: float) -> Tensor:
         """Of the logits."""
         return capped(self.maximum, scale, soft_cap) + self.total.log()
@@ -127,7 +132,7 @@ def logits_gradient_reference(
     x = capped(compute_dtype(logits), scale, soft_cap)
     dx = torch.exp(x - logsumexp[:, None]) - floor
     columns = torch.arange(first, first + logits.shape[1], device=logits.device)
-    dx = dx - confidence * (columns == targets[:, None])
+    dx = dx - confidence * (columns == targets[:, None]).to(x.dtype)
     logits.copy_(dloss[:, None] * dx * _slope(x, scale, soft_cap))
 
 
@@ -157,9 +162,9 @@ def forward_pass(
     buffer = hidden.new_empty(min(block_rows, N) * min(block_columns, V))
     softmax = backend.implementation("online_softmax", online_softmax_reference, hidden)
     add = backend.implementation("add_rescaled", add_rescaled_reference, hidden)
-    for begin, end in _row_pieces(N, hidden.device):
+    for begin, end in row_pieces(N, hidden.device):
         h, t = hidden[begin:end], targets[begin:end]
-        part = OnlineState(*(None if values is None else values[begin:end] for values in state))
+        part = state.rows(begin, end)
         rescale = torch.empty_like(part.total)
         if gradient is not None:
             total, product = torch.zeros(h.shape, dtype=dtype, device=h.device), torch.empty_like(h)
@@ -204,7 +209,7 @@ def backward_pass(
         w = weight[first : first + block_columns]
         if dweight is not None:
             dw = torch.zeros(w.shape, dtype=dtype, device=w.device)
-        for begin, end in _row_pieces(N, hidden.device):
+        for begin, end in row_pieces(N, hidden.device):
             h, t = hidden[begin:end], targets[begin:end]
             logits = torch.mm(h, w.t(), out=buffer[: len(h) * len(w)].view(len(h), len(w)))
             gradient(
@@ -220,7 +225,7 @@ def backward_pass(
     return None if dhidden is None else dhidden.to(hidden.dtype), dweight
 
 
-def _row_pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
+def row_pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """(begin, end) of the rows of each block.
 
     oneDNN's bfloat16 products of some 600 to 1,700 rows ran on half the cores where this was measured (2 cores with
