@@ -49,6 +49,8 @@ def visible_keys(attention_mask: Any, length: int) -> Visible:
     """
     if attention_mask is None:
         return Visible()
+    if torch.compiler.is_compiling():
+        raise UnknownMaskError("a compiled graph cannot depend on what a mask holds")
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:
         raise UnknownMaskError("the attention mask is not a [B, 1, T, T] tensor")
     if attention_mask.shape[1] != 1 or attention_mask.shape[2:] != (length, length):

@@ -5,8 +5,8 @@ attribute `forward`. Classes, parameters, buffers and `state_dict` keys stay as 
 the model goes on working; deleting the attributes undoes it. A frozen layer's weights of the same input are laid
 beside each other in memory, and have storage of their own again after `restore`.
 
-Under `torch.compile` the layers run as they are, outside the compiled graph: there is nothing left in them to fuse, and
-which tensors a frozen layer keeps is not the compiler's to choose.
+Under `torch.compile` a frozen layer is traced as a trained one is, on the same operations and in one graph; what is
+then kept for the backward pass is the compiler's choice, and `keep` has no say.
 """
 
 from __future__ import annotations
@@ -289,7 +289,6 @@ def _frozen_path(layer: nn.Module, block: Block) -> bool:
     return not _any_trained(layer) and all(projections.plain() for projections in block.projections())
 
 
-@torch.compiler.disable
 def _forward(
     self: nn.Module,
     hidden_states: Tensor,
@@ -318,7 +317,8 @@ def _forward(
     attentions = kwargs.get("output_attentions") or block.attention.config.output_attentions
     if attentions or position_embeddings is None or _hooked(block):
         return own(x)
-    if past_key_values is None and _frozen_path(self, block) and not _projection_hooks(block):
+    by_hand = past_key_values is None and not torch.compiler.is_compiling()
+    if by_hand and _frozen_path(self, block) and not _projection_hooks(block):
         try:
             positions = block.positions(position_embeddings, attention_mask, x, self.training)
         except UnknownMaskError:
