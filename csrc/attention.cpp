@@ -16,6 +16,8 @@ namespace COGSYM_ISA {
 namespace {
 
 constexpr int64_t query_block = 64, forward_keys = 256, backward_keys = 128;
+// Rows a power of two apart would meet in the same few lines of the cache.
+constexpr int64_t logits_stride = forward_keys + 16;
 // A unit is one key-value head of one sequence. So many are packed at a time: enough for many threads, and bounded.
 constexpr int64_t wave_units = 32;
 // Below this many multiplications one thread does it all.
@@ -82,93 +84,85 @@ inline int64_t first_key(const AttentionInputs& a, int64_t b, int64_t t) {
     return first < 0 ? 0 : smaller(first, t);
 }
 
-inline float hyperbolic_tangent(float x) {
-    const float magnitude = x < 0 ? -x : x, square = x * x;
-    // 1 - e^-2x would cancel near 0 (Cephes tanhf).
-    float p = -5.70498872745e-3f;
-    p = p * square + 2.06390887954e-2f;
-    p = p * square - 5.37397155531e-2f;
-    p = p * square + 1.33314422036e-1f;
-    p = p * square - 3.33332819422e-1f;
-    const float small = p * square * x + x;
-    const float power = exponential(-2.0f * magnitude), large = (1.0f - power) / (1.0f + power);
-    return magnitude < 0.625f ? small : x < 0 ? -large : large;
-}
-inline double hyperbolic_tangent(double x) { return __builtin_tanh(x); }
-
 template <class C>
 constexpr C infinity = C(__builtin_inf());
 
-// x[i], for the n values of a row, as the right operand's 32-column panels want it: panels `stride` apart.
-template <class E, class C>
-inline void write_panels(E* to, int64_t stride, const C* x, int64_t n) {
-    for (int64_t i = 0; i < n; i += panel) write(to + i / panel * stride, panel, [=](int64_t j) { return x[i + j]; });
-}
+constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
+
+// Logits, in units of ln 2: exponentials are powers of 2 then, and the product with log2 e is free.
+template <class C>
+struct Logits {
+    explicit Logits(const AttentionInputs& a)
+        : capped(a.soft_cap != 0),
+          scale(capped ? C(a.scale / a.soft_cap) : C(a.scale * log2_e)),
+          cap(C(a.soft_cap * log2_e)) {}
+    bool capped;
+    C scale, cap;
+};
 
 // --- forward ---
 
 template <class C>
 struct ForwardThread {
     void* query;          // packed [query_block, D]
-    C *logits, *sums;     // [query_block, forward_keys]; o before its division, [query_block, D]
+    C* logits;            // [query_block, forward_keys], rows logits_stride apart
+    C* sums;              // o before its division, [query_block, D]
     void* probabilities;  // packed [query_block, forward_keys]
-    C *top, *total;       // of each row: the largest logit and Σ e^(logit - top)
+    C *top, *total;       // of each row: the largest logit, and Σ 2^(logit - top), a vector of parts
 };
 
 // Logits of the queries' rows to probabilities, unnormalised, and the rows' sums brought to the new maximum.
 template <class E, class C>
 void softmax_block(const AttentionInputs& a, const ForwardThread<C>& at, int64_t b, int64_t query, int64_t rows,
                    int64_t key, int64_t width, int64_t padded_D) {
-    E* probabilities = static_cast<E*>(at.probabilities);
+    using V = vector_t<C>;
+    constexpr int64_t step = lanes<C>, stride = query_block * panel;
+    const Logits<C> logits(a);
+    const V place = counting<C>(), none = V{} - infinity<C>;
     for (int64_t r = 0; r < rows; ++r) {
-        C* x = at.logits + r * forward_keys;
+        C* x = at.logits + r * logits_stride;
         const int64_t first = larger(first_key(a, b, query + r) - key, 0), last = query + r - key;
         // Panels in which this query sees a key; the others are zeros.
         const int64_t begin = smaller(first / panel * panel, width);
         const int64_t end = larger(smaller(round_up(last + 1), width), begin);
-        const bool whole = first <= begin && last >= end - 1;
-        const C scale = C(a.scale), cap = C(a.soft_cap);
-        if (a.soft_cap != 0) {
-            const C inner = C(a.scale / a.soft_cap);
-#pragma omp simd
-            for (int64_t i = begin; i < end; ++i) x[i] = cap * hyperbolic_tangent(x[i] * inner);
-        } else {
-#pragma omp simd
-            for (int64_t i = begin; i < end; ++i) x[i] *= scale;
-        }
-        if (!whole) {
-#pragma omp simd
-            for (int64_t i = begin; i < end; ++i) x[i] = (i < first) | (i > last) ? -infinity<C> : x[i];
-        }
-        using V = vector_t<C>;
-        V tops = V{} + at.top[r];
-        for (int64_t i = begin; i < end; i += lanes<C>) {
-            const V y = load<V>(x + i);
-            tops = y > tops ? y : tops;
-        }
-        C top = at.top[r];
-        for (int64_t i = 0; i < lanes<C>; ++i) top = tops[i] > top ? tops[i] : top;
+        const bool plain = !logits.capped && first <= begin && last >= end - 1;
+        V tops[2] = {V{} + at.top[r], V{} + at.top[r]};
+        for (int64_t i = begin; i < end; i += 2 * step)
+            for (int64_t n = 0; n < 2; ++n) {
+                const int64_t j = i + n * step;
+                V y = load<V>(x + j) * logits.scale;
+                if (!plain) {
+                    if (logits.capped) y = hyperbolic_tangent(y) * logits.cap;
+                    if (j < first || j + step - 1 > last) {
+                        y = place < C(first - j) ? none : y;
+                        y = place > C(last - j) ? none : y;
+                    }
+                    store(x + j, y);
+                }
+                tops[n] = y > tops[n] ? y : tops[n];
+            }
+        const C top = largest<C>(tops[0] > tops[1] ? tops[0] : tops[1], at.top[r]);
+        const C scale = plain ? logits.scale : C(1);
         // No finite logit yet: the difference below must stay -inf, and a NaN a NaN.
         const C shift = top == -infinity<C> ? C(0) : top;
-        C sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = begin; i < end; ++i) {
-            x[i] = exponential(x[i] - shift);
-            sum += x[i];
-        }
-        E* to = probabilities + r * panel;
-        constexpr int64_t stride = query_block * panel;
+        E* to = static_cast<E*>(at.probabilities) + r * panel;
         for (int64_t i = 0; i < begin; i += panel) __builtin_memset(to + i / panel * stride, 0, panel * sizeof(E));
-        write_panels(to + begin / panel * stride, stride, x + begin, end - begin);
         for (int64_t i = end; i < width; i += panel) __builtin_memset(to + i / panel * stride, 0, panel * sizeof(E));
-        if (top != at.top[r]) {
-            const C shrink = exponential(at.top[r] - shift);
-            at.total[r] *= shrink, at.top[r] = top;
+        V sums[2] = {load<V>(at.total + r * step), V{}};
+        if (top != at.top[r] && at.top[r] != -infinity<C>) {
+            const C shrink = exponential2(V{} + (at.top[r] - top))[0];
+            sums[0] *= shrink;
             C* o = at.sums + r * padded_D;
-#pragma omp simd
-            for (int64_t i = 0; i < padded_D; ++i) o[i] *= shrink;
+            for (int64_t i = 0; i < padded_D; i += step) store(o + i, load<V>(o + i) * shrink);
         }
-        at.total[r] += sum;
+        at.top[r] = top;
+        for (int64_t i = begin; i < end; i += panel)
+            for (int64_t j = 0; j < panel; j += step) {
+                const V p = exponential2(load<V>(x + i + j) * scale - shift);
+                sums[j / step % 2] += p;
+                store_operand(to + i / panel * stride + j, p);
+            }
+        store(at.total + r * step, sums[0] + sums[1]);
     }
 }
 
@@ -187,11 +181,11 @@ int64_t forward(const Attention& a) {
     ForwardThread<C>* scratch = arena.take<ForwardThread<C>>(threads);
     for (int i = 0; i < threads; ++i) {
         const ForwardThread<C> at = {arena.take<E>(query_block * D),
-                                     arena.take<C>(query_block * forward_keys),
+                                     arena.take<C>(query_block * logits_stride),
                                      arena.take<C>(query_block * D),
                                      arena.take<E>(query_block * forward_keys),
                                      arena.take<C>(query_block),
-                                     arena.take<C>(query_block)};
+                                     arena.take<C>(query_block * lanes<C>)};
         if (a.scratch) scratch[i] = at;
     }
     if (!a.scratch) return arena.used();
@@ -202,12 +196,15 @@ int64_t forward(const Attention& a) {
         E* packed_query = static_cast<E*>(at.query);
         pack<Layout::rows>(packed_query, query_block, head_rows<T>(a.q, a.q_strides, b, head, query, end, a.D), 0,
                            padded, false);
-        for (int64_t r = 0; r < rows; ++r) at.top[r] = -infinity<C>, at.total[r] = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+            at.top[r] = -infinity<C>;
+            store(at.total + r * lanes<C>, vector_t<C>{});
+        }
         const int64_t begin = first_key(a, b, query) / panel * panel;
         const int64_t last_key = query + padded;
         for (int64_t key = begin; key < last_key; key += forward_keys) {
             const int64_t width = smaller(last_key - key, forward_keys);
-            multiply(at.logits, forward_keys, packed_query, query_block,
+            multiply(at.logits, logits_stride, packed_query, query_block,
                      keys + place * length * D + packed(D, 0, key), D, padded, width, D, false);
             softmax_block<E>(a, at, b, query, rows, key, width, D);
             multiply(at.sums, D, static_cast<const E*>(at.probabilities), query_block,
@@ -224,10 +221,10 @@ int64_t forward(const Attention& a) {
                     for (int64_t d = 0; d < a.D; ++d)
                         if (const T x = v.data[s * v.stride + d]; !is_finite(x)) sums[d] += widen(x);
             }
-            const C inverse = C(1) / at.total[r];
+            const C total = sum_of<C>(load<vector_t<C>>(at.total + r * lanes<C>)), inverse = C(1) / total;
             write(static_cast<T*>(a.o) + ((b * a.T + t) * a.H + head) * a.D, a.D,
                   [=](int64_t d) { return sums[d] * inverse; });
-            static_cast<C*>(a.lse)[(b * a.H + head) * a.T + t] = at.top[r] + C(__builtin_log(at.total[r]));
+            static_cast<C*>(a.lse)[(b * a.H + head) * a.T + t] = at.top[r] * C(ln_2) + C(__builtin_log(total));
         }
     };
 
@@ -238,13 +235,7 @@ int64_t forward(const Attention& a) {
             const Rows<T> k = head_rows<T>(a.k, a.k_strides, unit / a.KV, unit % a.KV, 0, a.T, a.D);
             const Rows<T> v = head_rows<T>(a.v, a.v_strides, unit / a.KV, unit % a.KV, 0, a.T, a.D);
             pack<Layout::interleaved_columns>(keys + place * length * D, D, k, key, panel, false);
-            pack<Layout::interleaved_rows>(values + place * length * D, length, v, key, panel, true);
-            C sum = 0;
-            for (int64_t s = key; s < smaller(key + panel, a.T); ++s)
-#pragma omp simd reduction(+ : sum)
-                for (int64_t d = 0; d < a.D; ++d)
-                    sum += widen(v.data[s * v.stride + d]) - widen(v.data[s * v.stride + d]);
-            tainted[task] = !(sum == 0);
+            tainted[task] = pack<Layout::interleaved_rows>(values + place * length * D, length, v, key, panel, true);
         });
         // The last blocks of queries see most keys: first, so that no thread ends with a large one.
         for_tasks(count * blocks * G, threads, [&](int64_t task, int thread) {
@@ -263,65 +254,53 @@ struct BackwardThread {
     void *query_rows, *dout_rows;        // packed [query_block, D], interleaved
     C *logits, *dlogits;                 // [backward_keys, query_block]: sᵀ, then pᵀ; dpᵀ, then dsᵀ
     void *probabilities, *left, *right;  // packed: pᵀ; dsᵀ for the left side of a product, and for the right
-    C* dquery;                           // dqᵀ, [D, query_block]
-    C *lse, *delta;                      // of each query: its log-sum-exp, and Σ do o
-    int* first;                          // of each query: the first key it sees
+    C *dquery, *dquery_rows;             // dqᵀ, [D, query_block], and dq
+    C *lse, *delta;                      // of each query: its log-sum-exp / ln 2, and Σ do o
+    C* first;                            // of each query: the first key it sees
 };
 
-// pᵀ = e^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on.
+// pᵀ = 2^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on, two at a time.
 template <class E, class C>
 void gradient_block(const AttentionInputs& a, const BackwardThread<C>& at, int64_t query, int64_t padded, int64_t key,
                     int64_t width, bool whole) {
+    using V = vector_t<C>;
     E *probabilities = static_cast<E*>(at.probabilities), *left = static_cast<E*>(at.left);
-    const C *lse = at.lse, *delta = at.delta;
-    const int* first = at.first;
-    const C scale = C(a.scale), inner = a.soft_cap != 0 ? C(a.scale / a.soft_cap) : C(0), cap = C(a.soft_cap);
-    for (int64_t r = 0; r < width; ++r) {
-        C *x = at.logits + r * query_block, *y = at.dlogits + r * query_block;
-        const int s = int(key + r), diagonal = int(s - query);
-        const int64_t begin = smaller(larger(diagonal, 0) / panel * panel, padded);
-        if (a.soft_cap != 0) {
-#pragma omp simd
-            for (int64_t i = begin; i < padded; ++i) {
-                const C t = hyperbolic_tangent(x[i] * inner);
-                x[i] = exponential(cap * t - lse[i]);
-                y[i] = x[i] * (y[i] - delta[i]) * (C(1) - t * t);
-            }
-        } else {
-#pragma omp simd
-            for (int64_t i = begin; i < padded; ++i) {
-                x[i] = exponential(x[i] * scale - lse[i]);
-                y[i] = x[i] * (y[i] - delta[i]);
-            }
-        }
-        if (!whole) {
-#pragma omp simd
-            for (int64_t i = begin; i < padded; ++i) {
-                const bool unseen = (int(i) < diagonal) | (s < first[i]);
-                x[i] = unseen ? C(0) : x[i];
-                y[i] = unseen ? C(0) : y[i];
-            }
-        }
-        constexpr int64_t stride = backward_keys * panel;
-        for (int64_t i = 0; i < begin; i += panel) {
-            __builtin_memset(probabilities + i / panel * stride + r * panel, 0, panel * sizeof(E));
-            __builtin_memset(left + i / panel * stride + r * panel, 0, panel * sizeof(E));
-        }
-        write_panels(probabilities + begin / panel * stride + r * panel, stride, x + begin, padded - begin);
-        write_panels(left + begin / panel * stride + r * panel, stride, y + begin, padded - begin);
-    }
-    if constexpr (interleaved<E> == 2) {
-        E* right = static_cast<E*>(at.right);
-        for (int64_t i = 0; i < padded; i += panel)
-            for (int64_t r = 0; r < width; r += 2) {
-                const E* rows = left + packed(backward_keys, r, i);
-                E* out = right + packed(backward_keys, r, i);
-#pragma omp simd
-                for (int64_t j = 0; j < panel; ++j) {
-                    const uint32_t two = uint32_t(rows[j].bits) | uint32_t(rows[panel + j].bits) << 16;
-                    __builtin_memcpy(out + 2 * j, &two, sizeof two);
+    E* right = static_cast<E*>(at.right);
+    const Logits<C> logits(a);
+    for (int64_t i = 0; i < padded; i += lanes<C>) {
+        const V lse = load<V>(at.lse + i), delta = load<V>(at.delta + i), first = load<V>(at.first + i);
+        const V place = counting<C>() + C(query + i);
+        // No query of this panel sees a key behind its last one.
+        const int64_t end = whole ? width : smaller(round_up(query + i + lanes<C> - key, 2), width);
+        const int64_t row = i / panel * backward_keys * panel + i % panel;
+        for (int64_t r = 0; r < end; r += 2) {
+            V p[2], ds[2];
+            for (int n = 0; n < 2; ++n) {
+                const V x = load<V>(at.logits + (r + n) * query_block + i) * logits.scale;
+                const V dp = load<V>(at.dlogits + (r + n) * query_block + i);
+                if (logits.capped) {
+                    const V t = hyperbolic_tangent(x);
+                    p[n] = exponential2(t * logits.cap - lse);
+                    ds[n] = p[n] * (dp - delta) * (C(1) - t * t);
+                } else {
+                    p[n] = exponential2(x - lse);
+                    ds[n] = p[n] * (dp - delta);
                 }
+                if (!whole) {
+                    const C s = C(key + r + n);
+                    p[n] = place < s ? V{} : s < first ? V{} : p[n];
+                    ds[n] = place < s ? V{} : s < first ? V{} : ds[n];
+                }
+                store_operand(probabilities + row + (r + n) * panel, p[n]);
+                store_operand(left + row + (r + n) * panel, ds[n]);
             }
+            store_operands(right + packed(backward_keys, r, i / panel * panel) + i % panel * 2, ds[0], ds[1]);
+        }
+        for (int64_t r = end; r < width; ++r) {
+            store_operand(probabilities + row + r * panel, V{});
+            store_operand(left + row + r * panel, V{});
+            if (r % 2 == 0) store_operands(right + packed(backward_keys, r, i / panel * panel) + i % panel * 2, V{}, V{});
+        }
     }
 }
 
@@ -331,6 +310,19 @@ inline int64_t chunks_of(const AttentionInputs& a) {
     constexpr int64_t tasks = 16, rows = 512;
     const int64_t wanted = (tasks + a.B * a.KV - 1) / (a.B * a.KV);
     return larger(smaller(wanted, a.T * (a.H / a.KV) / rows), 1);
+}
+
+template <class T, class C = compute_t<T>>
+C dot(const T* x, const T* y, int64_t n) {
+    C parts[panel] = {};
+    int64_t i = 0;
+    for (; i + panel <= n; i += panel)
+#pragma omp simd
+        for (int64_t j = 0; j < panel; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
+    for (int64_t j = 0; i + j < n; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
+    vector_t<C> sum = {};
+    for (int64_t j = 0; j < panel; j += lanes<C>) sum += load<vector_t<C>>(parts + j);
+    return sum_of<C>(sum);
 }
 
 template <class T>
@@ -354,8 +346,8 @@ int64_t backward(const AttentionBackward& a) {
             arena.take<E>(query_block * D), arena.take<E>(query_block * D), arena.take<E>(query_block * D),
             arena.take<E>(query_block * D), arena.take<C>(area),            arena.take<C>(area),
             arena.take<E>(area),            arena.take<E>(area),            arena.take<E>(area),
-            arena.take<C>(query_block * D), arena.take<C>(query_block),     arena.take<C>(query_block),
-            arena.take<int>(query_block)};
+            arena.take<C>(query_block * D), arena.take<C>(query_block * D), arena.take<C>(query_block), arena.take<C>(query_block),
+            arena.take<C>(query_block)};
         if (a.scratch) scratch[i] = at;
     }
     if (!a.scratch) return arena.used();
@@ -379,13 +371,12 @@ int64_t backward(const AttentionBackward& a) {
             }
             const T* o = static_cast<const T*>(a.o) + ((b * a.T + query + i) * a.H + head) * a.D;
             const T* grad = dout.data + i * dout.stride;
-            C delta = 0;
-#pragma omp simd reduction(+ : delta)
-            for (int64_t d = 0; d < a.D; ++d) delta += widen(o[d]) * widen(grad[d]);
+            const C delta = dot(o, grad, a.D);
             // A gradient that is not finite was packed as 0: it spreads to the keys seen through p.
             const bool finite = delta - delta == 0;
-            at.lse[i] = finite ? static_cast<const C*>(a.lse)[(b * a.H + head) * a.T + query + i] : C(__builtin_nan(""));
-            at.delta[i] = delta, at.first[i] = int(first_key(a, b, query + i));
+            const C lse = static_cast<const C*>(a.lse)[(b * a.H + head) * a.T + query + i];
+            at.lse[i] = finite ? lse * C(log2_e) : C(__builtin_nan(""));
+            at.delta[i] = delta, at.first[i] = C(first_key(a, b, query + i));
         }
         const int64_t begin = first_key(a, b, query) / panel * panel, last_key = query + padded;
         for (int64_t key = begin; key < last_key; key += backward_keys) {
@@ -409,10 +400,12 @@ int64_t backward(const AttentionBackward& a) {
         }
         if (!a.dq) return;
         const C scale = C(a.scale);
-        for (int64_t t = query; t < end; ++t) {
-            const C* column = at.dquery + t - query;
-            write(static_cast<T*>(a.dq) + ((b * a.T + t) * a.H + head) * a.D, a.D,
-                  [=](int64_t d) { return column[d * query_block] * scale; });
+        for (int64_t d = 0; d < D; d += panel)
+            transpose(at.dquery_rows + d, D, at.dquery + d * query_block, query_block, padded);
+        for (int64_t i = 0; i < end - query; ++i) {
+            const C* row = at.dquery_rows + i * D;
+            write(static_cast<T*>(a.dq) + ((b * a.T + query + i) * a.H + head) * a.D, a.D,
+                  [=](int64_t d) { return row[d] * scale; });
         }
     };
 
