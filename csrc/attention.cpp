@@ -156,12 +156,14 @@ void softmax_block(const AttentionInputs& a, const ForwardThread<C>& at, int64_t
             for (int64_t i = 0; i < padded_D; i += step) store(o + i, load<V>(o + i) * shrink);
         }
         at.top[r] = top;
-        for (int64_t i = begin; i < end; i += panel)
-            for (int64_t j = 0; j < panel; j += step) {
-                const V p = exponential2(load<V>(x + i + j) * scale - shift);
-                sums[j / step % 2] += p;
-                store_operand(to + i / panel * stride + j, p);
+        for (int64_t i = begin; i < end; i += panel) {
+            V p[panel / step];
+            for (int64_t j = 0; j < panel / step; ++j) {
+                p[j] = exponential2(load<V>(x + i + j * step) * scale - shift);
+                sums[j % 2] += p[j];
             }
+            store_panel(to + i / panel * stride, p);
+        }
         store(at.total + r * step, sums[0] + sums[1]);
     }
 }

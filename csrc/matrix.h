@@ -103,11 +103,19 @@ template <class C>
 inline void store_operand(C* to, vector_t<C> x) {
     store(to, x);
 }
+// A whole panel's.
+template <class C, class V, std::size_t N>
+inline void store_panel(C* to, const V (&x)[N]) {
+    __builtin_memcpy(to, x, sizeof x);
+}
 // Values of two rows as a right operand whose rows are interleaved.
 template <class C>
 inline void store_operands(C*, vector_t<C>, vector_t<C>) {}
 #ifdef __AVX512BF16__
 inline void store_operand(bfloat16* to, floats x) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
+inline void store_panel(bfloat16* to, const floats (&x)[2]) {
+    store(to, _mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
+}
 inline void store_operands(bfloat16* to, floats even, floats odd) {
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
     constexpr auto place = [](int i) { return short(i / 2 + i % 2 * 16); };

@@ -74,25 +74,23 @@ inline C sum_of(vector_t<C> x) {
     return sum;
 }
 
-// 2^x to within 2 ulp: x = n + r with |r| <= 1/2, and a polynomial in r (minimax, relative error 2e-9). Below the
-// smallest normal number it may be 0; 2^-inf is 0, and a NaN stays one.
+// 2^x to within 2 ulp: x = n + r with n = floor(x), and a polynomial in r (minimax with 2^0 = 1, relative error 8e-8).
+// Below the smallest normal number it may be 0; 2^-inf is 0, and a NaN stays one.
 inline floats exponential2(floats x) {
 #ifdef __AVX512F__
     constexpr __mmask16 every = 0xffff;  // GCC 12 warns of the forms without a mask (its bug 105593)
-    const __m512 n = _mm512_maskz_roundscale_ps(every, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const floats r = x - (floats)n;
+    const floats r = (floats)_mm512_maskz_reduce_ps(every, (__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
     const float shift = 0x1.8p23f;  // its addition rounds to an integer, which then lies in the low bits
-    const floats shifted = x + shift, r = x - (shifted - shift);
+    const floats shifted = (x - 0.5f) + shift, r = x - (shifted - shift);
 #endif
-    floats p = r * 1.534581242594868e-4f + 1.339993090368807e-3f;
-    p = p * r + 9.618489071726799e-3f;
-    p = p * r + 5.550328642129898e-2f;
-    p = p * r + 2.4022646248340607e-1f;
-    p = p * r + 6.931471824645996e-1f;
+    floats p = r * 1.8671300495043397e-3f + 9.017030708491802e-3f;
+    p = p * r + 5.579991266131401e-2f;
+    p = p * r + 2.4016444385051727e-1f;
+    p = p * r + 6.931512951850891e-1f;
     p = p * r + 1.0f;
 #ifdef __AVX512F__
-    return (floats)_mm512_maskz_scalef_ps(every, (__m512)p, n);  // of NaN and -inf, which come of x = -inf, it is 0
+    return (floats)_mm512_maskz_scalef_ps(every, (__m512)p, (__m512)x);  // p 2^floor(x)
 #else
     using ints = vector_t<int32_t>;
     const floats power = (floats)(((ints)shifted + 127) << 23);
