@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SHARED_SOURCES = ("module.cpp", "cpu.cpp")
-KERNEL_SOURCES = ("rms_norm.cpp", "rotary.cpp", "gated_activation.cpp", "attention.cpp")
+KERNEL_SOURCES = ("rms_norm.cpp", "rotary.cpp", "gated_activation.cpp", "attention.cpp", "attention_backward.cpp")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]

@@ -24,6 +24,7 @@ kernels do; the reference does not. A key that is not finite reaches only the qu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -238,7 +239,10 @@ def _implementation(
     return _REFERENCES[operation]
 
 
-_REFERENCES = {"attention": attention_reference, "attention_backward": attention_backward_reference}
+_REFERENCES: dict[str, Callable[..., Any]] = {
+    "attention": attention_reference,
+    "attention_backward": attention_backward_reference,
+}
 
 
 @torch.library.custom_op("cogsym::attention", mutates_args=())
