@@ -33,13 +33,16 @@ void softmax_block(const AttentionInputs& a, const ForwardThread<C>& at, int64_t
         // Panels in which this query sees a key; the others are zeros.
         const int64_t begin = smaller(first / panel * panel, width);
         const int64_t end = larger(smaller(round_up(last + 1), width), begin);
-        const bool plain = !logits.capped && first <= begin && last >= end - 1;
-        V tops[2] = {V{} + at.top[r], V{} + at.top[r]};
+        // Nothing but a product by a positive number: its maximum is the maximum's product.
+        const bool plain = !logits.capped && logits.scale > 0 && first <= begin && last >= end - 1;
+        const C scale = plain ? logits.scale : C(1);
+        V tops[2] = {none, none};
         for (int64_t i = begin; i < end; i += 2 * step)
             for (int64_t n = 0; n < 2; ++n) {
                 const int64_t j = i + n * step;
-                V y = load<V>(x + j) * logits.scale;
+                V y = load<V>(x + j);
                 if (!plain) {
+                    y *= logits.scale;
                     if (logits.capped) y = hyperbolic_tangent(y) * logits.cap;
                     if (j < first || j + step - 1 > last) {
                         y = place < C(first - j) ? none : y;
@@ -49,8 +52,8 @@ void softmax_block(const AttentionInputs& a, const ForwardThread<C>& at, int64_t
                 }
                 tops[n] = y > tops[n] ? y : tops[n];
             }
-        const C top = largest<C>(tops[0] > tops[1] ? tops[0] : tops[1], at.top[r]);
-        const C scale = plain ? logits.scale : C(1);
+        const C block_top = largest<C>(tops[0] > tops[1] ? tops[0] : tops[1], -infinity<C>) * scale;
+        const C top = block_top > at.top[r] ? block_top : at.top[r];
         // No finite logit yet: the difference below must stay -inf, and a NaN a NaN.
         const C shift = top == -infinity<C> ? C(0) : top;
         E* to = static_cast<E*>(at.probabilities) + r * panel;

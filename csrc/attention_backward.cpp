@@ -7,14 +7,14 @@ namespace cogsym {
 namespace COGSYM_ISA {
 namespace {
 
-// Heads that share a block of keys while its dk and dv are in the cache.
-constexpr int64_t backward_keys = 128, heads_at_once = 4;
+// Heads whose queries meet a block of keys together: their sum over queries is one product, and dk and dv, which do not
+// fit into the nearest cache, are read and written once for all of them.
+constexpr int64_t backward_keys = 128, heads_at_once = 4, packed_queries = heads_at_once * query_block;
 
 // One head's block of queries.
 template <class C>
 struct QueryBlock {
     void *query_columns, *dout_columns;  // qᵀ and doᵀ, packed [D, query_block], interleaved
-    void *query_rows, *dout_rows;        // packed [query_block, D], interleaved
     C* dquery;                           // dqᵀ, [D, query_block]
     C *lse, *delta;                      // of each query: its log-sum-exp / ln 2, and Σ do o
     C* first;                            // of each query: the first key it sees
@@ -23,17 +23,18 @@ struct QueryBlock {
 template <class C>
 struct BackwardThread {
     QueryBlock<C> queries[heads_at_once];
-    C *logits, *dlogits;                 // [backward_keys, query_block]: sᵀ and dpᵀ
-    void *probabilities, *left, *right;  // packed: pᵀ; dsᵀ for the left side of a product, and for the right
-    C* dquery_rows;                      // dq, [query_block, D]
+    void *query_rows, *dout_rows;  // all heads' queries, packed [packed_queries, D], interleaved
+    C *logits, *dlogits;           // [backward_keys, query_block]: sᵀ and dpᵀ
+    void *probabilities, *left;    // all heads' pᵀ and dsᵀ, packed [backward_keys, packed_queries]
+    void* right;                   // dsᵀ, packed [backward_keys, query_block], interleaved
+    C* dquery_rows;                // dq, [query_block, D]
 };
 
 // pᵀ = 2^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on, two at a time.
 template <class E, class C>
-void gradient_block(const AttentionInputs& a, const BackwardThread<C>& at, const QueryBlock<C>& of, int64_t query,
-                    int64_t padded, int64_t key, int64_t width, bool whole) {
+void gradient_block(const AttentionInputs& a, const BackwardThread<C>& at, const QueryBlock<C>& of, E* probabilities,
+                    E* left, int64_t query, int64_t padded, int64_t key, int64_t width, bool whole) {
     using V = vector_t<C>;
-    E *probabilities = static_cast<E*>(at.probabilities), *left = static_cast<E*>(at.left);
     E* right = static_cast<E*>(at.right);
     const Logits<C> logits(a);
     for (int64_t i = 0; i < padded; i += lanes<C>) {
@@ -114,23 +115,26 @@ int64_t backward(const AttentionBackward& a) {
         const int64_t block = query_block * D;
         BackwardThread<C> at = {};
         for (QueryBlock<C>& of : at.queries)
-            of = {arena.take<E>(block), arena.take<E>(block),       arena.take<E>(block),       arena.take<E>(block),
-                  arena.take<C>(block), arena.take<C>(query_block), arena.take<C>(query_block), arena.take<C>(query_block)};
-        at.logits = arena.take<C>(area), at.dlogits = arena.take<C>(area);
-        at.probabilities = arena.take<E>(area), at.left = arena.take<E>(area), at.right = arena.take<E>(area);
+            of = {arena.take<E>(block),       arena.take<E>(block),       arena.take<C>(block),
+                  arena.take<C>(query_block), arena.take<C>(query_block), arena.take<C>(query_block)};
+        at.query_rows = arena.take<E>(packed_queries * D), at.dout_rows = arena.take<E>(packed_queries * D);
+        at.logits = arena.take<C>(area), at.dlogits = arena.take<C>(area), at.right = arena.take<E>(area);
+        at.probabilities = arena.take<E>(area * heads_at_once), at.left = arena.take<E>(area * heads_at_once);
         at.dquery_rows = arena.take<C>(block);
         if (a.scratch) scratch[i] = at;
     }
     if (!a.scratch) return arena.used();
 
-    const auto prepare = [&](const QueryBlock<C>& of, int64_t b, int64_t head, int64_t query, int64_t end) {
-        const int64_t padded = round_up(end - query);
+    const auto prepare = [&](const BackwardThread<C>& at, int64_t h, int64_t b, int64_t head, int64_t query,
+                             int64_t end) {
+        const QueryBlock<C>& of = at.queries[h];
+        const int64_t padded = round_up(end - query), row = packed(packed_queries, h * padded, 0);
         const Rows<T> q = head_rows<T>(a.q, a.q_strides, b, head, query, end, a.D);
         const Rows<T> dout = head_rows<T>(a.dout, a.dout_strides, b, head, query, end, a.D);
         pack<Layout::interleaved_columns>(static_cast<E*>(of.query_columns), D, q, 0, padded, false);
         pack<Layout::interleaved_columns>(static_cast<E*>(of.dout_columns), D, dout, 0, padded, false);
-        pack<Layout::interleaved_rows>(static_cast<E*>(of.query_rows), query_block, q, 0, padded, true);
-        pack<Layout::interleaved_rows>(static_cast<E*>(of.dout_rows), query_block, dout, 0, padded, true);
+        pack<Layout::interleaved_rows>(static_cast<E*>(at.query_rows) + row, packed_queries, q, 0, padded, true);
+        pack<Layout::interleaved_rows>(static_cast<E*>(at.dout_rows) + row, packed_queries, dout, 0, padded, true);
         for (int64_t i = 0; i < padded; ++i) {
             if (query + i >= a.T) {  // no query: p = 2^-inf
                 of.lse[i] = infinity<C>, of.delta[i] = 0, of.first[i] = 0;
@@ -160,7 +164,8 @@ int64_t backward(const AttentionBackward& a) {
     const auto block = [&](const BackwardThread<C>& at, int64_t unit, int64_t place, int64_t query, int64_t head,
                            int64_t heads, C* dkey, C* dvalue) {
         const int64_t b = unit / a.KV, end = smaller(query + query_block, a.T), padded = round_up(end - query);
-        for (int64_t h = 0; h < heads; ++h) prepare(at.queries[h], b, head + h, query, end);
+        for (int64_t h = 0; h < heads; ++h) prepare(at, h, b, head + h, query, end);
+        E *probabilities = static_cast<E*>(at.probabilities), *lefts = static_cast<E*>(at.left);
         const int64_t begin = first_key(a, b, query) / panel * panel, last_key = query + padded;
         for (int64_t key = begin; key < last_key; key += backward_keys) {
             const int64_t width = smaller(last_key - key, backward_keys), base = place * length * D;
@@ -171,19 +176,20 @@ int64_t backward(const AttentionBackward& a) {
                          static_cast<const E*>(of.query_columns), D, width, padded, D, false);
                 multiply(at.dlogits, query_block, values + base + packed(length, key, 0), length,
                          static_cast<const E*>(of.dout_columns), D, width, padded, D, false);
-                gradient_block<E>(a, at, of, query, padded, key, width, whole);
-                const E* left = static_cast<const E*>(at.left);
-                const E* right = interleaved<E> == 2 ? static_cast<const E*>(at.right) : left;
-                if (a.dv)
-                    multiply(dvalue + key * D, D, static_cast<const E*>(at.probabilities), backward_keys,
-                             static_cast<const E*>(of.dout_rows), query_block, width, D, padded, true);
-                if (a.dk)
-                    multiply(dkey + key * D, D, left, backward_keys, static_cast<const E*>(of.query_rows), query_block,
-                             width, D, padded, true);
+                E* left = lefts + packed(backward_keys, 0, h * padded);
+                gradient_block(a, at, of, probabilities + packed(backward_keys, 0, h * padded), left, query, padded,
+                               key, width, whole);
                 if (a.dq)
-                    multiply(of.dquery, query_block, key_columns + base + packed(D, 0, key), D, right, backward_keys, D,
-                             padded, width, key != begin);
+                    multiply(of.dquery, query_block, key_columns + base + packed(D, 0, key), D,
+                             interleaved<E> == 2 ? static_cast<const E*>(at.right) : left, backward_keys, D, padded,
+                             width, key != begin);
             }
+            if (a.dv)
+                multiply(dvalue + key * D, D, static_cast<const E*>(probabilities), backward_keys,
+                         static_cast<const E*>(at.dout_rows), packed_queries, width, D, heads * padded, true);
+            if (a.dk)
+                multiply(dkey + key * D, D, static_cast<const E*>(lefts), backward_keys,
+                         static_cast<const E*>(at.query_rows), packed_queries, width, D, heads * padded, true);
         }
         for (int64_t h = 0; a.dq && h < heads; ++h) finish(at, at.queries[h], b, head + h, query, end);
     };
