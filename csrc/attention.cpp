@@ -6,7 +6,7 @@ namespace cogsym {
 namespace COGSYM_ISA {
 namespace {
 
-constexpr int64_t forward_keys = 256;
+constexpr int64_t forward_keys = 512;
 // Rows a power of two apart would meet in the same few lines of the cache.
 constexpr int64_t logits_stride = forward_keys + 16;
 
@@ -33,23 +33,26 @@ void softmax_block(const AttentionInputs& a, const ForwardThread<C>& at, int64_t
         // Panels in which this query sees a key; the others are zeros.
         const int64_t begin = smaller(first / panel * panel, width);
         const int64_t end = larger(smaller(round_up(last + 1), width), begin);
-        // Nothing but a product by a positive number: its maximum is the maximum's product.
-        const bool plain = !logits.capped && logits.scale > 0 && first <= begin && last >= end - 1;
-        const C scale = plain ? logits.scale : C(1);
+        // Where the logits are only scaled, by a positive number, their maximum is scaled too, and the product is free.
+        const bool scaled = !logits.capped && logits.scale > 0;
+        if (!scaled)
+            for (int64_t i = begin; i < end; i += step) {
+                const V y = load<V>(x + i) * logits.scale;
+                store(x + i, logits.capped ? hyperbolic_tangent(y) * logits.cap : y);
+            }
+        const C scale = scaled ? logits.scale : C(1);
+        const auto mask = [&](int64_t edge) {
+            for (int64_t i = edge; i < edge + panel; i += step) {
+                const V y = load<V>(x + i);
+                store(x + i, place < C(first - i) ? none : place > C(last - i) ? none : y);
+            }
+        };
+        if (begin < first && begin < end) mask(begin);
+        if (last < end - 1) mask(end - panel);
         V tops[2] = {none, none};
         for (int64_t i = begin; i < end; i += 2 * step)
             for (int64_t n = 0; n < 2; ++n) {
-                const int64_t j = i + n * step;
-                V y = load<V>(x + j);
-                if (!plain) {
-                    y *= logits.scale;
-                    if (logits.capped) y = hyperbolic_tangent(y) * logits.cap;
-                    if (j < first || j + step - 1 > last) {
-                        y = place < C(first - j) ? none : y;
-                        y = place > C(last - j) ? none : y;
-                    }
-                    store(x + j, y);
-                }
+                const V y = load<V>(x + i + n * step);
                 tops[n] = y > tops[n] ? y : tops[n];
             }
         const C block_top = largest<C>(tops[0] > tops[1] ? tops[0] : tops[1], -infinity<C>) * scale;

@@ -78,8 +78,7 @@ inline C sum_of(vector_t<C> x) {
 // Below the smallest normal number it may be 0; 2^-inf is 0, and a NaN stays one.
 inline floats exponential2(floats x) {
 #ifdef __AVX512F__
-    constexpr __mmask16 every = 0xffff;  // GCC 12 warns of the forms without a mask (its bug 105593)
-    const floats r = (floats)_mm512_maskz_reduce_ps(every, (__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const floats r = (floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
     const float shift = 0x1.8p23f;  // its addition rounds to an integer, which then lies in the low bits
     const floats shifted = (x - 0.5f) + shift, r = x - (shifted - shift);
@@ -90,7 +89,7 @@ inline floats exponential2(floats x) {
     p = p * r + 6.931512951850891e-1f;
     p = p * r + 1.0f;
 #ifdef __AVX512F__
-    return (floats)_mm512_maskz_scalef_ps(every, (__m512)p, (__m512)x);  // p 2^floor(x)
+    return (floats)_mm512_scalef_ps((__m512)p, (__m512)x);  // p 2^floor(x)
 #else
     using ints = vector_t<int32_t>;
     const floats power = (floats)(((ints)shifted + 127) << 23);
