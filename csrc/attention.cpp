@@ -86,7 +86,8 @@ template <class T>
 int64_t forward(const Attention& a) {
     using C = compute_t<T>;
     using E = operand_t<T>;
-    const int64_t G = a.H / a.KV, D = round_up(a.D), length = round_up(a.T), blocks = (a.T + query_block - 1) / query_block;
+    const int64_t G = a.H / a.KV, D = round_up(a.D), length = round_up(a.T);
+    const int64_t blocks = (a.T + query_block - 1) / query_block;
     const int64_t units = a.B * a.KV, wave = smaller(units, wave_units);
     const int threads = threads_for(a);
 

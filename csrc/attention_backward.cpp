@@ -69,7 +69,8 @@ void gradient_block(const AttentionInputs& a, const BackwardThread<C>& at, const
         for (int64_t r = end; r < width; ++r) {
             store_operand(probabilities + row + r * panel, V{});
             store_operand(left + row + r * panel, V{});
-            if (r % 2 == 0) store_operands(right + packed(backward_keys, r, i / panel * panel) + i % panel * 2, V{}, V{});
+            if (r % 2 == 0)
+                store_operands(right + packed(backward_keys, r, i / panel * panel) + i % panel * 2, V{}, V{});
         }
     }
 }
@@ -99,7 +100,8 @@ template <class T>
 int64_t backward(const AttentionBackward& a) {
     using C = compute_t<T>;
     using E = operand_t<T>;
-    const int64_t G = a.H / a.KV, D = round_up(a.D), length = round_up(a.T), blocks = (a.T + query_block - 1) / query_block;
+    const int64_t G = a.H / a.KV, D = round_up(a.D), length = round_up(a.T);
+    const int64_t blocks = (a.T + query_block - 1) / query_block;
     const int64_t units = a.B * a.KV, wave = smaller(units, wave_units), chunks = chunks_of(a);
     const int threads = threads_for(a);
 
@@ -213,7 +215,8 @@ int64_t backward(const AttentionBackward& a) {
             for (int64_t i = blocks * chunk / chunks; i < blocks * (chunk + 1) / chunks; ++i)
                 for (int64_t g = 0; g < G; g += heads_at_once) {
                     const int64_t unit = first + place, head = unit % a.KV * G + g;
-                    block(scratch[thread], unit, place, i * query_block, head, smaller(G - g, heads_at_once), dkey, dvalue);
+                    block(scratch[thread], unit, place, i * query_block, head, smaller(G - g, heads_at_once), dkey,
+                          dvalue);
                 }
         });
         for_tasks(count * panels, threads, [&](int64_t task, int) {
