@@ -1,9 +1,10 @@
 // How the operands of the products in matrix.h lie in memory, and how they get there.
 //
-// An operand is stored as panels of 32 columns, [columns / 32][rows][32], its dimensions padded with zeros to multiples
-// of 32. In A · B the inner dimension is A's columns and B's rows. Instructions that multiply bfloat16 add the products
-// of two neighbours of the inner dimension, so that B's rows are interleaved two by two: [columns / 32][rows / 2][32][2].
-// One layout thus serves AMX (a tile is 16 lines of 64 contiguous bytes), AVX-512's vdpbf16ps and plain multiply-add.
+// An operand is stored as panels of 32 columns, [columns / 32][rows][32], its dimensions padded with zeros to
+// multiples of 32. In A · B the inner dimension is A's columns and B's rows. Instructions that multiply bfloat16 add
+// the products of two neighbours of the inner dimension, so that B's rows are interleaved two by two: [columns /
+// 32][rows / 2][32][2]. One layout thus serves AMX (a tile is 16 lines of 64 contiguous bytes), AVX-512's vdpbf16ps
+// and plain multiply-add.
 #pragma once
 
 #include "vector.h"
@@ -110,8 +111,8 @@ inline bool read_block(E (&block)[panel][panel], const Rows<T>& x, int64_t row, 
 }
 
 #ifdef __AVX512F__
-// to[j][i] = from[i][j] for 16 x 16 words of 4 bytes; the strides are in words. Pairs of words are exchanged first, then
-// pairs of pairs, then quarters of the registers.
+// to[j][i] = from[i][j] for 16 x 16 words of 4 bytes; the strides are in words. Words are exchanged first, then pairs of
+// them, then quarters of the registers.
 inline void transpose_words(void* to, int64_t to_stride, const void* from, int64_t from_stride) {
     __m512i rows[16], pairs[16], quads[16];
     for (int i = 0; i < 16; ++i) rows[i] = load<__m512i>(static_cast<const uint32_t*>(from) + i * from_stride);
