@@ -127,3 +127,37 @@ def attention_backward(
     dk: int,
     dv: int,
 ) -> None: ...
+def online_softmax(
+    logits: int,
+    targets: int,
+    maximum: int,
+    total: int,
+    target_logit: int,
+    rescale: int,
+    logit_sum: int,
+    argmax: int,
+    rows: int,
+    width: int,
+    first: int,
+    scale: float,
+    soft_cap: float,
+    exponentials: bool,
+    dtype: int,
+    num_threads: int,
+) -> None: ...
+def add_rescaled(total: int, product: int, rescale: int, rows: int, D: int, dtype: int, num_threads: int) -> None: ...
+def logits_gradient(
+    logits: int,
+    targets: int,
+    logsumexp: int,
+    dloss: int,
+    rows: int,
+    width: int,
+    first: int,
+    scale: float,
+    soft_cap: float,
+    confidence: float,
+    floor: float,
+    dtype: int,
+    num_threads: int,
+) -> None: ...

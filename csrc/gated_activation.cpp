@@ -75,12 +75,13 @@ void forward(const GatedActivation& a) {
 template <class T, class Act>
 void backward(const GatedActivationBackward& a) {
     using C = compute_t<T>;
-    for_runs(a.rows, a.F, a.num_threads, [&](int64_t row, int64_t column, int64_t n, int64_t offset) {
+    for_runs(a.rows, a.F, a.num_threads, [&](int64_t row, int64_t column, int64_t n, int64_t) {
         const T* dz = static_cast<const T*>(a.dz) + row * a.dz_stride + column;
         const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + column;
         const T* up = static_cast<const T*>(a.up) + row * a.up_stride + column;
-        T* dgate = a.dgate ? static_cast<T*>(a.dgate) + offset : nullptr;
-        T* dup = a.dup ? static_cast<T*>(a.dup) + offset : nullptr;
+        const int64_t to = row * a.gradient_stride + column;
+        T* dgate = a.dgate ? static_cast<T*>(a.dgate) + to : nullptr;
+        T* dup = a.dup ? static_cast<T*>(a.dup) + to : nullptr;
         if (!dgate) {
             write(dup, n, [=](int64_t i) {
                 const C g = widen(gate[i]);

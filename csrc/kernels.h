@@ -70,9 +70,9 @@ struct GatedActivationBackward {
     const void* dz;    // [rows, F]
     const void* gate;  // [rows, F]
     const void* up;    // [rows, F]
-    void* dgate;       // [rows, F] contiguous, or null: not wanted
-    void* dup;         // [rows, F] contiguous, or null: not wanted
-    int64_t rows, F, dz_stride, gate_stride, up_stride;
+    void* dgate;       // [rows, F], or null: not wanted
+    void* dup;         // [rows, F], or null: not wanted
+    int64_t rows, F, dz_stride, gate_stride, up_stride, gradient_stride;
     int num_threads;
 };
 
@@ -104,6 +104,45 @@ struct AttentionBackward : AttentionInputs {
     void *dq, *dk, *dv;     // as q, k and v, contiguous; each null where it is not wanted
 };
 
+// One block of columns of the logits: `width` of them, from column `first` of the vocabulary on.
+struct OnlineSoftmax {
+    DType dtype;
+    void* logits;            // [rows, width] contiguous; overwritten where `exponentials`
+    const int64_t* targets;  // [rows]
+    // Of the columns up to this block, of the compute type, [rows]: the largest product and the sum of exponentials.
+    void* maximum;
+    void* total;
+    void* target_logit;  // written where the target lies in this block
+    void* rescale;       // e^(maximum before - maximum after)
+    void* logit_sum;     // or null: not wanted
+    int64_t* argmax;     // or null: not wanted
+    int64_t rows, width, first;
+    double scale, soft_cap;  // 0: no soft cap
+    bool exponentials;
+    int num_threads;
+};
+
+struct AddRescaled {
+    DType dtype;
+    void* total;          // [rows, D] contiguous, of the compute type: total * rescale + product
+    const void* product;  // [rows, D] contiguous
+    const void* rescale;  // [rows] of the compute type
+    int64_t rows, D;
+    int num_threads;
+};
+
+struct LogitsGradient {
+    DType dtype;
+    void* logits;            // [rows, width] contiguous: overwritten by their gradient
+    const int64_t* targets;  // [rows]
+    const void* logsumexp;   // [rows] of the compute type
+    const void* dloss;       // [rows] of the compute type
+    int64_t rows, width, first;
+    double scale, soft_cap;  // 0: no soft cap
+    double confidence, floor;  // what the target and what every column has of the smoothed target
+    int num_threads;
+};
+
 // COGSYM_VARIANTS(V) is V(baseline) V(avx2) ..., from setup.py.
 #define COGSYM_DECLARE(isa)                                         \
     namespace isa {                                                 \
@@ -114,6 +153,9 @@ struct AttentionBackward : AttentionInputs {
     void gated_activation_backward(const GatedActivationBackward&); \
     int64_t attention(const Attention&);                            \
     int64_t attention_backward(const AttentionBackward&);           \
+    void online_softmax(const OnlineSoftmax&);                      \
+    void add_rescaled(const AddRescaled&);                          \
+    void logits_gradient(const LogitsGradient&);                    \
     }
 COGSYM_VARIANTS(COGSYM_DECLARE)
 #undef COGSYM_DECLARE

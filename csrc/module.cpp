@@ -35,6 +35,9 @@ struct Variant {
     decltype(&baseline::gated_activation_backward) gated_activation_backward;
     decltype(&baseline::attention) attention;
     decltype(&baseline::attention_backward) attention_backward;
+    decltype(&baseline::online_softmax) online_softmax;
+    decltype(&baseline::add_rescaled) add_rescaled;
+    decltype(&baseline::logits_gradient) logits_gradient;
 };
 
 #define COGSYM_ENTRY(isa)                        \
@@ -46,7 +49,10 @@ struct Variant {
      isa::gated_activation,                      \
      isa::gated_activation_backward,             \
      isa::attention,                             \
-     isa::attention_backward},
+     isa::attention_backward,                    \
+     isa::online_softmax,                        \
+     isa::add_rescaled,                          \
+     isa::logits_gradient},
 const Variant variants[] = {COGSYM_VARIANTS(COGSYM_ENTRY)};  // from the slowest to the fastest
 
 const Variant* fastest() {
@@ -159,14 +165,14 @@ void gated_activation(Address gate, int64_t gate_stride, Address up, int64_t up_
 }
 
 void gated_activation_backward(Address dz, int64_t dz_stride, Address gate, int64_t gate_stride, Address up,
-                               int64_t up_stride, Address dgate, Address dup, int64_t rows, int64_t F, int activation,
-                               int dtype, int num_threads) {
+                               int64_t up_stride, Address dgate, Address dup, int64_t gradient_stride, int64_t rows,
+                               int64_t F, int activation, int dtype, int num_threads) {
     GatedActivationBackward a{};
     a.dtype = dtype_of(dtype), a.activation = activation_of(activation);
     a.dz = pointer(dz), a.dz_stride = dz_stride;
     a.gate = pointer(gate), a.gate_stride = gate_stride;
     a.up = pointer(up), a.up_stride = up_stride;
-    a.dgate = pointer(dgate), a.dup = pointer(dup);
+    a.dgate = pointer(dgate), a.dup = pointer(dup), a.gradient_stride = gradient_stride;
     a.rows = rows, a.F = F, a.num_threads = num_threads;
     active->gated_activation_backward(a);
 }
@@ -228,6 +234,40 @@ void attention_backward(Address q, const Strides& q_strides, Address k, const St
     run_with_scratch(active->attention_backward, a);
 }
 
+void online_softmax(Address logits, Address targets, Address maximum, Address total, Address target_logit,
+                    Address rescale, Address logit_sum, Address argmax, int64_t rows, int64_t width, int64_t first,
+                    double scale, double soft_cap, bool exponentials, int dtype, int num_threads) {
+    OnlineSoftmax a{};
+    a.dtype = dtype_of(dtype), a.logits = pointer(logits);
+    a.targets = static_cast<const int64_t*>(pointer(targets));
+    a.maximum = pointer(maximum), a.total = pointer(total), a.target_logit = pointer(target_logit);
+    a.rescale = pointer(rescale), a.logit_sum = pointer(logit_sum);
+    a.argmax = static_cast<int64_t*>(pointer(argmax));
+    a.rows = rows, a.width = width, a.first = first;
+    a.scale = scale, a.soft_cap = soft_cap, a.exponentials = exponentials, a.num_threads = num_threads;
+    active->online_softmax(a);
+}
+
+void add_rescaled(Address total, Address product, Address rescale, int64_t rows, int64_t D, int dtype,
+                  int num_threads) {
+    AddRescaled a{};
+    a.dtype = dtype_of(dtype), a.total = pointer(total), a.product = pointer(product), a.rescale = pointer(rescale);
+    a.rows = rows, a.D = D, a.num_threads = num_threads;
+    active->add_rescaled(a);
+}
+
+void logits_gradient(Address logits, Address targets, Address logsumexp, Address dloss, int64_t rows, int64_t width,
+                     int64_t first, double scale, double soft_cap, double confidence, double floor, int dtype,
+                     int num_threads) {
+    LogitsGradient a{};
+    a.dtype = dtype_of(dtype), a.logits = pointer(logits);
+    a.targets = static_cast<const int64_t*>(pointer(targets));
+    a.logsumexp = pointer(logsumexp), a.dloss = pointer(dloss);
+    a.rows = rows, a.width = width, a.first = first;
+    a.scale = scale, a.soft_cap = soft_cap, a.confidence = confidence, a.floor = floor, a.num_threads = num_threads;
+    active->logits_gradient(a);
+}
+
 }  // namespace
 }  // namespace cogsym
 
@@ -262,8 +302,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("gated_activation", &gated_activation, no_gil, arg("gate"), arg("gate_stride"), arg("up"), arg("up_stride"),
           arg("z"), arg("rows"), arg("F"), arg("activation"), arg("dtype"), arg("num_threads"), "z = act(gate) * up.");
     m.def("gated_activation_backward", &gated_activation_backward, no_gil, arg("dz"), arg("dz_stride"), arg("gate"),
-          arg("gate_stride"), arg("up"), arg("up_stride"), arg("dgate"), arg("dup"), arg("rows"), arg("F"),
-          arg("activation"), arg("dtype"), arg("num_threads"), "dgate and dup, each unless its address is 0.");
+          arg("gate_stride"), arg("up"), arg("up_stride"), arg("dgate"), arg("dup"), arg("gradient_stride"), arg("rows"),
+          arg("F"), arg("activation"), arg("dtype"), arg("num_threads"), "dgate and dup, each unless its address is 0.");
     m.def("attention", &attention, no_gil, arg("q"), arg("q_strides"), arg("k"), arg("k_strides"), arg("v"),
           arg("v_strides"), arg("starts"), arg("shape"), arg("scale"), arg("window"), arg("soft_cap"), arg("dtype"),
           arg("num_threads"), arg("o"), arg("lse"), "o and lse; shape is (B, T, H, KV, D).");
@@ -271,6 +311,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           arg("v"), arg("v_strides"), arg("starts"), arg("shape"), arg("scale"), arg("window"), arg("soft_cap"),
           arg("dtype"), arg("num_threads"), arg("dout"), arg("dout_strides"), arg("o"), arg("lse"), arg("dq"),
           arg("dk"), arg("dv"), "dq, dk and dv, each unless its address is 0.");
+    m.def("online_softmax", &online_softmax, no_gil, arg("logits"), arg("targets"), arg("maximum"), arg("total"),
+          arg("target_logit"), arg("rescale"), arg("logit_sum"), arg("argmax"), arg("rows"), arg("width"),
+          arg("first"), arg("scale"), arg("soft_cap"), arg("exponentials"), arg("dtype"), arg("num_threads"),
+          "One block of columns into the running statistics, and its exponentials in its place.");
+    m.def("add_rescaled", &add_rescaled, no_gil, arg("total"), arg("product"), arg("rescale"), arg("rows"), arg("D"),
+          arg("dtype"), arg("num_threads"), "total = total * rescale + product.");
+    m.def("logits_gradient", &logits_gradient, no_gil, arg("logits"), arg("targets"), arg("logsumexp"), arg("dloss"),
+          arg("rows"), arg("width"), arg("first"), arg("scale"), arg("soft_cap"), arg("confidence"), arg("floor"),
+          arg("dtype"), arg("num_threads"), "The gradient of a block of logits, in its place.");
 #ifdef COGSYM_CUDA
     m.def(
         "rms_norm_cuda",

@@ -77,8 +77,8 @@ def backward_kernel(
     dz_ptr,  # [rows, F]
     gate_ptr,  # [rows, F]
     up_ptr,  # [rows, F], read for dgate alone
-    dgate_ptr,  # [rows, F], contiguous, or None where it is not needed
-    dup_ptr,  # [rows, F], contiguous, or None where it is not needed
+    dgate_ptr,  # [rows, F], or None where it is not needed
+    dup_ptr,  # [rows, F], or None where it is not needed
     F,
     inner,
     dz_outer,
@@ -87,6 +87,7 @@ def backward_kernel(
     gate_inner,
     up_outer,
     up_inner,
+    gradient_stride,  # of the rows of dgate and dup
     ACTIVATION: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -104,7 +105,7 @@ def backward_kernel(
     sigmoid, complement = _sigmoids(g, ACTIVATION)
     act = g * sigmoid
     if dup_ptr is not None:
-        tl.store(dup_ptr + row * F + col, (dz * act).to(dup_ptr.dtype.element_ty), mask)
+        tl.store(dup_ptr + row * gradient_stride + col, (dz * act).to(dup_ptr.dtype.element_ty), mask)
     if dgate_ptr is not None:
         up_offsets = _offsets(row, col, inner, up_outer, up_inner)
         u = tl.load(up_ptr + up_offsets, mask, 0.0, eviction_policy="evict_first").to(compute)
@@ -112,7 +113,9 @@ def backward_kernel(
         if ACTIVATION == "gelu_tanh":
             # Where σ(k) or 1 - σ(k) is 0, k' may already be infinite, and 0 · ∞ is not 0.
             bend = tl.where(bend == 0.0, 0.0, bend * (1.5957691216057308 * (1.0 + 0.134145 * g * g)))
-        tl.store(dgate_ptr + row * F + col, (dz * u * (sigmoid + bend)).to(dgate_ptr.dtype.element_ty), mask)
+        tl.store(
+            dgate_ptr + row * gradient_stride + col, (dz * u * (sigmoid + bend)).to(dgate_ptr.dtype.element_ty), mask
+        )
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -131,28 +134,30 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def gated_activation_backward(
     dz: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """`cogsym.ops.gated_activation.gated_activation_backward_reference` by one kernel."""
-    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if need_dgate else None
-    dup = torch.empty_like(up, memory_format=torch.contiguous_format) if need_dup else None
-    if gate.numel() and (need_dgate or need_dup):
-        rows = _rows(dz, gate, up)
+    both = need_dgate and need_dup
+    d = gate.new_empty(*gate.shape[:-1], gate.shape[-1] * (need_dgate + need_dup))
+    if d.numel():
+        # Side by side, the gradients have rows of their own length, and so nothing is one long row.
+        rows = Rows(dz, gate, up) if both else _rows(dz, gate, up)
         F = rows.tensors[0].shape[-1]
         tile = config(F)
         with on_device(gate):
             backward_kernel[(rows.count * triton.cdiv(F, tile["BLOCK_F"]),)](
                 *rows.tensors,
-                dgate,
-                dup,
+                d if need_dgate else None,
+                (d[..., F:] if both else d) if need_dup else None,
                 F,
                 rows.inner,
                 *rows.strides(0),
                 *rows.strides(1),
                 *rows.strides(2),
+                2 * F if both else F,
                 ACTIVATION=activation,
                 **tile,
             )
-    return gate.new_empty(0) if dgate is None else dgate, up.new_empty(0) if dup is None else dup
+    return d
 
 
 def _rows(*tensors: Tensor) -> Rows:

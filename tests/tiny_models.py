@@ -8,20 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.granite import modeling_granite
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.smollm3 import modeling_smollm3
 
 VOCABULARY = 61
 _SHAPE: dict[str, Any] = {
@@ -42,28 +40,41 @@ _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+_PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
-# name -> (model class, config class, what the variant adds)
-VARIANTS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "llama-biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "llama-llama3-rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
-    "llama-yarn-rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": _YARN_ROPE}),
-    "llama-tied-gelu": (
-        LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
-    ),
-    "llama-one-head-each": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 6}),
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
-    "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
-    "qwen2-windows": (
-        Qwen2ForCausalLM, Qwen2Config, {"use_sliding_window": True, "sliding_window": 5, "layer_types": _SLIDING},
-    ),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
+# name -> (what transformers calls the model, what the variant adds)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-llama3-rope": ("Llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama-yarn-rope": ("Llama", {"rope_parameters": _YARN_ROPE}),
+    "llama-tied-gelu": ("Llama", {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama-one-head-each": ("Llama", {"num_key_value_heads": 6}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 5}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": _SLIDING}),
+    "qwen3": ("Qwen3", {}),
     "qwen3-windows-biases": (
-        Qwen3ForCausalLM, Qwen3Config,
+        "Qwen3",
         {"use_sliding_window": True, "sliding_window": 5, "layer_types": _SLIDING, "attention_bias": True},
+    ),
+    "gemma2": (
+        "Gemma2",
+        {
+            "sliding_window": 5, "layer_types": _SLIDING, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": ("Gemma3", {"sliding_window": 5, "layer_types": _SLIDING, "query_pre_attn_scalar": 7}),
+    "phi3": ("Phi3", {"head_dim": 6, "sliding_window": None}),
+    "phi3-partial": ("Phi3", {"head_dim": 6, "sliding_window": 5, "rope_parameters": _PARTIAL_ROPE}),
+    "olmo2": ("Olmo2", {"head_dim": 6}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 0, 1]}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 1.7},
     ),
 }  # fmt: skip
 
@@ -71,28 +82,44 @@ VARIANTS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def tiny_model(variant: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A random model in evaluation mode, its norms and biases random too so that none can be forgotten."""
     torch.manual_seed(seed)
-    model_class, config_class, extra = VARIANTS[variant]
-    model = model_class(config_class(**{**_SHAPE, **extra, **changes}))
+    family, extra = VARIANTS[variant]
+    config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")
+    model = getattr(transformers, f"{family}ForCausalLM")(config(**{**_SHAPE, **extra, **changes}))
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            torch.nn.init.normal_(p, mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
+            mean = 0.0 if name.endswith("bias") or family.startswith("Gemma") else 1.0
+            torch.nn.init.normal_(p, mean=mean, std=0.3)
     return model.to(dtype).eval()
 
 
 def _exact_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+    gemma = not hasattr(self, "variance_epsilon")
+    weight, eps = (1 + self.weight, self.eps) if gemma else (self.weight, self.variance_epsilon)
+    return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
+
+
+def _exact_loss(logits: torch.Tensor, labels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 @contextlib.contextmanager
-def exact_norms() -> Iterator[None]:
-    """transformers computes its norms in float32 even in a float64 model; inside, they are exact."""
-    classes = (
-        modeling_llama.LlamaRMSNorm, modeling_mistral.MistralRMSNorm, modeling_qwen2.Qwen2RMSNorm,
-        modeling_qwen3.Qwen3RMSNorm,
+def exact_float64() -> Iterator[None]:
+    """transformers computes norms, eager softmax and the loss in float32 even in float64; inside, they are exact."""
+    softmax = torch.nn.functional.softmax
+
+    def exact_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return softmax(x, dim=dim, dtype=x.dtype if x.dtype == torch.float64 else dtype)
+
+    modules = (
+        modeling_gemma2, modeling_gemma3, modeling_granite, modeling_llama, modeling_mistral, modeling_olmo2,
+        modeling_phi3, modeling_qwen2, modeling_qwen3, modeling_smollm3,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for norm in classes:
+        for module in modules:
+            (norm,) = (value for name, value in vars(module).items() if name.endswith("RMSNorm"))
             patch.setattr(norm, "forward", _exact_norm)
+        patch.setattr(torch.nn.functional, "softmax", exact_softmax)
+        patch.setitem(LOSS_MAPPING, "ForCausalLM", _exact_loss)
         yield
 
 

@@ -1,23 +1,82 @@
-"""One decoder block: where its weights are and how it runs on our operations.
+"""One decoder block: where its weights are, and how it runs on our operations.
 
-    h = x + Wo · attention(rotary(Wq n), rotary(Wk n), Wv n),   n = rms_norm(x)
-    y = h + Wd · (act(Wg m) · Wu m),                            m = rms_norm(h)
+    h = x + c · norm'(Wo · attention(rotary(Wq n), rotary(Wk n), Wv n)),   n = norm(x)
+    y = h + c · norm'(Wd · (act(Wg m) · Wu m)),                            m = norm(h)
 
-with the biases and the query and key norms that a family has. A block holds references to the model's own modules and
-reads them at each call: no weight is copied, and a module that is replaced (by peft, say) or hooked keeps working.
+Llama has the norms before the products, OLMo 2 those after them, Gemma both; c is Granite's, 1 elsewhere. A block holds
+references to the model's own modules and reads them at each call: no weight is copied, and a module that is replaced
+(by peft, say) or hooked keeps working.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cogsym import ops
+from cogsym.models.masks import UnknownMaskError, visible_keys
+from cogsym.models.projections import Projections
 from cogsym.ops.gated_activation import Activation
+
+# Attention implementations of transformers that compute exactly what a mask says, and so may be replaced by ours.
+_PLAIN_ATTENTION = ("sdpa", "eager")
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A root-mean-square norm of the model.
+
+    Attributes:
+        owner: the module that it is an attribute of.
+        name: the attribute's name.
+        offset: added to its weight: 1 for Gemma.
+    """
+
+    owner: Any
+    name: str
+    offset: float
+
+    @property
+    def module(self) -> Any:
+        """The module, as it is now."""
+        return getattr(self.owner, self.name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x normalised."""
+        return ops.rms_norm(x, self.module.weight, self._eps(), offset=self.offset)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, sum)."""
+        return ops.rms_norm(x, self.module.weight, self._eps(), residual=residual, offset=self.offset)
+
+    def input_gradient(self, dy: Tensor, x: Tensor, dx: Tensor | None = None) -> Tensor:
+        """The gradient for x, with `dx`, which reaches it by another way, added."""
+        return ops.rms_norm_input_gradient(dy, x, self.module.weight, self._eps(), offset=self.offset, dh=dx)
+
+    def _eps(self) -> float:
+        module = self.module
+        return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of a batch stand; the layers of a forward pass share it.
+
+    Attributes:
+        cos: [B or 1, T, R/2], one column a rotated pair.
+        sin: like `cos`.
+        starts: the first key that each query sees, int32 [B, T]; None for the first of all.
+        blind: queries whose attention is 0, bool [B or 1, T, 1, 1]; None where there are none.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    starts: Tensor | None
+    blind: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,34 +84,93 @@ class Block:
     """A decoder layer of a Hugging Face model, described.
 
     Attributes:
-        attention: the module that owns q_proj, k_proj, v_proj, o_proj, and q_norm, k_norm where `qk_norm`.
-        mlp: the module that owns gate_proj, up_proj, down_proj.
-        input_norm: the norm before attention.
-        mlp_norm: the norm before the MLP.
+        attention: the module of the attention.
+        mlp: the module of the gated MLP.
+        qkv: its queries, keys and values.
+        output: its output projection (one name).
+        gate_up: the MLP's gate and up.
+        down: the MLP's down projection (one name).
+        attention_norm: the norm before attention, or None.
+        attention_output_norm: the norm of what attention adds to the stream, or None.
+        mlp_norm: the norm before the MLP, or None.
+        mlp_output_norm: the norm of what the MLP adds to the stream, or None.
+        q_norm: norm of the queries, or None.
+        k_norm: norm of the keys, or None.
+        normed: what `q_norm` and `k_norm` take as a row: a "head", or "all" heads together.
         activation: the MLP's activation.
-        qk_norm: queries and keys are normalised a head at a time, before the rotation.
-        sliding_window: positions that a query sees, itself included; None sees all. The mask says so already; kernels
-            that work without a mask need the number.
+        scale: factor of the products of queries and keys.
+        soft_cap: bound of the attention's logits, or None.
+        sliding_window: positions that a query sees, itself included; None for all.
+        rotated: queries and keys are rotated by their position.
+        residual_scale: factor of what is added to the stream.
     """
 
     # Any: their submodules are reached by name.
     attention: Any
     mlp: Any
-    input_norm: Any
-    mlp_norm: Any
+    qkv: Projections
+    output: Projections
+    gate_up: Projections
+    down: Projections
+    attention_norm: Norm | None
+    attention_output_norm: Norm | None
+    mlp_norm: Norm | None
+    mlp_output_norm: Norm | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    normed: Literal["head", "all"]
     activation: Activation
-    qk_norm: bool
+    scale: float
+    soft_cap: float | None
     sliding_window: int | None
+    rotated: bool
+    residual_scale: float
 
-    def bypassed(self) -> tuple[nn.Module, ...]:
+    def norms(self) -> list[Norm]:
+        """Every norm there is."""
+        candidates = (
+            self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm, self.q_norm,
+            self.k_norm,
+        )  # fmt: skip
+        return [norm for norm in candidates if norm is not None]
+
+    def projections(self) -> tuple[Projections, ...]:
+        """The linear maps, in the order of the forward pass."""
+        return self.qkv, self.output, self.gate_up, self.down
+
+    def bypassed(self) -> list[nn.Module]:
         """Modules whose own forward this path does not call, so that a hook on them would not fire."""
-        norms = (self.attention.q_norm, self.attention.k_norm) if self.qk_norm else ()
-        return self.attention, self.mlp, self.mlp.act_fn, self.input_norm, self.mlp_norm, *norms
+        activation = getattr(self.mlp, "act_fn", None) or self.mlp.activation_fn
+        return [self.attention, self.mlp, activation, *(norm.module for norm in self.norms())]
+
+    def positions(
+        self, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any, x: Tensor, training: bool
+    ) -> Positions:
+        """What our attention needs to know of a batch.
+
+        Args:
+            position_embeddings: cos and sin, [B or 1, T, R] each, their second half repeating the first.
+            attention_mask: as the model made it for its attention implementation.
+            x: the residual stream, or anything [B, T, ...] on its device.
+            training: dropout is on.
+
+        Raises:
+            UnknownMaskError: this attention must be computed by the model's own implementation.
+        """
+        implementation = self.attention.config._attn_implementation
+        if implementation not in _PLAIN_ATTENTION:
+            raise UnknownMaskError(f"the model was loaded with {implementation} attention")
+        if training and self.attention.attention_dropout:
+            raise UnknownMaskError("attention dropout is on")
+        cos, sin = (t[..., : t.shape[-1] // 2] for t in position_embeddings)
+        visible = visible_keys(attention_mask, x.shape[1])
+        starts = None if visible.starts is None else visible.starts.expand(x.shape[0], -1)
+        return Positions(cos, sin, starts, visible.blind)
 
     def forward(
         self,
         x: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Any | None,
         **kwargs: Any,
@@ -66,42 +184,72 @@ class Block:
             past_key_values: a transformers cache, updated in place, or None.
             kwargs: passed on to the attention implementation.
         """
-        n = _norm(self.input_norm, x)
-        q, k, v = self._queries_keys_values(n, position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.attention.layer_idx)
-        mixed = self._attend(q, k, v, attention_mask, **kwargs)
-        norm = self.mlp_norm
-        m, h = ops.rms_norm(self.attention.o_proj(mixed), norm.weight, norm.variance_epsilon, residual=x)
-        gate, up = self.mlp.gate_proj(m), self.mlp.up_proj(m)
-        return h + self.mlp.down_proj(ops.gated_activation(gate, up, self.activation))
-
-    def _queries_keys_values(
-        self, n: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: [B, heads, T, head_dim] each, transposed views."""
-        attention = self.attention
-        B, T, _ = n.shape
-        q, k, v = (
-            p(n).view(B, T, -1, attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if self.qk_norm:
-            q, k = _norm(attention.q_norm, q), _norm(attention.k_norm, k)
+        q, k, v = self.qkv(self.attention_norm(x) if self.attention_norm else x)
         cos, sin = (t[..., : t.shape[-1] // 2] for t in position_embeddings)
-        q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k, v = self.heads(q, k, v, cos, sin)
+        mixed = self._attend(q, k, v, attention_mask, position_embeddings, past_key_values, **kwargs)
+        added = self._added(self.output(mixed.flatten(-2))[0], self.attention_output_norm)
+        m, h = self.mlp_norm.after_adding(added, x) if self.mlp_norm else (added + x,) * 2
+        gate, up = self.gate_up(m)
+        z = ops.gated_activation(gate, up, self.activation)
+        return h + self._added(self.down(z)[0], self.mlp_output_norm)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """Attention by the implementation the model was loaded with: [B, T, heads * head_dim]."""
+    def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention takes them: normed, rotated, [B, T, heads, head_dim] each."""
+        if self.normed == "all":
+            q, k = self._normed(q, k)
+        q, k, v = (t.unflatten(-1, (-1, self.attention.head_dim)) for t in (q, k, v))
+        if self.normed == "head":
+            q, k = self._normed(q, k)
+        if self.rotated:
+            q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
+        return q, k, v
+
+    def attention_options(self, positions: Positions) -> dict[str, Any]:
+        """Keywords of `ops.attention`."""
+        return {
+            "scale": self.scale,
+            "starts": positions.starts,
+            "window": self.sliding_window,
+            "soft_cap": self.soft_cap,
+        }
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.q_norm(q), self.k_norm(k)) if self.q_norm and self.k_norm else (q, k)
+
+    def _added(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """What is added to the stream."""
+        x = norm(x) if norm else x
+        return x if self.residual_scale == 1 else x * self.residual_scale
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention, [B, T, heads, head_dim]: ours where it can be, else the model's implementation."""
         attention = self.attention
+        if past_key_values is None:
+            try:
+                where = self.positions(position_embeddings, attention_mask, q, attention.training)
+            except UnknownMaskError:
+                pass
+            else:
+                o, _ = ops.attention(q, k, v, **self.attention_options(where))
+                return o if where.blind is None else o.masked_fill(where.blind, 0)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, attention.layer_idx)
         # Only "eager" is not in the registry: each modeling file has its own.
         eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+        options: dict[str, Any] = {"scaling": self.scale, "sliding_window": self.sliding_window}
+        if self.soft_cap is not None:
+            options["softcap"] = self.soft_cap
         dropout = attention.attention_dropout if attention.training else 0.0
-        options = {"dropout": dropout, "scaling": attention.scaling, "sliding_window": self.sliding_window}
-        mixed, _ = attend(attention, q, k, v, attention_mask, **options, **kwargs)
-        return mixed.flatten(-2)
-
-
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    return ops.rms_norm(x, norm.weight, norm.variance_epsilon)
+        return attend(attention, q, k, v, attention_mask, dropout=dropout, **options, **kwargs)[0]

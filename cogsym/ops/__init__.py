@@ -1,10 +1,22 @@
 """Operations of a decoder block, one file each: contract, plain reference, registration, dispatch to a backend."""
 
-from cogsym.ops.attention import attention
-from cogsym.ops.gated_activation import gated_activation
-from cogsym.ops.rms_norm import rms_norm
+from cogsym.ops.attention import attention, attention_gradients
+from cogsym.ops.gated_activation import gated_activation, gated_activation_gradients
+from cogsym.ops.linear_cross_entropy import linear_cross_entropy, token_scores
+from cogsym.ops.rms_norm import rms_norm, rms_norm_input_gradient
 from cogsym.ops.rotary import rotary
 
-OPERATIONS = ("rms_norm", "rotary", "gated_activation", "attention")
+OPERATIONS = ("rms_norm", "rotary", "gated_activation", "attention", "linear_cross_entropy")
 
-__all__ = ["OPERATIONS", "attention", "gated_activation", "rms_norm", "rotary"]
+__all__ = [
+    "OPERATIONS",
+    "attention",
+    "attention_gradients",
+    "gated_activation",
+    "gated_activation_gradients",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rms_norm_input_gradient",
+    "rotary",
+    "token_scores",
+]

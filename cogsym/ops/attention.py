@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from cogsym.ops import backend, flash
 
@@ -108,6 +109,30 @@ def attention_backward(
     """
     function = _implementation("attention_backward", q, starts, window, soft_cap)
     return function(dout, q, k, v, o, lse, starts, scale, window, soft_cap, need_dq, need_dk, need_dv)
+
+
+def attention_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), contiguous, of an `attention` whose gradient is not left to autograd; q, k and v may be computed
+    again from what they were made of."""
+    return _attention_backward(dout, q, k, v, o, lse, starts, scale, window, soft_cap, True, True, True)
+
+
+def attention_pairs(length: int, window: int | None = None) -> int:
+    """How many keys the queries of one sequence see in all: Σ_t min(t + 1, window)."""
+    seen = min(length, window or length)
+    return length * seen - seen * (seen - 1) // 2
 
 
 def starts_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
@@ -269,6 +294,22 @@ def _attention_backward(
     need_dv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return attention_backward(dout, q, k, v, o, lse, starts, scale, window, soft_cap, need_dq, need_dk, need_dv)
+
+
+# Two products of D multiplications for each pair of a query and a key that it sees, and five in the backward pass.
+# Where a sequence begins is in the values of `starts`, so packed sequences count as whole rows.
+@register_flop_formula(torch.ops.cogsym.attention)
+def _flops(
+    q: tuple[int, ...], k: Any, v: Any, starts: Any, scale: float, window: int | None, *_: Any, **__: Any
+) -> int:
+    B, T, H, D = q
+    return 4 * B * H * D * attention_pairs(T, window)
+
+
+@register_flop_formula(torch.ops.cogsym.attention_backward)
+def _backward_flops(dout: Any, *rest: Any, **__: Any) -> int:
+    B, T, H, D = dout
+    return 10 * B * H * D * attention_pairs(T, rest[7])
 
 
 @_attention.register_fake

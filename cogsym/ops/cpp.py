@@ -11,12 +11,16 @@ environment variable ``COGSYM_CPU_ISA`` names a slower one, to compare them or t
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cogsym import _C
 from cogsym.errors import CogsymError
+
+if TYPE_CHECKING:
+    from cogsym.ops.logit_blocks import OnlineState
 
 _DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(_C.DTYPES)}
 _ACTIVATION_CODES = {name: code for code, name in enumerate(_C.ACTIVATIONS)}
@@ -121,18 +125,19 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def gated_activation_backward(
     dz: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """As `cogsym.ops.gated_activation.gated_activation_backward_reference`."""
-    dgate = _empty_like(gate) if need_dgate else gate.new_empty(0)
-    dup = _empty_like(up) if need_dup else up.new_empty(0)
-    if gate.numel() and (need_dgate or need_dup):
-        d, g, u = _rows(dz), _rows(gate), _rows(up)
+    F = gate.shape[-1]
+    d = gate.new_empty(*gate.shape[:-1], F * (need_dgate + need_dup))
+    if d.numel():
+        z, g, u = _rows(dz), _rows(gate), _rows(up)
+        dup = d.data_ptr() + (F * d.element_size() if need_dgate else 0)
         _C.gated_activation_backward(
-            d.data_ptr(), d.stride(0), g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0),
-            dgate.data_ptr() if need_dgate else 0, dup.data_ptr() if need_dup else 0,
-            g.shape[0], g.shape[1], _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
+            z.data_ptr(), z.stride(0), g.data_ptr(), g.stride(0), u.data_ptr(), u.stride(0),
+            d.data_ptr() if need_dgate else 0, dup if need_dup else 0, d.shape[-1],
+            g.shape[0], F, _ACTIVATION_CODES[activation], _DTYPE_CODES[gate.dtype], torch.get_num_threads(),
         )  # fmt: skip
-    return dgate, dup
+    return d
 
 
 def attention(
@@ -193,6 +198,54 @@ def _attention_inputs(
         q.data_ptr(), q.stride()[:3], k.data_ptr(), k.stride()[:3], v.data_ptr(), v.stride()[:3],
         0 if starts is None else starts.data_ptr(), (B, T, H, k.shape[2], D),
         scale, window or 0, soft_cap or 0.0, _DTYPE_CODES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def online_softmax(
+    logits: Tensor,
+    first: int,
+    targets: Tensor,
+    state: OnlineState,
+    rescale: Tensor,
+    scale: float,
+    soft_cap: float,
+    exponentials: bool,
+) -> None:
+    """As `cogsym.ops.logit_blocks.online_softmax_reference`."""
+    logit_sum, argmax = state.logit_sum, state.argmax
+    _C.online_softmax(
+        logits.data_ptr(), targets.data_ptr(), state.maximum.data_ptr(), state.total.data_ptr(),
+        state.target_logit.data_ptr(), rescale.data_ptr(),
+        0 if logit_sum is None else logit_sum.data_ptr(), 0 if argmax is None else argmax.data_ptr(),
+        logits.shape[0], logits.shape[1], first, scale, soft_cap, exponentials,
+        _DTYPE_CODES[logits.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def add_rescaled(total: Tensor, product: Tensor, rescale: Tensor) -> None:
+    """As `cogsym.ops.logit_blocks.add_rescaled_reference`."""
+    _C.add_rescaled(
+        total.data_ptr(), product.data_ptr(), rescale.data_ptr(), product.shape[0], product.shape[1],
+        _DTYPE_CODES[product.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def logits_gradient(
+    logits: Tensor,
+    first: int,
+    targets: Tensor,
+    logsumexp: Tensor,
+    dloss: Tensor,
+    scale: float,
+    soft_cap: float,
+    confidence: float,
+    floor: float,
+) -> None:
+    """As `cogsym.ops.logit_blocks.logits_gradient_reference`."""
+    _C.logits_gradient(
+        logits.data_ptr(), targets.data_ptr(), logsumexp.data_ptr(), dloss.data_ptr(),
+        logits.shape[0], logits.shape[1], first, scale, soft_cap, confidence, floor,
+        _DTYPE_CODES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202; the tanh 
 
     dgate = dz · up · act'(gate),   dup = dz · act(gate)
 
-gate and up are kept for the backward pass, nothing else. Everything is computed in float32 (float64 for float64) and
-rounded once.
+gate and up are kept for the backward pass, nothing else; their gradients lie side by side, as one product wants them.
+Everything is computed in float32 (float64 for float64) and rounded once.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor
     return _gated_activation(gate, up, activation)
 
 
+def gated_activation_gradients(dz: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """[dgate, dup], [..., 2F], of a `gated_activation` whose gradient is not left to autograd."""
+    return _gated_activation_backward(dz, gate, up, activation, True, True)
+
+
 def gated_activation_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """`gated_activation` in plain PyTorch."""
     g, u = _compute_dtype(gate), _compute_dtype(up)
@@ -59,8 +64,8 @@ def gated_activation_reference(gate: Tensor, up: Tensor, activation: str) -> Ten
 
 def gated_activation_backward_reference(
     dz: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `gated_activation`: (dgate, dup), an empty tensor for one that is not needed."""
+) -> Tensor:
+    """Gradients of `gated_activation` that are needed: [..., 2F] with dgate and dup side by side, or [..., F]."""
     d, g, u = (_compute_dtype(t) for t in (dz, gate, up))
     if activation == "silu":
         sigmoid = torch.sigmoid(g)
@@ -70,9 +75,8 @@ def gated_activation_backward_reference(
         tanh = torch.tanh(scale * (g + cubic * g**3))
         act = 0.5 * g * (1 + tanh)
         slope = 0.5 * (1 + tanh) + 0.5 * g * (1 - tanh**2) * scale * (1 + 3 * cubic * g**2)
-    dgate = (d * u * slope).to(gate.dtype).contiguous() if need_dgate else gate.new_empty(0)
-    dup = (d * act).to(up.dtype).contiguous() if need_dup else up.new_empty(0)
-    return dgate, dup
+    gradients = [g for g, needed in ((d * u * slope, need_dgate), (d * act, need_dup)) if needed]
+    return torch.cat([gate.new_empty(*gate.shape[:-1], 0), *(g.to(gate.dtype) for g in gradients)], dim=-1)
 
 
 def _compute_dtype(x: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ def _gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 @torch.library.custom_op("cogsym::gated_activation_backward", mutates_args=())
 def _gated_activation_backward(
     dz: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     function = backend.implementation("gated_activation_backward", gated_activation_backward_reference, gate)
     return function(dz, gate, up, activation, need_dgate, need_dup)
 
@@ -98,9 +102,8 @@ def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 @_gated_activation_backward.register_fake
-def _(dz: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool) -> tuple[Tensor, Tensor]:
-    full = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    return full if need_dgate else gate.new_empty(0), torch.empty_like(full) if need_dup else up.new_empty(0)
+def _(dz: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool) -> Tensor:
+    return gate.new_empty(*gate.shape[:-1], gate.shape[-1] * (need_dgate + need_dup))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -111,8 +114,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
     gate, up = ctx.saved_tensors
     need_dgate, need_dup = ctx.needs_input_grad[:2]
-    dgate, dup = _gated_activation_backward(dz, gate, up, ctx.activation, need_dgate, need_dup)
-    return dgate if need_dgate else None, dup if need_dup else None, None
+    d, F = _gated_activation_backward(dz, gate, up, ctx.activation, need_dgate, need_dup), gate.shape[-1]
+    return d[..., :F] if need_dgate else None, d[..., d.shape[-1] - F :] if need_dup else None, None
 
 
 _gated_activation.register_autograd(_backward, setup_context=_setup)

@@ -63,6 +63,20 @@ def rms_norm(
     return _add_rms_norm(x, residual, weight, eps, offset)
 
 
+def rms_norm_input_gradient(
+    dy: Tensor, h: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, dh: Tensor | None = None
+) -> Tensor:
+    """The gradient for h, [..., D], of a `rms_norm` whose gradient is not left to autograd.
+
+    Args:
+        dy: the gradient of y, [..., D].
+        h: what was normalised.
+        weight, eps, offset: as in `rms_norm`.
+        dh: the gradient that reaches h by the residual stream; added in the same pass.
+    """
+    return _rms_norm_backward(dy, h, weight, eps, offset, dh, True, False)[0]
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """`rms_norm` in plain PyTorch; the documentation of what the kernels compute."""
     h = _compute_dtype(x)

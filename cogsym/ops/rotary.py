@@ -23,7 +23,7 @@ from torch import Tensor
 from cogsym.ops import backend
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, inverse: bool = False) -> Tensor:
     """Rotate the heads of queries or keys, or of both side by side along H.
 
     Args:
@@ -31,6 +31,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         cos: [B, T, R/2] or [1, T, R/2], R <= D; one column a pair.
         sin: like `cos`.
         interleaved: pairs are neighbours, not halves.
+        inverse: turn back, which is also what a gradient needs.
 
     Returns:
         [B, T, H, D], contiguous, dtype of x.
@@ -52,7 +53,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         )
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("rotary: cos or sin requires a gradient, which this operation does not compute; detach them.")
-    return _rotary(x, cos, sin, interleaved, False)
+    return _rotary(x, cos, sin, interleaved, inverse)
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from cogsym.kernels import launch
+from cogsym.ops.logit_blocks import OnlineState
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -168,6 +169,19 @@ def _gated_activation(F: int, dtype: torch.dtype) -> None:
         launch.gated_activation_backward(gate, gate, up, "silu", need_dgate, not need_dgate)
 
 
+def _linear_cross_entropy(D: int, dtype: torch.dtype) -> None:
+    """Training with a frozen head and with a trained one, with and without a soft cap; scores."""
+    rows, width = 4096, 16384
+    logits, product = _empty(rows, width, dtype=dtype), _empty(rows, D, dtype=dtype)
+    targets, total = _empty(rows, dtype=torch.int64), _empty(rows, D, dtype=torch.float32)
+    row = _empty(rows, dtype=torch.float32)
+    for soft_cap in (0.0, 30.0):
+        launch.online_softmax(logits, width, targets, OnlineState(row, row, row, None, None), row, 1.0, soft_cap, True)
+        launch.online_softmax(logits, 0, targets, OnlineState(row, row, row, row, targets), row, 1.0, soft_cap, False)
+        launch.logits_gradient(logits, width, targets, row, row, 1.0, soft_cap, 0.9, 1e-6)
+    launch.add_rescaled(total, product, row)
+
+
 # Widths of SmolLM2-135M and of Llama 3.1 in 8B, 70B and beyond, and the heads and MLPs of these.
 CASES: dict[tuple[str, int], Callable[[int, torch.dtype], None]] = {
     **{("rms_norm", D): _rms_norm for D in (576, 4096, 8192, 18432)},
@@ -176,6 +190,7 @@ CASES: dict[tuple[str, int], Callable[[int, torch.dtype], None]] = {
     **{("head_norm", D): _head_norm for D in (64, 128)},
     **{("rotary", D): _rotary for D in (64, 128)},
     ("gated_activation", 14336): _gated_activation,
+    **{("linear_cross_entropy", D): _linear_cross_entropy for D in (576, 4096)},
 }
 
 

@@ -56,7 +56,12 @@ def test_every_kernel_is_compiled() -> None:
     compiled = {launch.kernel for case in aot.CASES for launch in aot.launches(case, torch.float32)}
     kernels = {
         value
-        for function in (aot.launch.rms_norm, aot.launch.rotary, aot.launch.gated_activation)
+        for function in (
+            aot.launch.rms_norm,
+            aot.launch.rotary,
+            aot.launch.gated_activation,
+            aot.launch.online_softmax,
+        )
         for name, value in function.__globals__.items()
         if name.endswith("_kernel")
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VARIANTS, batch, exact_norms, tiny_model
+from tiny_models import VARIANTS, batch, exact_float64, tiny_model
 
 import cogsym
 
@@ -48,7 +48,7 @@ def relative_errors(
 def test_float64_agrees_to_rounding(variant: str, kind: str) -> None:
     model = tiny_model(variant, torch.float64)
     inputs = batch(kind)
-    with exact_norms():
+    with exact_float64():
         want = run(model, inputs)
         cogsym.prepare(model, cogsym.LayerPlan.all(4))
         assert {layer.path for layer in cogsym.explain(model).layers} <= {"cpp", "reference"}
@@ -66,7 +66,7 @@ def test_error_is_at_most_twice_that_of_transformers(variant: str, dtype: torch.
     ours: Counter[str] = Counter()
     for seed in range(6):
         model, inputs = tiny_model(variant, dtype, seed), batch("packed", seed)
-        with exact_norms():
+        with exact_float64():
             truth = run(copy.deepcopy(model).double(), inputs)
         theirs.update(relative_errors(run(model, inputs), truth))
         ours.update(relative_errors(run(cogsym.prepare(model, cogsym.LayerPlan.all(4)), inputs), truth))
@@ -90,7 +90,7 @@ def test_error_is_at_most_twice_that_of_transformers(variant: str, dtype: torch.
 def test_planned_parameters_alone_get_their_right_gradient(variant: str, plan: cogsym.LayerPlan) -> None:
     model = tiny_model(variant, torch.float64)
     inputs = batch("padded-left")
-    with exact_norms():
+    with exact_float64():
         want = run(model, inputs)
         cogsym.prepare(model, plan)
         got = run(model, inputs)
@@ -128,11 +128,21 @@ def test_generation_with_a_cache_gives_the_same_tokens(variant: str, implementat
     assert torch.equal(got.sequences, want.sequences)
 
 
-def test_no_weight_is_copied() -> None:
+def storages(model: Any) -> dict[int, int]:
+    return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+
+
+def test_no_weight_is_held_twice() -> None:
+    """Weights of a frozen layer lie beside each other; trained ones, and all of a restored model, stand alone."""
     model = tiny_model("qwen3")
-    before = {n: p.data_ptr() for n, p in model.named_parameters()}
+    values = {n: p.clone() for n, p in model.state_dict().items()}
+    before, trained = storages(model), {n: p.data_ptr() for n, p in model.model.layers[0].named_parameters()}
     cogsym.prepare(model, cogsym.LayerPlan.outer(4))
-    assert {n: p.data_ptr() for n, p in model.named_parameters()} == before
+    assert len(storages(model)) < len(before) and sum(storages(model).values()) == sum(before.values())
+    assert {n: p.data_ptr() for n, p in model.model.layers[0].named_parameters()} == trained
+    cogsym.restore(model)
+    assert len(storages(model)) == len(before) and sum(storages(model).values()) == sum(before.values())
+    assert all(torch.equal(p, values[n]) for n, p in model.state_dict().items())
 
 
 def test_a_layer_that_is_not_known_runs_its_own_forward() -> None:

@@ -56,13 +56,14 @@ def best_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory from `torch.empty_like` starts as NaN, so that an element nobody wrote shows."""
-    empty_like = torch.empty_like
+    """Memory from `torch.empty_like` and `new_empty` starts as NaN, so that an element nobody wrote shows."""
+    for owner, name in ((torch, "empty_like"), (Tensor, "new_empty")):
+        empty = getattr(owner, name)
 
-    def nan_like(*args: Any, **kwargs: Any) -> Tensor:
-        return empty_like(*args, **kwargs).fill_(torch.nan)
+        def poison(*args: Any, empty: Callable[..., Tensor] = empty, **kwargs: Any) -> Tensor:
+            return empty(*args, **kwargs).fill_(torch.nan)
 
-    monkeypatch.setattr(torch, "empty_like", nan_like)
+        monkeypatch.setattr(owner, name, poison)
 
 
 @pytest.fixture

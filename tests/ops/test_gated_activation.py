@@ -146,7 +146,7 @@ def test_only_gradients_asked_for(
             assert leaf.grad is None
     assert backward_calls == ([wanted] if any(wanted) else [])
     raw = torch.ops.cogsym.gated_activation_backward(dz, gate.detach(), up.detach(), activation, *wanted)
-    assert [t.numel() for t in raw] == [132 * w for w in wanted]
+    assert raw.shape == (4, 33 * sum(wanted))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,11 +21,12 @@ def loss_of(model: Any) -> torch.Tensor:
 
 def fast_path_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many blocks of a forward pass take the fast path."""
-    from cogsym.models import Block
+    from cogsym.models import Block, frozen
 
     calls = []
-    original = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    for owner in (Block, frozen):
+        original = owner.forward
+        monkeypatch.setattr(owner, "forward", lambda *a, original=original, **k: calls.append(1) or original(*a, **k))
     loss_of(model)
     return len(calls)
 

@@ -1,0 +1,89 @@
+"""The loss of a causal language model straight from its last hidden states, the logits never made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from cogsym import ops
+
+_IGNORED = -100  # what transformers' losses leave out
+_OWN_WORDS = ("shift_labels", "logits_to_keep", "return_dict", "output_attentions", "output_hidden_states")
+
+# Models whose logits are (head · last hidden state), scaled and capped as `Head` says.
+_MODELS = (
+    "gemma2.modeling_gemma2.Gemma2ForCausalLM",
+    "gemma3.modeling_gemma3.Gemma3ForCausalLM",
+    "granite.modeling_granite.GraniteForCausalLM",
+    "llama.modeling_llama.LlamaForCausalLM",
+    "mistral.modeling_mistral.MistralForCausalLM",
+    "olmo2.modeling_olmo2.Olmo2ForCausalLM",
+    "phi3.modeling_phi3.Phi3ForCausalLM",
+    "qwen2.modeling_qwen2.Qwen2ForCausalLM",
+    "qwen3.modeling_qwen3.Qwen3ForCausalLM",
+    "smollm3.modeling_smollm3.SmolLM3ForCausalLM",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The head of a causal language model from transformers.
+
+    Attributes:
+        model: the model with `model` and `lm_head`.
+        scale: factor of the logits.
+        soft_cap: their bound, or None.
+    """
+
+    model: Any
+    scale: float
+    soft_cap: float | None
+
+    def serves(self, labels: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether a call with these keywords may go without logits: training, on labels, with nothing unusual."""
+        head = self.model.lm_head
+        plain = type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
+        return bool(self.model.training and labels is not None and plain and not any(kwargs.get(w) for w in _OWN_WORDS))
+
+    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
+        """The model's output with its loss and no logits.
+
+        Args:
+            labels: [B, T], each the token at its own place; -100 counts for nothing.
+            num_items_in_batch: what the sum of the losses is divided by; None is the number of labels.
+            kwargs: for the decoder.
+        """
+        outputs = self.model.model(**kwargs)
+        targets = nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+        loss = ops.linear_cross_entropy(
+            outputs.last_hidden_state,
+            self.model.lm_head.weight,
+            targets.to(outputs.last_hidden_state.device),
+            ignore_index=_IGNORED,
+            soft_cap=self.soft_cap,
+            scale=self.scale,
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )
+        if num_items_in_batch is not None:
+            loss = loss / num_items_in_batch
+        return CausalLMOutputWithPast(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def find_head(model: nn.Module) -> Head | None:
+    """The causal language model that is `model`, or that peft has wrapped in it; None where it is not a known one."""
+    for module in model.modules():
+        name = f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("transformers.models.")
+        if name in _MODELS and "forward" not in vars(module):
+            config: Any = module.config
+            return Head(
+                module, 1 / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
+            )
+    return None

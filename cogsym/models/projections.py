@@ -1,0 +1,107 @@
+"""Linear maps of one input, and how their weights lie in memory.
+
+Queries, keys and values are three products of one input, gate and up two. Where none of their weights changes any more
+they can be one: their rows are laid beside each other in one storage, of which each parameter stays a view. Nothing
+else is kept, no weight is held twice, and `state_dict` does not change; whether weights lie so is read off them at each
+call, so that moving or sharding the model merely makes the products several again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """Linear modules of one input, or one module whose output holds theirs side by side.
+
+    Attributes:
+        owner: the module they are attributes of. They are looked up at each call: peft replaces them.
+        names: the attributes' names.
+        sizes: features of each output; more than there are names where one module holds them all.
+    """
+
+    owner: Any
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def modules(self) -> list[Any]:
+        """The modules, as they are now."""
+        return [getattr(self.owner, name) for name in self.names]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each output, [..., size], by calling the modules."""
+        outputs = [module(x) for module in self.modules]
+        return tuple(outputs) if len(outputs) == len(self.sizes) else outputs[0].split(self.sizes, dim=-1)
+
+    def plain(self) -> bool:
+        """Whether the modules are `nn.Linear` and nothing more: no adapter, no quantised weight, no sharded one."""
+        return all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in self.modules)
+
+    def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The outputs side by side, [..., Σ sizes], computed in `dtype` from the weights themselves."""
+        weights, biases = self._parameters()
+        x = x.to(dtype)
+        weight = _joined(weights)
+        if weight is not None:
+            bias = None if biases is None else torch.cat(biases).to(dtype)
+            return F.linear(x, weight.to(dtype), bias)
+        pieces = zip(weights, biases or [None] * len(weights), strict=True)
+        return torch.cat([F.linear(x, w.to(dtype), None if b is None else b.to(dtype)) for w, b in pieces], dim=-1)
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """The gradient of `product` for its input, in the dtype of `dy`, [..., Σ sizes]."""
+        weights, _ = self._parameters()
+        weight = _joined(weights)
+        if weight is not None:
+            return dy @ weight.to(dy.dtype)
+        total, *others = [piece @ w.to(dy.dtype) for piece, w in zip(dy.split(self._rows(), -1), weights, strict=True)]
+        for other in others:
+            total += other
+        return total
+
+    def join(self) -> None:
+        """Lay the weights beside each other. They must be plain."""
+        weights, _ = self._parameters()
+        if _joined(weights) is None and len({(w.dtype, w.device) for w in weights}) == 1:
+            with torch.no_grad():
+                fused = torch.cat([w.data for w in weights])
+            for module, rows in zip(self.modules, fused.split(self._rows()), strict=True):
+                module.weight.data = rows
+
+    def part(self) -> None:
+        """Give each weight storage of its own again, where `join` took it away."""
+        weights, _ = self._parameters()
+        if len(weights) > 1 and _joined(weights) is not None:
+            for weight in weights:
+                weight.data = weight.data.clone()
+
+    def _rows(self) -> list[int]:
+        return [module.weight.shape[0] for module in self.modules]
+
+    def _parameters(self) -> tuple[list[Any], list[Any] | None]:
+        modules = self.modules
+        biases = None if modules[0].bias is None else [module.bias for module in modules]
+        return [module.weight for module in modules], biases
+
+
+def _joined(weights: list[Tensor]) -> Tensor | None:
+    """The weights as one, [Σ rows, D], where they lie beside each other in memory."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for weight in weights:
+        if weight.untyped_storage().data_ptr() != storage or weight.storage_offset() != offset:
+            return None
+        if not weight.is_contiguous():
+            return None
+        offset += weight.numel()
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())

@@ -1,0 +1,129 @@
+"""Frozen blocks under autograd: what is kept between the forward pass and the backward pass, and what is not.
+
+`keep` says what the node of a frozen block holds on to (bytes in `cogsym.models.frozen`):
+
+    "all"        everything its gradient needs; nothing is computed again
+    "attention"  its input, the residual stream and attention's output; the products before are repeated
+    "input"      its input; all but the down projection is repeated
+    "offload"    its input, in pinned host memory; repeated like "input"
+    "nothing"    nothing: the first block of an unbroken run of such blocks keeps its input, and the others' inputs are
+                 computed from it in segments, one more forward pass of the run and no more than 2 √n inputs at a time
+
+Blocks find the run they belong to through the graph itself: a block whose input was made by a node that keeps nothing
+continues that node's run. So nothing is recorded between layers, and an output that something else reads along the way
+is an ordinary tensor with an ordinary gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cogsym.models import frozen
+from cogsym.models.block import Block, Positions
+
+Keep = Literal["all", "attention", "input", "offload", "nothing"]
+KEEPS: tuple[Keep, ...] = ("all", "attention", "input", "offload", "nothing")
+
+
+def run_frozen(block: Block, x: Tensor, positions: Positions, keep: Keep) -> Tensor:
+    """The output of a block none of whose parameters needs a gradient, [B, T, D].
+
+    Args:
+        block: its projections must be plain `nn.Linear`.
+        x: the residual stream, [B, T, D].
+        positions: shared by the layers of this forward pass.
+        keep: what is held until the backward pass, where `x` needs a gradient.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        with torch.no_grad():
+            return frozen.forward(block, x, positions, "input")[0]
+    run = None
+    if keep == "nothing":
+        run = _continued(x.grad_fn) or _Run()
+        run.steps.append((block, positions))
+    return _FrozenBlock.apply(x, block, positions, keep, run)  # type: ignore[no-untyped-call]
+
+
+def _continued(node: Any) -> _Run | None:
+    """The run that `node` ends, unless another block continues it already."""
+    run = getattr(node, "run", None)
+    return run if run is not None and len(run.steps) == node.place + 1 else None
+
+
+class _Run:
+    """Neighbouring blocks that keep nothing, and the inputs of some of them during a backward pass.
+
+    Attributes:
+        steps: the blocks, from the first on, with their positions.
+        first: a weak reference to the node of the first one, which keeps its input: the graph holds it.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Block, Positions]] = []
+        self.first: weakref.ref[Any] | None = None
+        self._inputs: dict[int, Tensor] = {}
+
+    def input(self, i: int) -> Tensor:
+        """The input of block `i`; blocks are asked for from the last to the first."""
+        if i == 0:
+            self._inputs.clear()
+            return self._first()
+        if i not in self._inputs:
+            self._compute(i)
+        return self._inputs.pop(i)
+
+    def _first(self) -> Tensor:
+        assert self.first is not None
+        node = self.first()
+        x: Tensor = node.saved_tensors[0]
+        return x
+
+    def _compute(self, i: int) -> None:
+        """The inputs of the segment that ends with block `i`, from the nearest one before it."""
+        size = math.isqrt(len(self.steps) - 1) + 1
+        begin = max((j for j in self._inputs if j < i), default=0)
+        x = self._inputs[begin] if begin else self._first()
+        segment = i // size * size
+        for j in range(begin, i):
+            block, positions = self.steps[j]
+            x, _ = frozen.forward(block, x, positions, "input")
+            if j + 1 >= segment or (j + 1) % size == 0:
+                self._inputs[j + 1] = x
+
+
+class _FrozenBlock(torch.autograd.Function):
+    """One frozen block; its only gradient is that of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Block, positions: Positions, keep: Keep, run: _Run | None) -> Tensor:
+        y, kept = frozen.forward(block, x, positions, keep if keep in ("all", "attention") else "input")  # type: ignore[arg-type]
+        ctx.block, ctx.positions, ctx.run = block, positions, run
+        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        ctx.device = x.device
+        if run is not None:
+            ctx.place = len(run.steps) - 1
+            if ctx.place == 0:
+                run.first = weakref.ref(ctx)
+                ctx.save_for_backward(x)
+            return y
+        if keep == "offload":
+            # The copies both ways are queued on the stream that computes: in order, and no fence is needed.
+            kept.x = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+        ctx.save_for_backward(*vars(kept).values())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        enabled, dtype = ctx.autocast
+        with torch.autocast(ctx.device.type, dtype=dtype, enabled=enabled):
+            if ctx.run is not None:
+                kept = frozen.Kept(ctx.run.input(ctx.place))
+            else:
+                kept = frozen.Kept(*ctx.saved_tensors)
+                kept.x = kept.x.to(ctx.device, non_blocking=True)
+            return frozen.input_gradient(ctx.block, dy, kept, ctx.positions), None, None, None, None

@@ -1,0 +1,180 @@
+// Linear cross-entropy: contract and formulas in cogsym/ops/linear_cross_entropy.py. The products are the library's;
+// this is what happens to a block of logits between them, while it lies in cache.
+
+#include "scalar.h"
+
+namespace cogsym {
+namespace COGSYM_ISA {
+namespace {
+
+constexpr int64_t tile = 256;
+
+template <class C>
+struct Logit {
+    C value, slope;  // slope: d value / d product
+};
+
+// value = scale z
+template <class C>
+struct Linear {
+    C scale;
+    Logit<C> operator()(C z) const { return {scale * z, scale}; }
+};
+
+// value = cap tanh(scale z / cap). From e = exp(-2|u|): tanh |u| = (1 - e) / (1 + e), 1 - tanh² = 4e / (1 + e)², and
+// near 0, where 1 - e cancels, the polynomial of Cephes' tanhf, good for float.
+template <class C>
+struct Capped {
+    C scale, cap;
+    Logit<C> operator()(C z) const {
+        const C u = scale * z / cap, magnitude = u < 0 ? -u : u;
+        const C e = exponential(C(-2) * magnitude), inverse = C(1) / (C(1) + e);
+        return {cap * hyperbolic(u, magnitude, e, inverse), scale * C(4) * e * inverse * inverse};
+    }
+    static float hyperbolic(float u, float magnitude, float e, float inverse) {
+        const float far = (1.0f - e) * inverse, square = u * u;
+        float p = -5.70498872745e-3f;
+        p = p * square + 2.06390887954e-2f;
+        p = p * square - 5.37397155531e-2f;
+        p = p * square + 1.33314422036e-1f;
+        p = p * square - 3.33332819422e-1f;
+        return magnitude < 0.625f ? p * square * u + u : (u < 0 ? -far : far);
+    }
+    static double hyperbolic(double u, double, double, double) { return __builtin_tanh(u); }
+};
+
+template <class C, class F>
+void with_logit(double scale, double soft_cap, F f) {
+    if (soft_cap == 0) return f(Linear<C>{C(scale)});
+    f(Capped<C>{C(scale), C(soft_cap)});
+}
+
+template <class T, class C = compute_t<T>>
+C largest(const T* z, int64_t n) {
+    C result = -C(__builtin_inf());
+#pragma omp simd reduction(max : result)
+    for (int64_t i = 0; i < n; ++i) {
+        const C x = widen(z[i]);
+        result = x > result ? x : result;
+    }
+    return result;
+}
+
+// exponentials[i] = e^(logit - shift) · slope; returns the sum of e^(logit - shift). Apart from the loop over rows, for
+// the compiler's sake: within it, with bfloat16's conversions beside, it is not vectorised.
+template <class T, class Value, class C = compute_t<T>>
+__attribute__((noinline)) C exponentiate(const T* __restrict z, int64_t n, C shift, Value value,
+                                         C* __restrict exponentials) {
+    C sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) {
+        const Logit<C> logit = value(widen(z[i]));
+        const C e = exponential(logit.value - shift);
+        sum += e;
+        exponentials[i] = e * logit.slope;
+    }
+    return sum;
+}
+
+// Logits grow with the product (scale > 0), so the products' maximum is theirs, ties included.
+template <class T, class Value>
+void forward(const OnlineSoftmax& a, Value value) {
+    using C = compute_t<T>;
+    parallel_for(a.rows, a.rows * a.width, a.num_threads, [&](int64_t row) {
+        T* z = static_cast<T*>(a.logits) + row * a.width;
+        C& maximum = static_cast<C*>(a.maximum)[row];
+        C& total = static_cast<C*>(a.total)[row];
+
+        const C block_maximum = largest(z, a.width);
+        C rescale = 1;
+        if (block_maximum > maximum) {  // seldom, once a few blocks are seen: a scan for the place costs nothing
+            rescale = exponential(value(maximum).value - value(block_maximum).value);
+            maximum = block_maximum;
+            if (a.argmax) {
+                int64_t i = 0;
+                while (widen(z[i]) != block_maximum) ++i;
+                a.argmax[row] = a.first + i;
+            }
+        }
+        static_cast<C*>(a.rescale)[row] = rescale;
+
+        const int64_t target = a.targets[row] - a.first;
+        const bool here = target >= 0 && target < a.width;
+        if (here) static_cast<C*>(a.target_logit)[row] = value(widen(z[target])).value;
+
+        // Where all are -inf so far, any finite shift makes the exponentials 0.
+        C shift = value(maximum).value;
+        if (shift == -C(__builtin_inf())) shift = 0;
+        C sum = 0, logit_sum = 0;
+        C exponentials[tile];
+        for (int64_t begin = 0; begin < a.width; begin += tile) {
+            const int64_t n = a.width - begin < tile ? a.width - begin : tile;
+            T* out = z + begin;
+            sum += exponentiate(out, n, shift, value, exponentials);
+            if (a.logit_sum) {
+                C part = 0;
+#pragma omp simd reduction(+ : part)
+                for (int64_t i = 0; i < n; ++i) part += value(widen(out[i])).value;
+                logit_sum += part;
+            }
+            if (a.exponentials) write(out, n, [&](int64_t i) { return exponentials[i]; });
+        }
+        total = total * rescale + sum;
+        if (a.logit_sum) static_cast<C*>(a.logit_sum)[row] += logit_sum;
+        if (a.exponentials && here) z[target] = narrow<T>(C(0));
+    });
+}
+
+template <class T>
+void add(const AddRescaled& a) {
+    using C = compute_t<T>;
+    parallel_for(a.rows, a.rows * a.D, a.num_threads, [&](int64_t row) {
+        C* total = static_cast<C*>(a.total) + row * a.D;
+        const T* product = static_cast<const T*>(a.product) + row * a.D;
+        const C rescale = static_cast<const C*>(a.rescale)[row];
+#pragma omp simd
+        for (int64_t i = 0; i < a.D; ++i) total[i] = total[i] * rescale + widen(product[i]);
+    });
+}
+
+template <class T, class Value>
+void backward(const LogitsGradient& a, Value value) {
+    using C = compute_t<T>;
+    parallel_for(a.rows, a.rows * a.width, a.num_threads, [&](int64_t row) {
+        T* z = static_cast<T*>(a.logits) + row * a.width;
+        const C logsumexp = static_cast<const C*>(a.logsumexp)[row], dloss = static_cast<const C*>(a.dloss)[row];
+        const C floor = C(a.floor);
+        const auto gradient = [=](C product, C wanted) {
+            const Logit<C> logit = value(product);
+            return dloss * logit.slope * (exponential(logit.value - logsumexp) - wanted);
+        };
+        const int64_t target = a.targets[row] - a.first;
+        const bool here = target >= 0 && target < a.width;
+        const C of_target = here ? gradient(widen(z[target]), floor + C(a.confidence)) : C(0);
+        write(z, a.width, [=](int64_t i) { return gradient(widen(z[i]), floor); });
+        if (here) z[target] = narrow<T>(of_target);
+    });
+}
+
+}  // namespace
+
+void online_softmax(const OnlineSoftmax& a) {
+    with_type(a.dtype, [&](auto element) {
+        using T = decltype(element);
+        with_logit<compute_t<T>>(a.scale, a.soft_cap, [&](auto value) { forward<T>(a, value); });
+    });
+}
+
+void add_rescaled(const AddRescaled& a) {
+    with_type(a.dtype, [&](auto element) { add<decltype(element)>(a); });
+}
+
+void logits_gradient(const LogitsGradient& a) {
+    with_type(a.dtype, [&](auto element) {
+        using T = decltype(element);
+        with_logit<compute_t<T>>(a.scale, a.soft_cap, [&](auto value) { backward<T>(a, value); });
+    });
+}
+
+}  // namespace COGSYM_ISA
+}  // namespace cogsym

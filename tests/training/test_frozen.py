@@ -1,0 +1,199 @@
+"""Frozen layers: right gradients whatever they keep, and exactly the promised bytes and FLOPs."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VARIANTS, batch, exact_float64, tiny_model
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import cogsym
+from cogsym.models import read_block
+from cogsym.training.frozen import Keep, run_frozen
+from cogsym.training.memory import choose, cost, run_flops
+
+KEEPS: tuple[Keep, ...] = ("all", "attention", "input", "nothing")
+KINDS = ("plain", "padded-right", "padded-left", "packed")
+PLAN = cogsym.LayerPlan.outer(4, front=1, back=1)
+
+
+def gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss and every gradient of one training step."""
+    model.zero_grad()
+    loss = model.train()(**inputs, use_cache=False).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def planned(model: Any, plan: cogsym.LayerPlan = PLAN) -> Any:
+    """transformers' own model with the same parameters frozen."""
+    for part in plan.parts(model):
+        for p in part.parameters:
+            p.requires_grad_(part.trained)
+    return model
+
+
+def relative_errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    return {n: ((g.double() - truth[n]).norm() / truth[n].norm()).item() for n, g in got.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_choice_gives_the_gradients_of_transformers(variant: str, kind: str) -> None:
+    model, inputs = tiny_model(variant, torch.float64), batch(kind)
+    with exact_float64():
+        want = gradients(planned(model), inputs)
+        for keep in KEEPS:
+            cogsym.prepare(model, PLAN, keep=keep)
+            got = gradients(model, inputs)
+            assert [layer.keep for layer in cogsym.explain(model).layers] == ["", keep, keep, ""]
+            assert got.keys() == want.keys()
+            errors = {n: ((g - want[n]).abs().max() / want[n].abs().max()).item() for n, g in got.items()}
+            assert max(errors.values()) < 1e-12, (keep, errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_error_is_at_most_twice_that_of_transformers(variant: str, dtype: Any) -> None:
+    """Over six random models: in one alone, the error of a small gradient is mostly chance on either side."""
+    theirs: dict[str, Counter[str]] = {keep: Counter() for keep in KEEPS}
+    ours: dict[str, Counter[str]] = {keep: Counter() for keep in KEEPS}
+    for seed in range(6):
+        model = planned(tiny_model(variant, torch.float32 if dtype == "autocast" else dtype, seed))
+        inputs = batch("packed", seed)
+        with exact_float64():
+            truth = gradients(copy.deepcopy(model).double(), inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            own = relative_errors(gradients(model, inputs), truth)
+            for keep in KEEPS:
+                theirs[keep].update(own)
+                ours[keep].update(relative_errors(gradients(cogsym.prepare(model, PLAN, keep=keep), inputs), truth))
+    worse = {
+        (keep, n): (ours[keep][n], theirs[keep][n])
+        for keep in KEEPS
+        for n in ours[keep]
+        # The loss is one number, which six runs may well hit by chance: its last rounding is granted.
+        if ours[keep][n] > 2 * theirs[keep][n] + (6 * torch.finfo(torch.float32).eps / 2 if n == "loss" else 0)
+    }
+    assert not worse
+
+
+def held_bytes(call: Any, *shared: Tensor | None) -> int:
+    """Bytes that `call` saves for its backward pass, storages once, without those of `shared`."""
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    for tensor in shared:
+        if tensor is not None:
+            held.pop(tensor.untyped_storage().data_ptr(), None)
+    del result
+    return sum(held.values())
+
+
+@pytest.fixture(scope="module")
+def llama_8b() -> Any:
+    """Llama-3.1-8B's decoder layer, its weights anything."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaModel(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.fill_(0.01)
+        p.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"), [(None, 139_400), ("all", 94_336), ("attention", 24_704), ("input", 8_192)]
+)
+def test_bytes_of_a_frozen_llama_8b_layer(llama_8b: Any, keep: Keep | None, expected: int) -> None:
+    """A token's: exactly, and what transformers itself holds."""
+    layer, T = llama_8b.layers[0], 8
+    x = torch.randn(1, T, 4096).bfloat16().requires_grad_()
+    tables = [torch.randn(1, T, 128).bfloat16() for _ in range(2)]
+    positions = tuple(tables)
+    if keep is None:
+        assert held_bytes(lambda: layer(x, position_embeddings=positions), *tables, *layer.parameters()) == expected * T
+        return
+    block = read_block(layer)
+    where = block.positions(positions, None, x, training=True)
+    assert held_bytes(lambda: run_frozen(block, x, where, keep)) == expected * T
+    assert cost(block, keep, T, 2).bytes_per_token == expected
+
+
+def layer_calls(model: Any, ids: Tensor) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What each layer is called with: the hidden states, and the keywords."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True)
+        for layer in model.model.layers
+    ]
+    model.eval()(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+@pytest.mark.parametrize(
+    "variant", ["llama", "gemma2", "gemma3", "olmo2", "phi3", "smollm3", "granite", "qwen2-windows"]
+)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_bytes_and_flops_are_those_promised(variant: str, keep: Keep) -> None:
+    """Of a whole run of six frozen layers, and `explain` says the same."""
+    changes: dict[str, Any] = {"num_hidden_layers": 8}
+    if variant == "smollm3":
+        changes["no_rope_layers"] = [1, 0] * 4
+    if "layer_types" in VARIANTS[variant][1]:
+        changes["layer_types"] = ["full_attention", "sliding_attention"] * 4
+    model, B, T = tiny_model(variant, torch.bfloat16, **changes), 2, 16
+    ids = torch.randint(0, 61, (B, T))
+    plan = cogsym.LayerPlan.layers(8, [], embeddings=True, head=model.config.tie_word_embeddings)
+    cogsym.prepare(model, plan, keep=keep)
+    layers, calls = model.model.layers, layer_calls(model, ids)
+    x = calls[0][0].detach().requires_grad_()
+
+    def run() -> Tensor:
+        y = x
+        for layer, (_, kwargs) in zip(layers, calls, strict=True):
+            y = layer(y, **kwargs)
+        return y
+
+    reports = cogsym.explain(model).layers
+    shared = [t for _, kwargs in calls for t in (*kwargs["position_embeddings"], kwargs["attention_mask"])]
+    held = held_bytes(run, *shared)
+    promised = [r.bytes_per_token for r in reports]
+    blocks = [vars(layer)["_cogsym"].block for layer in layers]
+    assert held == B * T * sum(promised)
+    with FlopCounterMode(display=False) as counter:
+        run().sum().backward()
+    expected = sum(cost(block, keep, T, 2).flops for block in blocks)
+    if keep == "nothing":
+        expected += run_flops(blocks, T)
+    assert counter.get_total_flops() == B * expected
+
+
+def test_auto_fits_its_budget_and_repeats_little() -> None:
+    blocks = [read_block(layer) for layer in tiny_model("llama", num_hidden_layers=6).model.layers]
+    T, B = 16, 2
+    of = {keep: cost(blocks[0], keep, T, 4).bytes_per_token * B * T for keep in KEEPS}
+    assert choose(blocks, B * T, T, 4, 6 * of["all"]) == ["all"] * 6
+    assert choose(blocks, B * T, T, 4, 6 * of["all"] - 1) == ["attention"] + ["all"] * 5
+    assert choose(blocks, B * T, T, 4, 6 * of["input"]) == ["input"] * 6
+    assert choose(blocks, B * T, T, 4, 6 * of["input"] - 1) == ["nothing"] * 6
+    for budget in range(6 * of["input"], 6 * of["all"], 97):
+        assert sum(of[keep] for keep in choose(blocks, B * T, T, 4, budget)) <= budget
