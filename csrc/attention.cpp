@@ -16,7 +16,7 @@ struct ForwardThread {
     C* logits;            // [query_block, forward_keys], rows logits_stride apart
     C* sums;              // o before its division, [query_block, D]
     void* probabilities;  // packed [query_block, forward_keys]
-    C *top, *total;       // of each row: the largest logit, and Σ 2^(logit - top), a vector of parts
+    C *top, *total;       // of each row: the largest logit, and Σ e^(logit - top), a vector of parts
 };
 
 // Logits of the queries' rows to probabilities, unnormalised, and the rows' sums brought to the new maximum.
@@ -25,7 +25,8 @@ void softmax_block(const AttentionInputs& a, const ForwardThread<C>& at, int64_t
                    int64_t key, int64_t width, int64_t padded_D) {
     using V = vector_t<C>;
     constexpr int64_t step = lanes<C>, stride = query_block * panel;
-    const Logits<C> logits(a);
+    const bool capped = a.soft_cap != 0;
+    const C factor = C(capped ? a.scale / a.soft_cap : a.scale), cap = C(a.soft_cap);
     const V place = counting<C>(), none = V{} - infinity<C>;
     for (int64_t r = 0; r < rows; ++r) {
         C* x = at.logits + r * logits_stride;
@@ -34,13 +35,13 @@ void softmax_block(const AttentionInputs& a, const ForwardThread<C>& at, int64_t
         const int64_t begin = smaller(first / panel * panel, width);
         const int64_t end = larger(smaller(round_up(last + 1), width), begin);
         // Where the logits are only scaled, by a positive number, their maximum is scaled too, and the product is free.
-        const bool scaled = !logits.capped && logits.scale > 0;
+        const bool scaled = !capped && factor > 0;
         if (!scaled)
             for (int64_t i = begin; i < end; i += step) {
-                const V y = load<V>(x + i) * logits.scale;
-                store(x + i, logits.capped ? hyperbolic_tangent(y) * logits.cap : y);
+                const V y = load<V>(x + i) * factor;
+                store(x + i, capped ? hyperbolic_tangent(y) * cap : y);
             }
-        const C scale = scaled ? logits.scale : C(1);
+        const C scale = scaled ? factor : C(1);
         const auto mask = [&](int64_t edge) {
             for (int64_t i = edge; i < edge + panel; i += step) {
                 const V y = load<V>(x + i);
@@ -64,7 +65,7 @@ void softmax_block(const AttentionInputs& a, const ForwardThread<C>& at, int64_t
         for (int64_t i = end; i < width; i += panel) __builtin_memset(to + i / panel * stride, 0, panel * sizeof(E));
         V sums[2] = {load<V>(at.total + r * step), V{}};
         if (top != at.top[r] && at.top[r] != -infinity<C>) {
-            const C shrink = exponential2(V{} + (at.top[r] - top))[0];
+            const C shrink = exponential2(V{} + (at.top[r] - top) * C(log2_e))[0];
             sums[0] *= shrink;
             C* o = at.sums + r * padded_D;
             for (int64_t i = 0; i < padded_D; i += step) store(o + i, load<V>(o + i) * shrink);
@@ -73,7 +74,7 @@ void softmax_block(const AttentionInputs& a, const ForwardThread<C>& at, int64_t
         for (int64_t i = begin; i < end; i += panel) {
             V p[panel / step];
             for (int64_t j = 0; j < panel / step; ++j) {
-                p[j] = exponential2(load<V>(x + i + j * step) * scale - shift);
+                p[j] = exponential2((load<V>(x + i + j * step) * scale - shift) * C(log2_e));
                 sums[j % 2] += p[j];
             }
             store_panel(to + i / panel * stride, p);
@@ -141,7 +142,7 @@ int64_t forward(const Attention& a) {
             const C total = sum_of<C>(load<vector_t<C>>(at.total + r * lanes<C>)), inverse = C(1) / total;
             write(static_cast<T*>(a.o) + ((b * a.T + t) * a.H + head) * a.D, a.D,
                   [=](int64_t d) { return sums[d] * inverse; });
-            static_cast<C*>(a.lse)[(b * a.H + head) * a.T + t] = at.top[r] * C(ln_2) + C(__builtin_log(total));
+            static_cast<C*>(a.lse)[(b * a.H + head) * a.T + t] = at.top[r] + C(__builtin_log(total));
         }
     };
 

@@ -83,18 +83,8 @@ inline int64_t first_key(const AttentionInputs& a, int64_t b, int64_t t) {
 template <class C>
 constexpr C infinity = C(__builtin_inf());
 
-constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
-
-// Logits, in units of ln 2: exponentials are powers of 2 then, and the product with log2 e is free.
-template <class C>
-struct Logits {
-    explicit Logits(const AttentionInputs& a)
-        : capped(a.soft_cap != 0),
-          scale(capped ? C(a.scale / a.soft_cap) : C(a.scale * log2_e)),
-          cap(C(a.soft_cap * log2_e)) {}
-    bool capped;
-    C scale, cap;
-};
+// e^x is 2^(x log2 e), of a difference of logits: it is small where e^x is not, and so is its rounding.
+constexpr double log2_e = 1.4426950408889634;
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

@@ -16,7 +16,7 @@ template <class C>
 struct QueryBlock {
     void *query_columns, *dout_columns;  // qᵀ and doᵀ, packed [D, query_block], interleaved
     C* dquery;                           // dqᵀ, [D, query_block]
-    C *lse, *delta;                      // of each query: its log-sum-exp / ln 2, and Σ do o
+    C *lse, *delta;                      // of each query: its log-sum-exp, and Σ do o
     C* first;                            // of each query: the first key it sees
 };
 
@@ -30,13 +30,13 @@ struct BackwardThread {
     C* dquery_rows;                // dq, [query_block, D]
 };
 
-// pᵀ = 2^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on, two at a time.
+// pᵀ = e^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on, two at a time.
 template <class E, class C>
 void gradient_block(const AttentionInputs& a, const BackwardThread<C>& at, const QueryBlock<C>& of, E* probabilities,
                     E* left, int64_t query, int64_t padded, int64_t key, int64_t width, bool whole) {
     using V = vector_t<C>;
     E* right = static_cast<E*>(at.right);
-    const Logits<C> logits(a);
+    const C scale = C(a.soft_cap != 0 ? a.scale / a.soft_cap : a.scale), cap = C(a.soft_cap);
     for (int64_t i = 0; i < padded; i += lanes<C>) {
         const V lse = load<V>(of.lse + i), delta = load<V>(of.delta + i), first = load<V>(of.first + i);
         const V place = counting<C>() + C(query + i);
@@ -46,14 +46,14 @@ void gradient_block(const AttentionInputs& a, const BackwardThread<C>& at, const
         for (int64_t r = 0; r < end; r += 2) {
             V p[2], ds[2];
             for (int n = 0; n < 2; ++n) {
-                const V x = load<V>(at.logits + (r + n) * query_block + i) * logits.scale;
+                const V x = load<V>(at.logits + (r + n) * query_block + i) * scale;
                 const V dp = load<V>(at.dlogits + (r + n) * query_block + i);
-                if (logits.capped) {
+                if (cap != 0) {
                     const V t = hyperbolic_tangent(x);
-                    p[n] = exponential2(t * logits.cap - lse);
+                    p[n] = exponential2((t * cap - lse) * C(log2_e));
                     ds[n] = p[n] * (dp - delta) * (C(1) - t * t);
                 } else {
-                    p[n] = exponential2(x - lse);
+                    p[n] = exponential2((x - lse) * C(log2_e));  // the difference first: it is small where p is not
                     ds[n] = p[n] * (dp - delta);
                 }
                 if (!whole) {
@@ -146,7 +146,7 @@ int64_t backward(const AttentionBackward& a) {
             const C lse = static_cast<const C*>(a.lse)[(b * a.H + head) * a.T + query + i];
             const C delta = dot(o, dout.data + i * dout.stride, a.D);
             // A gradient that is not finite was packed as 0: it spreads to the keys seen through p.
-            of.lse[i] = is_finite(delta) ? lse * C(log2_e) : C(__builtin_nan(""));
+            of.lse[i] = is_finite(delta) ? lse : C(__builtin_nan(""));
             of.delta[i] = delta, of.first[i] = C(first_key(a, b, query + i));
         }
     };
