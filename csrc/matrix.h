@@ -35,9 +35,7 @@ inline void multiply(C* c, int64_t c_stride, const E* a, int64_t a_rows, const E
             vector_t<C> sums[vector_rows][2];
 #pragma GCC unroll 8
             for (int r = 0; r < vector_rows; ++r)
-                for (int i = 0; i < 2; ++i)
-                    sums[r][i] =
-                        add ? load<vector_t<C>>(c + (m + r) * c_stride + n + i * lanes<C>) : vector_t<C>{};
+                for (int i = 0; i < 2; ++i) sums[r][i] = vector_t<C>{};
             for (int64_t k = 0; k < K; k += panel) {
                 const E* left = a + packed(a_rows, m, k);
                 const E* below = right + k * panel;
@@ -51,7 +49,11 @@ inline void multiply(C* c, int64_t c_stride, const E* a, int64_t a_rows, const E
             }
 #pragma GCC unroll 8
             for (int r = 0; r < vector_rows; ++r)
-                for (int i = 0; i < 2; ++i) store(c + (m + r) * c_stride + n + i * lanes<C>, sums[r][i]);
+                for (int i = 0; i < 2; ++i) {
+                    // Added last: the error of a sum of sums is smaller than that of one long chain.
+                    C* out = c + (m + r) * c_stride + n + i * lanes<C>;
+                    store(out, add ? load<vector_t<C>>(out) + sums[r][i] : sums[r][i]);
+                }
         }
     }
 }

@@ -94,7 +94,10 @@ def magnitudes(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> list[Tensor]:
-    """Of the terms that o, lse, dq, dk and dv are sums of, by query head; do · v - delta is two terms."""
+    """Of the terms that o, lse, dq, dk and dv are sums of, by query head; do · v - delta is two terms.
+
+    In dv, e^x makes a relative error of what was an absolute one of x.
+    """
     groups = tensors[0].shape[2] // tensors[1].shape[2]
     q, k, v, dout = (t.double().transpose(1, 2) for t in tensors)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -102,7 +105,8 @@ def magnitudes(
     x = torch.tanh(x / soft_cap) * soft_cap if soft_cap else x
     p = (x - lse[..., None]).exp() * visible_keys(q.shape[2], starts, window)[:, None]
     dx = scale * p * ((dout @ v.mT).abs() + (dout * o.transpose(1, 2)).sum(-1, keepdim=True).abs())
-    return [p @ v.abs(), lse, dx @ k.abs(), dx.mT @ q.abs(), p.mT @ dout.abs()]
+    logits = scale * (q.abs() @ k.mT.abs()).masked_fill(p == 0, 0).amax(-1)
+    return [p @ v.abs(), logits, dx @ k.abs(), dx.mT @ q.abs(), (p * (1 + x.abs())).mT @ dout.abs()]
 
 
 def compare(
