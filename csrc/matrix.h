@@ -1,74 +1,15 @@
 // Small matrix products on packed operands, compiled once for every instruction set.
 //
-// An operand is stored as panels of 32 columns, [columns / 32][rows][32], its dimensions padded with zeros to multiples
-// of 32. In A · B the inner dimension is A's columns and B's rows. Instructions that multiply bfloat16 add the products
-// of two neighbours of the inner dimension, so that B's rows are interleaved two by two: [columns / 32][rows / 2][32][2].
-// One layout thus serves AMX (a tile is 16 lines of 64 contiguous bytes), AVX-512's vdpbf16ps and plain multiply-add.
+// The operands lie in memory as packing.h describes.
 #pragma once
 
-#include "scalar.h"
-
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
-#include <immintrin.h>
-#endif
+#include "packing.h"
 
 namespace cogsym {
 namespace COGSYM_ISA {
 
-constexpr int64_t panel = 32;
-
-inline int64_t round_up(int64_t n, int64_t unit = panel) { return (n + unit - 1) / unit * unit; }
-
-// What values of type T are multiplied as; the sums are of compute_t<T>.
-template <class T>
-struct operand {
-    using type = compute_t<T>;
-};
-#ifdef __AVX512BF16__
-template <>
-struct operand<bfloat16> {
-    using type = bfloat16;
-};
-#endif
-template <class T>
-using operand_t = typename operand<T>::type;
-
-// How many rows of B are interleaved.
-template <class E>
-constexpr int64_t interleaved = sizeof(E) == 2 ? 2 : 1;
-
-// Where (row, column) of a packed operand with `rows` rows begins; the column is a multiple of 32, and so is the row
-// where rows are interleaved.
-inline int64_t packed(int64_t rows, int64_t row, int64_t column) { return (column / panel * rows + row) * panel; }
-
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64, vector_rows = 8;
-#elif defined(__AVX__)
-constexpr int vector_bytes = 32, vector_rows = 4;
-#else
-constexpr int vector_bytes = 16, vector_rows = 4;
-#endif
-
-template <class C>
-struct vector {
-    typedef C type __attribute__((vector_size(vector_bytes)));
-};
-template <class C>
-using vector_t = typename vector<C>::type;
-template <class C>
-constexpr int64_t lanes = vector_bytes / sizeof(C);
-
-template <class V, class T>
-inline V load(const T* from) {
-    V x;
-    __builtin_memcpy(&x, from, sizeof x);
-    return x;
-}
-
-template <class V, class T>
-inline void store(T* to, V x) {
-    __builtin_memcpy(to, &x, sizeof x);
-}
+// How many rows of c a product works on at a time: with two vectors each, they fill the registers.
+constexpr int vector_rows = vector_bytes == 64 ? 8 : 4;
 
 // sum + a b for one a and a vector of b.
 template <class C>
@@ -94,9 +35,7 @@ inline void multiply(C* c, int64_t c_stride, const E* a, int64_t a_rows, const E
             vector_t<C> sums[vector_rows][2];
 #pragma GCC unroll 8
             for (int r = 0; r < vector_rows; ++r)
-                for (int i = 0; i < 2; ++i)
-                    sums[r][i] =
-                        add ? load<vector_t<C>>(c + (m + r) * c_stride + n + i * lanes<C>) : vector_t<C>{};
+                for (int i = 0; i < 2; ++i) sums[r][i] = vector_t<C>{};
             for (int64_t k = 0; k < K; k += panel) {
                 const E* left = a + packed(a_rows, m, k);
                 const E* below = right + k * panel;
@@ -110,7 +49,11 @@ inline void multiply(C* c, int64_t c_stride, const E* a, int64_t a_rows, const E
             }
 #pragma GCC unroll 8
             for (int r = 0; r < vector_rows; ++r)
-                for (int i = 0; i < 2; ++i) store(c + (m + r) * c_stride + n + i * lanes<C>, sums[r][i]);
+                for (int i = 0; i < 2; ++i) {
+                    // Added last: the error of a sum of sums is smaller than that of one long chain.
+                    C* out = c + (m + r) * c_stride + n + i * lanes<C>;
+                    store(out, add ? load<vector_t<C>>(out) + sums[r][i] : sums[r][i]);
+                }
         }
     }
 }
@@ -121,6 +64,8 @@ inline void multiply(float* c, int64_t c_stride, const bfloat16* a, int64_t a_ro
                      int64_t M, int64_t N, int64_t K, bool add) {
     constexpr int64_t half = panel / 2, line = panel * sizeof(bfloat16);
     const int64_t c_line = c_stride * int64_t(sizeof(float));
+    // GCC's intrinsics do not say that a tile is loaded from memory: what was written must be there.
+    __asm__ volatile("" ::: "memory");
     for (int64_t n = 0; n < N; n += panel)
         for (int64_t m = 0; m < M; m += panel) {
             float* corner = c + m * c_stride + n;
@@ -155,15 +100,46 @@ inline void multiply(float* c, int64_t c_stride, const bfloat16* a, int64_t a_ro
 }
 #endif
 
+// Values as a left operand: one row's.
+template <class C>
+inline void store_operand(C* to, vector_t<C> x) {
+    store(to, x);
+}
+// A whole panel's.
+template <class C, class V, std::size_t N>
+inline void store_panel(C* to, const V (&x)[N]) {
+    __builtin_memcpy(to, x, sizeof x);
+}
+// Values of two rows as a right operand whose rows are interleaved.
+template <class C>
+inline void store_operands(C*, vector_t<C>, vector_t<C>) {}
+#ifdef __AVX512BF16__
+inline void store_operand(bfloat16* to, floats x) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
+inline void store_panel(bfloat16* to, const floats (&x)[2]) {
+    store(to, _mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
+}
+inline void store_operands(bfloat16* to, floats even, floats odd) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    constexpr auto place = [](int i) { return short(i / 2 + i % 2 * 16); };
+    const __m512i order = _mm512_set_epi16(
+        place(31), place(30), place(29), place(28), place(27), place(26), place(25), place(24), place(23), place(22),
+        place(21), place(20), place(19), place(18), place(17), place(16), place(15), place(14), place(13), place(12),
+        place(11), place(10), place(9), place(8), place(7), place(6), place(5), place(4), place(3), place(2), place(1),
+        place(0));
+    store(to, _mm512_permutexvar_epi16(order, both));
+}
+#endif
+
 // While one lives, this thread may multiply. Tiles that stay configured would be saved at every change of context.
 struct Multiplying {
 #ifdef __AMX_BF16__
     Multiplying() {
-        struct {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t line_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } config;
+        struct Config {
+            uint8_t palette, start_row, reserved[14];
+            uint16_t line_bytes[16];
+            uint8_t lines[16];
+        };
+        static const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
         _tile_loadconfig(&config);
     }
     ~Multiplying() { _tile_release(); }
@@ -174,60 +150,6 @@ struct Multiplying {
     ~Multiplying() {}
 #endif
 };
-
-template <class T>
-inline bool is_finite(T x) {
-    return widen(x) - widen(x) == 0;
-}
-
-// A strided matrix of a tensor's values.
-template <class T>
-struct Rows {
-    const T* data;
-    int64_t stride, rows, columns;
-};
-
-// 32 x 32 values as operands, with zeros beyond the matrix. Where an operand meets exact zeros (probabilities of keys
-// that a query does not see), 0 · NaN must not spread: `finite` replaces what is not finite by 0.
-template <class E, class T>
-inline void read_block(E (&block)[panel][panel], const Rows<T>& x, int64_t row, int64_t column, bool finite) {
-    const int64_t rows = x.rows - row < panel ? x.rows - row : panel;
-    const int64_t columns = x.columns - column < panel ? x.columns - column : panel;
-    for (int64_t r = 0; r < panel; ++r) {
-        T values[panel] = {};
-        if (r < rows)
-            __builtin_memcpy(values, x.data + (row + r) * x.stride + column, std::size_t(columns) * sizeof(T));
-        if (finite)
-#pragma omp simd
-            for (int64_t i = 0; i < panel; ++i) values[i] = is_finite(values[i]) ? values[i] : T{};
-        if constexpr (sizeof(E) == sizeof(T))
-            __builtin_memcpy(block[r], values, sizeof values);
-        else
-#pragma omp simd
-            for (int64_t i = 0; i < panel; ++i) block[r][i] = E(widen(values[i]));
-    }
-}
-
-enum class Layout { rows, interleaved_rows, columns, interleaved_columns };
-
-// Packs `count` rows of x, from `row` on (both multiples of 32): as they are, or transposed (`columns`), for the left
-// side of a product or interleaved for the right. `packed_rows` is the packed operand's number of rows.
-template <Layout layout, class E, class T>
-inline void pack(E* to, int64_t packed_rows, const Rows<T>& x, int64_t row, int64_t count, bool finite) {
-    constexpr bool transposed = layout == Layout::columns || layout == Layout::interleaved_columns;
-    constexpr bool pairs = layout == Layout::interleaved_rows || layout == Layout::interleaved_columns;
-    constexpr int64_t step = pairs ? interleaved<E> : 1;
-    for (int64_t r = row; r < row + count; r += panel)
-        for (int64_t column = 0; column < x.columns; column += panel) {
-            E block[panel][panel];
-            read_block(block, x, r, column, finite);
-            E* out = to + (transposed ? packed(packed_rows, column, r) : packed(packed_rows, r, column));
-            for (int64_t i = 0; i < panel; i += step)
-                for (int64_t j = 0; j < panel; ++j)
-                    for (int64_t s = 0; s < step; ++s)
-                        out[i * panel + j * step + s] = transposed ? block[j][i + s] : block[i + s][j];
-        }
-}
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

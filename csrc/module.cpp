@@ -193,8 +193,21 @@ void set(AttentionInputs& a, Address q, const Strides& q_strides, Address k, con
 
 template <class Arguments>
 void run_with_scratch(int64_t (*kernel)(const Arguments&), Arguments& a) {
-    const Scratch scratch(DType::float32, (kernel(a) + 3) / 4);
-    a.scratch = scratch.data();
+    // The C library returns blocks of more than 32 MiB to the system at once, and getting their pages anew costs a
+    // third of the time at a few thousand tokens. So a thread keeps one, up to a size beyond which they matter less.
+    constexpr int64_t most_kept = 64 << 20;
+    static thread_local std::unique_ptr<Scratch> kept;
+    static thread_local int64_t kept_bytes = 0;
+    const int64_t bytes = kernel(a);
+    std::unique_ptr<Scratch> large;
+    if (bytes > most_kept) {
+        large = std::make_unique<Scratch>(DType::float32, (bytes + 3) / 4);
+    } else if (bytes > kept_bytes) {
+        kept_bytes = 0;
+        kept = std::make_unique<Scratch>(DType::float32, (bytes + 3) / 4);
+        kept_bytes = bytes;
+    }
+    a.scratch = (large ? large : kept)->data();
     kernel(a);
 }
 

@@ -24,6 +24,7 @@ kernels do; the reference does not. A key that is not finite reaches only the qu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ def attention_reference(
     logits, visible = _logits(q, k, starts, scale, window, soft_cap)
     lse = logits.logsumexp(-1)
     values = _grouped(v, k.shape[2])
-    o = (logits - lse.unsqueeze(-1)).exp() @ _finite(values)
+    o = _probabilities(logits, lse, visible) @ _finite(values)
     if not (known := values.isfinite()).all():
         o = o.masked_fill(visible.to(o.dtype) @ (~known).to(o.dtype) > 0, torch.nan)
     return o.flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous(), lse.flatten(1, 2).contiguous()
@@ -180,13 +181,13 @@ def attention_backward_reference(
     logits, visible = _logits(q, k, starts, scale, window, soft_cap)
     do, out, queries = (_grouped(x, kv) for x in (dout, o, q))
     keys, values = (_grouped(x, kv) for x in (k, v))  # [B, KV, 1, T, D]
-    p = (logits - lse.to(logits.dtype).unflatten(1, (kv, -1)).unsqueeze(-1)).exp()
+    p = _probabilities(logits, lse.unflatten(1, (kv, -1)), visible)
     delta = (do * out).sum(-1, keepdim=True)
     p = p.masked_fill(visible & ~delta.isfinite(), torch.nan)
     dx = p * (do @ values.mT - delta)
     if soft_cap is not None:
         dx = dx * (1 - (logits / soft_cap).square())
-    dx = dx.masked_fill(~visible, 0)
+    dx = dx.masked_fill(~visible, 0)  # 0 · NaN
     dq = (scale * dx @ _finite(keys)).flatten(1, 2).transpose(1, 2) if need_dq else q.new_empty(0)
     dk = (scale * dx.mT @ _finite(queries)).sum(2).transpose(1, 2) if need_dk else k.new_empty(0)
     dv = (p.mT @ _finite(do)).sum(2).transpose(1, 2) if need_dv else v.new_empty(0)
@@ -196,6 +197,10 @@ def attention_backward_reference(
 def _grouped(x: Tensor, kv: int) -> Tensor:
     """[B, T, heads, D] as [B, KV, heads / KV, T, D] in the dtype of the computation."""
     return (x if x.dtype == torch.float64 else x.float()).transpose(1, 2).unflatten(1, (kv, x.shape[2] // kv))
+
+
+def _probabilities(logits: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
+    return (logits - lse.to(logits.dtype).unsqueeze(-1)).exp().masked_fill(~visible, 0)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -259,7 +264,10 @@ def _implementation(
     return _REFERENCES[operation]
 
 
-_REFERENCES = {"attention": attention_reference, "attention_backward": attention_backward_reference}
+_REFERENCES: dict[str, Callable[..., Any]] = {
+    "attention": attention_reference,
+    "attention_backward": attention_backward_reference,
+}
 
 
 @torch.library.custom_op("cogsym::attention", mutates_args=())

@@ -11,7 +11,7 @@ environment variable ``COGSYM_CPU_ISA`` names a slower one, to compare them or t
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -188,7 +188,10 @@ def attention_backward(
 
 def _attention_inputs(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
-) -> tuple[Any, ...]:
+) -> tuple[
+    int, tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...], int, tuple[int, int, int, int, int],
+    float, int, float, int, int,
+]:  # fmt: skip
     """The arguments that both directions begin with."""
     B, T, H, D = q.shape
     return (
