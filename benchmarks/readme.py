@@ -66,7 +66,25 @@ def speed() -> str:
     return table(["", "seconds a step", "tokens a second"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"swahili": swahili, "speed": speed}
+def frozen() -> str:
+    """A frozen layer beside every alternative."""
+    rows = []
+    for case in load("frozen")["cases"]:
+        ms, over = case["milliseconds_a_layer"], case["over_floor"]
+        best = min((label for label in ms if label.startswith("cogsym")), key=ms.__getitem__)
+        rows.append(
+            [
+                f"{case['model']}, {case['rows']} x {case['length']}, {case['dtype']}",
+                f"{ms[best]:.1f} ms",
+                f"{over[best]:.2f}",
+                *(f"{ms[k] / ms[best]:.2f}" for k in ALTERNATIVES),
+            ]
+        )
+    return table(["shape, rows x tokens", "cogsym", "over the floor", *(f"{k} /" for k in ALTERNATIVES)], rows)
+
+
+ALTERNATIVES = ("transformers, frozen", "checkpointing", "torch.compile", "full fine-tuning")
+TABLES: dict[str, Callable[[], str]] = {"swahili": swahili, "speed": speed, "frozen": frozen}
 
 
 def load(name: str) -> dict[str, Any]:

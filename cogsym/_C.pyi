@@ -82,6 +82,7 @@ def gated_activation_backward(
     up_stride: int,
     dgate: int,
     dup: int,
+    gradient_stride: int,
     rows: int,
     F: int,
     activation: int,

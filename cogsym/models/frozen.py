@@ -105,7 +105,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _attention_half(block: Block, kept: Kept, positions: Positions, dtype: torch.dtype) -> Tensor:
     """h, from x; fills `kept` with qkv, o, lse and the middle."""
     _project(block, kept, dtype)
-    kept.o, kept.lse = ops.attention(*_heads(block, kept, positions), **block.attention_options(positions))
+    q, k, v = _heads(block, kept, positions)
+    kept.o, kept.lse = ops.attention(q, k, v, **block.attention_options(positions))
     if positions.blind is not None:
         kept.o.masked_fill_(positions.blind, 0)
     kept.middle = block.output.product(kept.o.flatten(-2), dtype)
@@ -140,7 +141,8 @@ def _gate_up(block: Block, h: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _mlp_output(block: Block, h: Tensor, gate_up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(y, what the norm behind the MLP normalises, where there is one)."""
-    z = ops.gated_activation(*gate_up.chunk(2, dim=-1), block.activation)
+    gate, up = gate_up.chunk(2, dim=-1)
+    z = ops.gated_activation(gate, up, block.activation)
     down = block.down.product(z, dtype)
     if block.mlp_output_norm:
         return _add(h, block.mlp_output_norm(down), block.residual_scale), down

@@ -46,7 +46,7 @@ def run_frozen(block: Block, x: Tensor, positions: Positions, keep: Keep) -> Ten
     if keep == "nothing":
         run = _continued(x.grad_fn) or _Run()
         run.steps.append((block, positions))
-    return _FrozenBlock.apply(x, block, positions, keep, run)  # type: ignore[no-untyped-call]
+    return _FrozenBlock.apply(x, block, positions, keep, run)
 
 
 def _continued(node: Any) -> _Run | None:
@@ -79,7 +79,7 @@ class _Run:
 
     def _first(self) -> Tensor:
         assert self.first is not None
-        node = self.first()
+        node: Any = self.first()
         x: Tensor = node.saved_tensors[0]
         return x
 
@@ -101,7 +101,7 @@ class _FrozenBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, positions: Positions, keep: Keep, run: _Run | None) -> Tensor:
-        y, kept = frozen.forward(block, x, positions, keep if keep in ("all", "attention") else "input")  # type: ignore[arg-type]
+        y, kept = frozen.forward(block, x, positions, keep if keep in ("all", "attention") else "input")
         ctx.block, ctx.positions, ctx.run = block, positions, run
         ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
         ctx.device = x.device
