@@ -289,26 +289,46 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("backend", ["forward", "scores", "backward"])
-def test_products_and_largest_tensor(best_backend: str, small_blocks: None, backend: str) -> None:
-    """The FLOPs of the products, ignored rows left out, and no tensor larger than the weight or a block."""
-    N, D, V, ignored = 50, 6, 1000, 10
-    hidden, weight = torch.randn(N - ignored, D), torch.randn(V, D)
-    targets = torch.randint(V, (N - ignored,))
-    product = 2 * (N - ignored) * D * V
+@pytest.mark.parametrize("part", ["forward", "scores", "backward"])
+def test_products_and_largest_tensor(best_backend: str, small_blocks: None, part: str) -> None:
+    """The FLOPs of the products, and no tensor larger than the weight's gradient, a block or the hidden states."""
+    N, D, V = 40, 6, 1000
+    hidden, weight, targets = torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,))
+    product = 2 * N * D * V
     needs = {"forward": [False, True], "scores": [False], "backward": [(True, False), (False, True), (True, True)]}
-    for need in needs[backend]:
+    for need in needs[part]:
         with Largest() as made, FlopCounterMode(display=False) as counter:
-            if backend == "backward":
+            if part == "backward":
                 rows = torch.ones(len(targets))
                 logit_blocks.backward_pass(hidden, targets, weight, rows, rows, 0.0, 1.0, 0.0, *need)
             else:
-                scores = backend == "scores"
+                scores = part == "scores"
                 logit_blocks.forward_pass(
                     hidden, targets, weight, 0.0, 1.0, logit_sum=scores, argmax=scores, dhidden=need
                 )
-        assert counter.get_total_flops() == product * (1 + sum(need) if backend == "backward" else 1 + need)
-        assert made.elements == (V * D if backend == "backward" and need[1] else max(8 * 37, (N - ignored) * D))
+        assert counter.get_total_flops() == product * (1 + sum(need) if part == "backward" else 1 + need)
+        assert made.elements == (V * D if part == "backward" and need[1] else max(8 * 37, N * D))
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_ignored_rows_cost_nothing(best_backend: str, small_blocks: None, trained: tuple[bool, bool]) -> None:
+    hidden, weight = (
+        t.requires_grad_(w) for t, w in zip((torch.randn(50, 6), torch.randn(300, 6)), trained, strict=True)
+    )
+    targets = torch.randint(300, (50,))
+    targets[::5] = -100
+    with torch.profiler.profile(with_flops=True) as profile:
+        linear_cross_entropy(hidden, weight, targets).backward()
+    flops = sum(event.flops for event in profile.events() if event.name == "aten::mm")
+    assert flops == 2 * 40 * 6 * 300 * (2 if trained == (True, False) else 2 + sum(trained))
+
+
+@pytest.mark.parametrize("count", [0, 1, 511, 512, 513, 1791, 1792, 2048, 2049, 5000])
+def test_pieces_cover_the_rows(count: int) -> None:
+    """In order and without gaps, and none of the sizes that oneDNN is slow at."""
+    pieces = list(logit_blocks.row_pieces(count, torch.device("cpu")))
+    assert [row for begin, end in pieces for row in range(begin, end)] == list(range(count))
+    assert all(end - begin <= 512 or 1792 <= end - begin <= 2048 for begin, end in pieces)
 
 
 @pytest.mark.parametrize("trained", [(False, False), *TRAINED])
