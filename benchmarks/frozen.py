@@ -6,13 +6,13 @@ The stack has the shape of SmolLM2-135M or Qwen2.5-0.5B and random weights; a gr
 at its beginning, as in CogSym training. Beside ours: transformers' own layers with frozen weights and PyTorch's SDPA,
 the same under non-reentrant checkpointing, the same under `torch.compile` with a static shape, and full fine-tuning
 (all weights' gradients, no optimizer). The floor is the matrix products that no method avoids, alone. All variants take
-turns in one process, several rounds after a warm-up; medians. Results: `benchmarks/results/frozen.json` and `.png`.
+turns in one process, several rounds after a warm-up; medians. Results: `benchmarks/results/frozen.json` and `.png`; a
+case that is there from the same machine and versions is not measured again: delete it, or the file, to do so.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import time
@@ -65,8 +65,8 @@ def stack(name: str, dtype: torch.dtype, frozen: bool) -> Any:
     return model.to(dtype).requires_grad_(not frozen).train()
 
 
-def variants(name: str, dtype: torch.dtype, length: int) -> dict[str, Callable[[], Any]]:
-    """What takes turns: each runs forward and backward once and returns nothing that lives on."""
+def variants(name: str, dtype: torch.dtype, length: int) -> dict[str, Any]:
+    """What takes turns, each forward and backward once; the forward passes alone; and where the weights lie."""
     B = TOKENS // length
     theirs, full, ours = (stack(name, dtype, frozen) for frozen in (True, False, True))
     cogsym.prepare(ours, cogsym.LayerPlan.layers(LAYERS, [], embeddings=True), keep="all")
@@ -111,7 +111,8 @@ def variants(name: str, dtype: torch.dtype, length: int) -> dict[str, Callable[[
 
     result: dict[str, Any] = {label: (lambda f=f: step(f)) for label, f in forwards.items()}
     result["floor"] = floor(blocks, dtype)
-    return {"steps": result, "forwards": forwards}
+    weights = {p.untyped_storage().data_ptr() for m in (theirs, full, ours) for p in m.parameters()}
+    return {"steps": result, "forwards": forwards, "weights": weights}
 
 
 def floor(blocks: list[Any], dtype: torch.dtype) -> Callable[[], None]:
@@ -156,7 +157,6 @@ def measure(name: str, dtype: torch.dtype, length: int) -> dict[str, Any]:
             step()
             if i >= WARM_UP:
                 seconds[label].append(time.perf_counter() - start)
-    weights = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.nn.Parameter)}
     median = {label: statistics.median(values) for label, values in seconds.items()}
     return {
         "model": name,
@@ -166,7 +166,7 @@ def measure(name: str, dtype: torch.dtype, length: int) -> dict[str, Any]:
         "milliseconds_a_layer": {label: 1000 * t / LAYERS for label, t in median.items()},
         "over_floor": {label: t / median["floor"] for label, t in median.items()},
         "bytes_a_token_and_layer": {
-            label: held(forward, weights) / TOKENS / LAYERS for label, forward in it["forwards"].items()
+            label: held(forward, it["weights"]) / TOKENS / LAYERS for label, forward in it["forwards"].items()
         },
     }
 
@@ -201,13 +201,18 @@ def main() -> None:
     """Measure every case, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    cases = []
-    for case in CASES:
-        cases.append(measure(*case))
+    path, cases = RESULTS / "frozen.json", []
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {"machine": None, "cases": []}
+    done = {
+        (c["model"], c["dtype"], c["length"]): c for c in before["cases"] if before["machine"] == machine.describe()
+    }
+    for name, dtype, length in CASES:
+        known = done.get((name, str(dtype).removeprefix("torch."), length))
+        cases.append(known or measure(name, dtype, length))
         print(json.dumps(cases[-1]), flush=True)
         torch.compiler.reset()
-    result = {"command": "python benchmarks/frozen.py", "machine": machine.describe(), "layers": LAYERS, "cases": cases}
-    (RESULTS / "frozen.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        result = {"command": "python benchmarks/frozen.py", "machine": machine.describe(), "layers": LAYERS}
+        path.write_text(json.dumps(result | {"cases": cases}, indent=1) + "\n", "utf-8")
     plot(cases, RESULTS / "frozen.png")
 
 

@@ -1,22 +1,17 @@
-"""Prepared models in company: several processes, graphs read along the way, training that stops to generate."""
+"""Prepared models in company: graphs used twice or read along the way, training that stops to generate, copies."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import os
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny_models import batch, exact_float64, tiny_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import cogsym
@@ -166,40 +161,6 @@ def test_mixture_of_experts_runs_its_own_forward_checkpointed() -> None:
         "is not a decoder layer known to cogsym; checkpointed"
     )
     assert_equal(results[1], results[0], rtol=1e-5, atol=1e-6)
-
-
-def _worker(rank: int, kind: str, keep: str, folder: str) -> None:
-    """One of two processes: a step on its own rows, through DDP or FSDP2."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model, inputs = prepared(keep), {n: t[rank : rank + 1] for n, t in batch("packed").items()}
-    if kind == "ddp":
-        parallel = DistributedDataParallel(model)
-        parallel(**inputs, use_cache=False).loss.backward()
-        got = gradients(model)
-    else:
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        model(**inputs, use_cache=False).loss.backward()
-        got = {n: g.full_tensor() for n, g in gradients(model).items()}  # type: ignore[attr-defined]
-    if rank == 0:
-        save_file(got, Path(folder) / "gradients.safetensors")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo's file rendezvous wants a POSIX system")
-@pytest.mark.parametrize("keep", ["all", "input", "nothing"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_average_the_gradients_of_their_rows(kind: str, keep: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_worker, (kind, keep, str(tmp_path)), nprocs=2)
-    model, total = prepared(keep), {}
-    for rank in range(2):
-        rows = {n: t[rank : rank + 1] for n, t in batch("packed").items()}
-        for n, g in step(model, rows).items():
-            total[n] = total.get(n, 0) + g / 2
-    assert_equal(load_file(tmp_path / "gradients.safetensors"), total)
 
 
 def test_bad_choices_are_refused_in_one_sentence() -> None:

@@ -1,0 +1,56 @@
+"""The README says what the project does: its tables are the committed results, its commands and code run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def tables() -> Any:
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_the_committed_results() -> None:
+    assert set(re.findall(r"<!-- table: (\w+) -->", README)) == set(tables().TABLES)
+    assert tables().rendered(README) == README
+
+
+def test_results_name_machine_versions_and_command() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        result = tables().load(path.stem)
+        assert result["command"] and result["machine"]["processor"] and result["machine"]["torch"]
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("command", re.findall(r"^cogsym (?:train|demo|info).*?(?<!\\)$", README, flags=re.M | re.S))
+def test_the_commands_of_the_readme_are_understood(command: str) -> None:
+    import typer
+
+    from cogsym.cli import app
+
+    name, *arguments = shlex.split(command.replace("\\\n", " "))[1:]
+    typer.main.get_command(app).commands[name].make_context(name, arguments)  # raises where an option is unknown
+
+
+def test_the_python_example_runs(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    code = code.replace("HuggingFaceTB/SmolLM2-135M", str(model_folder))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["model"] is not None
