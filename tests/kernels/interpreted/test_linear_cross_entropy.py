@@ -50,16 +50,20 @@ def test_blocks_of_logits(
         results.append(found)
     # The sum of the logits cancels: its roundings go with the sum of their magnitudes.
     terms = sum(logit_blocks.capped(block.double(), scale, soft_cap).abs().sum(-1) for block in blocks)
-    summed = 2 * len(blocks) + OnlineState._fields.index("logit_sum")
+    total, summed = (2 * len(blocks) + OnlineState._fields.index(name) for name in ("total", "logit_sum"))
     for i, (ours, plain, truth) in enumerate(zip(*results, strict=True)):
         if ours.dtype == torch.int64:
             assert torch.equal(ours, plain)
         else:
             assert ours.dtype in (dtype, compute)
-            # An exponential's error goes with its exponent, up to 16 here; in float64 PyTorch is its own truth and
-            # shows none of it, so there it is granted.
-            size = terms if i == summed else truth.abs()
-            no_worse(ours, plain, truth, 16 * (1 + size) if dtype == torch.float64 else truth.abs() + 2)
+            # An exponent's roundings are granted, and more in float64, where PyTorch is its own truth.
+            size = truth.abs()
+            if dtype == torch.float64 and i == summed:
+                size = terms
+            elif dtype == torch.float64 and i == total:
+                # Against extended precision the kernel is off by 5.7 eps and PyTorch by 3.4: by 9 from each other.
+                size = 4 * size
+            no_worse(ours, plain, truth, size + (16 if dtype == torch.float64 else 2))
     # The same statistics where nothing else is wanted, and the logits then stay.
     state = OnlineState(*new_state(rows, compute)[:3], None, None)
     for i, block in enumerate(blocks):
