@@ -46,25 +46,31 @@ class Layout:
 
     def ranges(self, window: int | None) -> tuple[Tensor, Tensor]:
         """(begins, ends) of what each token with a parent sees, int64 [N - N0, M] each; see `ops.decode_attention`."""
-        return _windowed(self.chains, self.positions[len(self.starts) :], window)
+        return windowed(self.chains, self.positions[len(self.starts) :], window)
 
     def ranges_at(self, places: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        """(begins, ends) of what the tokens at `places` see, int64 [P, M] each.
+        """(begins, ends) of what the tokens at `places`, int64 [P], see; int64 [P, M] each."""
+        return windowed(self.chains_at(places), self.positions[places], window)
 
-        Args:
-            places: int64 [P].
-            window: how many tokens each sees at most, itself among them; None is all.
-        """
+    def chains_at(self, places: Tensor) -> Tensor:
+        """`chains` of the tokens at `places`, int64 [P], with a parent or without; int64 [P, M, 3]."""
         roots = len(self.starts)
-        chains = torch.zeros(len(places), max(self.chains.shape[1], 1), 3, dtype=torch.int64)
+        chains = torch.zeros(len(places), self.chains.shape[1], 3, dtype=torch.int64)
         root = places < roots
         chains[root, 0, 0] = self.starts[places[root]].long()
         chains[root, 0, 1] = places[root] + 1
         chains[~root] = self.chains[places[~root] - roots]
-        return _windowed(chains, self.positions[places], window)
+        return chains
 
 
-def _windowed(chains: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+def windowed(chains: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """(begins, ends) of what tokens at `positions` see of `chains`.
+
+    Args:
+        chains: int64 [P, M, 3].
+        positions: int64 [P].
+        window: how many tokens each sees at most, itself among them; None is all.
+    """
     begins, ends, first = chains.unbind(-1)
     if window is not None:
         begins = begins + (positions[:, None] - window + 1 - first).clamp(min=0)
