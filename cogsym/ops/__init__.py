@@ -7,7 +7,7 @@ from cogsym.ops.linear_cross_entropy import linear_cross_entropy, token_scores
 from cogsym.ops.rms_norm import rms_norm, rms_norm_input_gradient
 from cogsym.ops.rotary import rotary
 
-OPERATIONS = ("rms_norm", "rotary", "gated_activation", "attention", "linear_cross_entropy")
+OPERATIONS = ("rms_norm", "rotary", "gated_activation", "attention", "decode_attention", "linear_cross_entropy")
 
 __all__ = [
     "OPERATIONS",

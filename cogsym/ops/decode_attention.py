@@ -22,6 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cogsym.ops import backend
+
 
 def decode_attention(
     q: Tensor,
@@ -123,7 +125,8 @@ def _decode_attention(
 ) -> Tensor:
     # Values are looked at here: before the operation, torch.compile would have to break its graph for them.
     _check_ranges(begins, ends, len(k))
-    return decode_attention_reference(q, k, v, begins, ends, scale, soft_cap)
+    function = backend.implementation("decode_attention", decode_attention_reference, q)
+    return function(q, k, v, begins, ends, scale, soft_cap)
 
 
 # No FLOP formula is registered: it would see shapes alone, and how many keys a row sees is in the values of its ranges.
