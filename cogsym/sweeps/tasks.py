@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +92,7 @@ class Task:
         name, side, language: as in results.
         metrics: names of what is measured.
         num_documents: how many there are.
+        digest: SHA-256 in hexadecimal of the data and of each setting that a result depends on; not of name or place.
     """
 
     def __init__(self, settings: Settings, items: Mapping[str, _Item], notes: Sequence[str]) -> None:
@@ -100,6 +100,7 @@ class Task:
         self.name, self.side, self.language = settings.name, settings.side, settings.language
         self.metrics = settings.metrics
         self.num_documents = len(items)
+        self.digest = _digest(settings)
         self._items = items
         self._notes = list(notes)
         self._length_note: str | None = None
@@ -108,15 +109,6 @@ class Task:
     def notes(self) -> list[str]:
         """Sentences that a user should be told: what was left out or cut, and what is not measured."""
         return [*self._notes, *([self._length_note] if self._length_note else [])]
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 in hexadecimal of the data and of every setting that a result depends on; not of name or place."""
-        settings = asdict(self.settings) | {"name": None, "side": None}
-        settings["data"] = {
-            column: (content_digest(source), source.field) for column, source in sorted(self.settings.data.items())
-        }
-        return hashlib.sha256(json.dumps([_FORMAT, settings], sort_keys=True).encode()).hexdigest()
 
     def documents(
         self, tokenizer: PreTrainedTokenizerBase, context_length: int, truncate: bool = False
@@ -282,6 +274,12 @@ def load_task(what: str | Path | Mapping[str, Any], separator: str | None = None
     header = "".join(_example(settings, where, record) + _BETWEEN for where, record in examples)
     items = {where: _item(settings, where, record, header) for where, record in questions}
     return Task(settings, items, notes)
+
+
+def _digest(settings: Settings) -> str:
+    told = asdict(settings) | {"name": None, "side": None}
+    told["data"] = {column: (content_digest(source), source.field) for column, source in settings.data.items()}
+    return hashlib.sha256(json.dumps([_FORMAT, told], sort_keys=True).encode()).hexdigest()
 
 
 def _item(settings: Settings, where: str, record: Mapping[str, Any], header: str) -> _Item:
