@@ -151,7 +151,7 @@ def load_settings(what: str | Path | Mapping[str, Any], separator: str | None = 
             raise CogsymError(f"The setting {name} of {where} is for the kind {' or '.join(owners)}, not for {kind}.")
     given["data"], given["template"] = _data(given, folder, where)
     given.setdefault("side", _KINDS[kind].side)
-    given["metrics"] = given.get("metrics") or _KINDS[kind].default
+    given["metrics"] = tuple(dict.fromkeys(given.get("metrics") or _KINDS[kind].default))
     given["output_language"] = given.get("output_language") or given.get("language", Settings.language)
     if kind == "choice":
         given["labels"] = given.get("labels") or tuple(map(str, range(len(given.get("options", ())))))
@@ -161,8 +161,8 @@ def load_settings(what: str | Path | Mapping[str, Any], separator: str | None = 
 
 
 def _named(text: str) -> tuple[_Given, Path]:
-    """The settings that a line such as "xcopa-sw:sw.test.jsonl,limit=100" stands for, and the folder of their paths."""
-    task, *changes = re.split(rf",(?=(?:{'|'.join(_NAMES)})=)", text)
+    """The settings that "xcopa-sw:sw.test.jsonl,limit=100" and the like stand for, and the folder of their paths."""
+    task, *changes = re.split(r",(?=\w+=)", text)
     word, data = (task, "") if Path(task).exists() else task.partition(":")[::2]
     path = _BUILTIN.get(word, Path(word).expanduser())
     if path.suffix not in _SUFFIXES:

@@ -191,7 +191,7 @@ class Task:
         return any(metric not in GENERATION_METRICS for metric in self.metrics)
 
     def _judge(self, generated: Generated, reference: str) -> dict[str, Statistics]:
-        """Statistics of each metric of a translation that is wanted."""
+        """Statistics of each metric that is wanted of a translation, without the blanks around it."""
         text = generated.text.strip()
         judges: dict[str, Callable[[], Statistics]] = {
             "chrf++": lambda: chrf_statistics(text, reference),
@@ -255,7 +255,8 @@ def load_task(what: str | Path | Mapping[str, Any], separator: str | None = None
     """
     settings = load_settings(what, separator)
     notes = []
-    if "language" in settings.metrics and _code(settings.output_language) not in known_languages():
+    language = _code(settings.output_language)
+    if "language" in settings.metrics and language not in known_languages():
         notes.append(
             f"The share of outputs in the right language is not measured in the task {settings.name}: the identifier "
             f"does not know the language {settings.output_language!r}; its codes have two letters where ISO 639 does."
@@ -273,6 +274,12 @@ def load_task(what: str | Path | Mapping[str, Any], separator: str | None = None
         )
     header = "".join(_example(settings, where, record) + _BETWEEN for where, record in examples)
     items = {where: _item(settings, where, record, header) for where, record in questions}
+    if "language" in settings.metrics:
+        right = sum(identify(item.reference) == language for item in items.values())
+        notes.append(
+            f"{right / len(items):.1%} of the references of the task {settings.name} are identified as {language}; "
+            "compare the share of outputs in the right language with that."
+        )
     return Task(settings, items, notes)
 
 

@@ -298,7 +298,9 @@ def test_a_language_that_is_not_known_is_not_measured(pairs):
     (note,) = load_task(f"en-sw:{pairs},language=su").notes
     assert "not measured" in note and "'su'" in note and "\n" not in note
     assert "language" not in load_task(f"en-sw:{pairs},language=su").metrics
-    assert "language" in load_task(f"en-sw:{pairs},language=sw_Latn").metrics
+    known = load_task(f"en-sw:{pairs},language=sw_Latn")
+    assert "language" in known.metrics
+    assert known.notes[0].startswith("100.0% of the references") and "identified as sw;" in known.notes[0]
     assert "language" in load_task(f"sw-en:{pairs},language=su").metrics  # what it writes is English
     with pytest.raises(CogsymError, match="not measured"):
         load_task(f"en-sw:{pairs},language=su,metrics=language")
@@ -393,7 +395,8 @@ def test_a_long_question_loses_its_beginning_in_all_options(tokenizer, xcopa):
 
 
 def test_a_long_translation_leaves_room_to_write(tokenizer, pairs):
-    task = load_task(f"en-sw:{pairs},max_new_tokens=30")
+    task = load_task(f"en-sw:{pairs},max_new_tokens=30,metrics=[chrf++, bits_per_byte, bits_per_byte]")
+    assert task.metrics == ("chrf++", "bits_per_byte")
     score, generate = task.documents(tokenizer, 1000)[0].requests
     needed = len(generate.tokens) + 30
     assert needed > len(score.tokens)
@@ -538,6 +541,11 @@ def test_a_bad_task_file(tmp_path, name, content, message):
     with pytest.raises(CogsymError, match=message) as caught:
         load_task(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_setting_on_the_command_line(pairs):
+    with pytest.raises(CogsymError, match="The setting 'lang' of task text"):
+        load_task(f"text:{pairs}#sw,lang=sw")
 
 
 @pytest.mark.parametrize("what", ["xcopa", "poem:x.txt", "pairs.jsonl", ""])
