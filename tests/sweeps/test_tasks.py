@@ -143,12 +143,13 @@ def test_belebele_s_columns_and_labels(tokenizer, tmp_path):
 
 def test_the_end_of_a_template_is_scored_with_the_option(tokenizer, tmp_path):
     path = write_rows(tmp_path / "w.tsv", [])
-    path.write_text("a\tb\tlabel\nmama\tmtoto\tB\n", "utf-8")
-    settings = {"kind": "choice", "template": "Leo {option} anasoma.", "options": ["{a}", "{b}"], "labels": ["A", "B"]}
-    task = load_task({**settings, "data": path})
+    path.write_text("a\tb\tc\tlabel\nmama\tmtoto\tanasoma\tB\n", "utf-8")
+    settings = {"kind": "choice", "template": "Leo {option} {c}.", "options": ["{a}", "{b}"], "labels": ["A", "B"]}
+    task = load_task({**settings, "data": path, "metrics": ["accuracy", "accuracy_per_byte"]})
     (document,) = task.documents(tokenizer, 64)
     assert read(tokenizer, document) == [("Leo", " mama anasoma."), ("Leo", " mtoto anasoma.")]
-    assert by_metric(task.measure(document, scored(-2, -1)))["accuracy"].value == 1
+    measures = by_metric(task.measure(document, scored(-13, -13.5)))  # over 13 and 14 bytes
+    assert measures["accuracy"].value == 0 and measures["accuracy_per_byte"].value == 1
 
 
 def test_letters_may_be_options(tokenizer, tmp_path):
@@ -367,7 +368,7 @@ def test_a_long_text_is_refused_or_read_in_windows(tokenizer, tmp_path):
         for document, tokens in zip(documents, whole, strict=True):
             windows = [request.tokens for request in document.requests]
             assert all(
-                len(window) <= context and request.first == 1
+                2 <= len(window) <= context and request.first == 1
                 for window, request in zip(windows, document.requests, strict=True)
             )
             assert sum((window[1:] for window in windows), ()) == tokens[1:]  # each token predicted once
