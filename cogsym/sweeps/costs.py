@@ -107,15 +107,13 @@ class Costs:
 class Clock:
     """About how long passes take here, from a block and the head run on random states."""
 
-    def __init__(self, block: Block | None, head: SweepHead, layers: Layers) -> None:
-        """Time a block, where there is one that is known, when it is asked for."""
+    def __init__(self, block: Block, head: SweepHead, layers: Layers) -> None:
+        """Time a block and the head of a model, when it is asked for."""
         self._block, self._head, self._layers = block, head, layers
         self._known: dict[int, float] = {}
 
-    def seconds(self, trie: Trie, documents: Sequence[Document]) -> float | None:
-        """About how long the documents take; None where layers run their own forward."""
-        if self._block is None:
-            return None
+    def seconds(self, trie: Trie, documents: Sequence[Document]) -> float:
+        """About how long the documents take."""
         counts, total = trie.counts(), 0.0
         for document in documents:
             scores = [r for r in document.requests if isinstance(r, Score)]
@@ -137,11 +135,9 @@ class Clock:
         """Seconds of a block for each of so many tokens."""
         rounded = 1 << max(0, tokens - 1).bit_length()
         if rounded not in self._known:
-            block = self._block
-            assert block is not None
             x = self._states(rounded)
-            turns = x.new_zeros(1, 1, block.attention.head_dim // 2)
-            self._known[rounded] = _fastest(lambda: _run(block, x, turns)) / rounded
+            turns = x.new_zeros(1, rounded, self._block.attention.head_dim // 2)
+            self._known[rounded] = _fastest(lambda: _run(self._block, x, turns)) / rounded
         return self._known[rounded]
 
     def _head_seconds(self) -> float:

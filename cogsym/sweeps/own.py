@@ -5,7 +5,7 @@ States are shared between configurations as ever; sequences are rows of a padded
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,8 +36,8 @@ class OwnRun:
         self._states = embedded.new_empty(schedule.slots, *embedded.shape)
         self._embedded = embedded
 
-    def run(self) -> None:
-        """Compute every state."""
+    def run(self, on_forwards: Callable[[float], None]) -> None:
+        """Compute every state, and tell how many layers it took."""
         if self._schedule.start:
             self._end(self._schedule.start, self._embedded)
         if self._schedule.slots:
@@ -51,6 +51,7 @@ class OwnRun:
                 for slot in range(step.slots.start, step.slots.stop):
                     y = layer(self._states[slot], **self._calls[step.unit.layer])
                     self._states[slot] = y[0] if isinstance(y, tuple) else y
+                    on_forwards(1.0)
                 for end in step.ends:
                     self._end(end.configurations, self._states[end.slot])
 

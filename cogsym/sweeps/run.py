@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -24,7 +23,7 @@ from cogsym.sweeps.layers import Layers, ResidentLayers, StreamedLayers
 from cogsym.sweeps.own import generate_own
 from cogsym.sweeps.progress import SweepProgress
 from cogsym.sweeps.requests import Document, Generate, Outcome, Score
-from cogsym.sweeps.results import Results, Row, summary
+from cogsym.sweeps.results import Results, Row, Side, summary
 from cogsym.sweeps.score import score
 from cogsym.sweeps.tasks import Task, load_task
 from cogsym.sweeps.trie import Trie
@@ -51,7 +50,7 @@ class SweepSettings:
     """
 
     action: Action = "skip"
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     truncate: bool = False
     separator: str | None = None
     memory_budget: int | None = None
@@ -118,6 +117,8 @@ def sweep(
         key = running.key(str(model) if isinstance(model, (str, Path)) else layers.model.config.name_or_path)
         with Results.open(out, key, resume=resume) as results:
             running.run(results)
+    except KeyboardInterrupt as error:
+        raise RunStopped(f"The sweep was stopped; what {out} holds is whole, go on with --resume.", 130) from error
     finally:
         if isinstance(layers, ResidentLayers):
             layers.close()
@@ -143,7 +144,9 @@ def _layers(model: Any, base: Any, settings: SweepSettings, console: Console) ->
         if torch.cuda.is_available():
             model = model.to("cuda")
     elif settings.stream:
-        raise CogsymError("Layers are streamed from a folder, and the sweep was given a model in memory; name a folder.")
+        raise CogsymError(
+            "Layers are streamed from a folder, and the sweep was given a model in memory; name a folder."
+        )
     if hasattr(model, "peft_config"):
         import copy
 
@@ -240,10 +243,11 @@ class _Sweep:
         )
         if self._layers.reasons or isinstance(self._layers, StreamedLayers):
             return
-        with self._layers_at_hand() as block:
-            clock = Clock(block, self._head, self._layers)
-            seconds = sum(clock.seconds(self._trie, documents) or 0.0 for documents in self._documents)
-        say(f"about {_duration(seconds)}", highlight=False)
+        first = next(self._layers.walk([(0, {"model"})]))["model"].block
+        assert first is not None
+        clock = Clock(first, self._head, self._layers)
+        seconds = sum(clock.seconds(self._trie, documents) for documents in self._documents)
+        say(f"about {seconds:,.0f} s", highlight=False)
 
     def run(self, results: Results) -> None:
         """Ask everything that is not in `results` yet."""
@@ -287,7 +291,7 @@ class _Sweep:
                         configuration=trie.configurations[c],
                         task=task.name,
                         language=task.language,
-                        side=task.side,
+                        side=cast(Side, task.side),
                         document=document.key,
                         metric=measure.metric,
                         value=measure.value,
@@ -318,3 +322,7 @@ class _Sweep:
         if self._engine.own_forward:
             return generate_own(self._layers, trie.configurations, requests, stops, sampling)
         return generate(self._engine, self._head, trie, requests, stops, sampling)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
