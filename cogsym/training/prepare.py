@@ -163,7 +163,7 @@ class LayerReport:
         index: 0 next to the embeddings.
         trained: "trained", "frozen", "partly trained" or "adapters trained".
         path: the backend of the fast path ("cpp", "triton", "reference"), or "own forward".
-        reason: why not the fast path; empty where it is.
+        reason: why not the fast path, or what in it is not; empty where all is.
         keep: what a frozen layer of the fast path keeps of batches like the last one; empty where nothing is frozen,
             where no gradient flows through it, or before "auto" has seen a batch.
         keep_reason: why not "nothing", where that was chosen; empty elsewhere.
@@ -204,7 +204,7 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Say for each decoder layer whether it is trained, which path it runs, and why not the fast one.
+    """Say for each decoder layer whether it is trained, which path it runs in training, and why not the fast one.
 
     Raises:
         CogsymError: the model is not prepared.
@@ -218,11 +218,13 @@ def explain(model: nn.Module) -> Explanation:
     reports: list[LayerReport] = []
     gradient_below = any(p.requires_grad for p in parts["embeddings"].parameters)
     for i, layer in enumerate(_layers(model)):
-        path, reason = "own forward", _why_not(layer)
-        if not reason:
-            path = backend.choose(next(layer.parameters()).device)
-        report = LayerReport(i, _trained(parts[f"layer {i}"], adapters), path, reason)
-        reports.append(_with_memory(report, layer, _record(model).memory, gradient_below) if not reason else report)
+        report = LayerReport(i, _trained(parts[f"layer {i}"], adapters), "own forward", _why_not(layer))
+        if not report.reason:
+            foreign = vars(layer)[_RECORD].block.foreign_attention(training=True)
+            reason = f"but the model's own attention: {foreign}" if foreign else ""
+            report = replace(report, path=backend.choose(next(layer.parameters()).device), reason=reason)
+            report = _with_memory(report, layer, _record(model).memory, gradient_below)
+        reports.append(report)
         gradient_below |= report.trained != "frozen"
     return Explanation(summary, tuple(reports))
 
@@ -273,10 +275,14 @@ def _why_not(layer: nn.Module) -> str:
         except UnknownLayerError as error:
             return str(error)
         return "it was not there when the model was prepared"
-    if known.block is None:
-        checkpointed = known.memory.keep != "all" and not _any_trained(layer)
-        return f"{known.reason}{'; checkpointed' if checkpointed else ''}"
-    return _hooked(known.block) or ""
+    if known.block is not None and (hooked := _hooked(known.block)):
+        return hooked
+    if known.block is not None and _frozen_path(layer, known.block):
+        reason = known.block.foreign_attention(training=True)
+    else:
+        reason = known.reason
+    checkpointed = reason and known.memory.keep != "all" and not _any_trained(layer)
+    return f"{reason or ''}{'; checkpointed' if checkpointed else ''}"
 
 
 def _hooked(block: Block) -> str | None:
