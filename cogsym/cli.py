@@ -103,6 +103,18 @@ def train(
     steps: Annotated[int | None, _option("Optimizer steps, instead of epochs.", panel="Optimisation")] = None,
     dtype: Annotated[Dtype, _option("Precision of the computation.", panel="Optimisation")] = Dtype.bf16,
     seed: Annotated[int, _option("Of the shuffle and of LoRA's first weights.", panel="Optimisation")] = 0,
+    keep: Annotated[
+        str,
+        _option(
+            "What frozen layers hold for the backward pass: all, attention, input, offload (GPU) or nothing, each less "
+            "and slower than the one before; auto fits --memory.",
+            panel="Memory",
+        ),
+    ] = "auto",
+    memory: Annotated[
+        str | None,
+        _option("What frozen layers may hold, such as 4GB; half of what is free by default.", panel="Memory"),
+    ] = None,
     eval_every: Annotated[int | None, _option("Evaluate every so many steps too.", panel="Run")] = None,
     save_every: Annotated[int, _option("Write a checkpoint every so many steps.", panel="Run")] = 200,
     resume: Annotated[bool, _option("Go on from the last checkpoint in --out.", "--resume", panel="Run")] = False,
@@ -116,6 +128,7 @@ def train(
     from cogsym import LayerPlan, TrainSettings
     from cogsym.data import Source
     from cogsym.models.loading import load_config
+    from cogsym.training.memory import parse_bytes
     from cogsym.training.run import train as run
 
     settings = TrainSettings(
@@ -130,6 +143,8 @@ def train(
         weight_decay=weight_decay,
         dtype=dtype.value,
         lora_rank=lora_rank,
+        keep=keep,
+        memory_budget=None if memory is None else parse_bytes(memory),
         loss=loss.value,
         separator=separator,
         eval_every=eval_every,
