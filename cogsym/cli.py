@@ -112,6 +112,18 @@ def train(
     steps: Annotated[int | None, _option("Optimizer steps, instead of epochs.", panel="Optimisation")] = None,
     dtype: Annotated[Dtype, _option("Precision of the computation.", panel="Optimisation")] = Dtype.bf16,
     seed: Annotated[int, _option("Of the shuffle and of LoRA's first weights.", panel="Optimisation")] = 0,
+    keep: Annotated[
+        str,
+        _option(
+            "What frozen layers hold for the backward pass: all, attention, input, offload (GPU) or nothing, each less "
+            "and slower than the one before; auto fits --memory.",
+            panel="Memory",
+        ),
+    ] = "auto",
+    memory: Annotated[
+        str | None,
+        _option("What frozen layers may hold, such as 4GB; half of what is free by default.", panel="Memory"),
+    ] = None,
     eval_every: Annotated[int | None, _option("Evaluate every so many steps too.", panel="Run")] = None,
     save_every: Annotated[int, _option("Write a checkpoint every so many steps.", panel="Run")] = 200,
     resume: Annotated[bool, _option("Go on from the last checkpoint in --out.", "--resume", panel="Run")] = False,
@@ -125,6 +137,7 @@ def train(
     from cogsym import LayerPlan, TrainSettings
     from cogsym.data import Source
     from cogsym.models.loading import load_config
+    from cogsym.training.memory import parse_bytes
     from cogsym.training.run import train as run
 
     settings = TrainSettings(
@@ -139,6 +152,8 @@ def train(
         weight_decay=weight_decay,
         dtype=dtype.value,
         lora_rank=lora_rank,
+        keep=keep,
+        memory_budget=None if memory is None else parse_bytes(memory),
         loss=loss.value,
         separator=separator,
         eval_every=eval_every,
@@ -182,8 +197,8 @@ def sweep(
     task: Annotated[
         list[str],
         _option(
-            "What to ask: a built-in task with its data, such as xcopa-sw:sw.test.jsonl; text:PATH#FIELD,language=sw for "
-            "bits per byte; or a task file. Settings follow after commas: limit=100. Repeatable."
+            "What to ask: a built-in task with its data, such as xcopa-sw:sw.test.jsonl; text:PATH#FIELD,language=sw "
+            "for bits per byte; or a task file. Settings follow after commas: limit=100. Repeatable."
         ),
     ],
     out: Annotated[Path, _option("Folder for the results.")],
@@ -212,7 +227,9 @@ def sweep(
     separator: Annotated[
         str | None, _option("The token before each document; the tokenizer's bos or eos where it is left out.")
     ] = None,
-    dtype: Annotated[Dtype | None, _option("Precision; the checkpoint's own where it is left out.", panel="Run")] = None,
+    dtype: Annotated[
+        Dtype | None, _option("Precision; the checkpoint's own where it is left out.", panel="Run")
+    ] = None,
     memory: Annotated[
         str | None, _option("What states and caches may take, such as 4GB; half of what is free.", panel="Run")
     ] = None,
