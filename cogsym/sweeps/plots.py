@@ -167,6 +167,7 @@ def _draw_layers(axis: Axes, lines: pd.DataFrame, metric: Metric, missing: str) 
         alone["first"], alone["value"], reach, color=BLUE, fmt="o", markersize=4, linewidth=1.2, label="95 % interval"
     )
     _draw_levels(axis, lines)
+    axis.set_xlim(-0.9, len(lines["configuration"].iloc[0]) - 0.1)
     axis.set_xlabel(f"the one layer {missing} (0 is next to the embeddings)")
     _finish(axis, lines, metric)
 
@@ -197,7 +198,7 @@ def _draw_map(axis: Axes, cells: dict[tuple[int, int], float], lines: pd.DataFra
     for (a, b), value in cells.items():
         values[up.index(b), across.index(a)] = value
     norm = LogNorm if _is_wide(lines, metric) else Normalize
-    shown = [*cells.values(), *(value for value, _ in _levels(lines).values())]
+    shown = [*cells.values(), *(value for value, *_ in _levels(lines).values())]
     image = axis.imshow(
         values,
         origin="lower",
@@ -209,24 +210,35 @@ def _draw_map(axis: Axes, cells: dict[tuple[int, int], float], lines: pd.DataFra
         every = range(0, len(names), next(step for step in _STEPS if step * 8 >= len(names)))
         ticks.set_ticks(every, [str(names[i]) for i in every])
     bar = axis.figure.colorbar(image, ax=axis, label=_label(metric), shrink=0.9)
-    _draw_levels(bar.ax, lines)
+    for label, (value, _, filling) in _levels(lines).items():
+        bar.ax.plot(
+            -0.35,  # widths of the bar, beside it
+            value,
+            transform=bar.ax.get_yaxis_transform(),
+            color=BLACK,
+            markerfacecolor=filling,
+            marker=">",
+            linestyle="none",
+            label=label,
+            clip_on=False,
+            scalex=False,
+            scaley=False,
+        )
     _tick(bar.ax, lines, metric)
     strip(axis)
 
 
 def _draw_levels(axis: Axes, lines: pd.DataFrame) -> None:
-    """The whole model and chance, on a white ground that parts them from a scale's colours."""
-    for label, (value, style) in _levels(lines).items():
-        axis.axhline(value, color="white", linewidth=3, zorder=1.2, clip_on=False)
-        axis.axhline(value, color=BLACK, linewidth=1, linestyle=style, zorder=1.4, clip_on=False, label=label)
+    for label, (value, style, _) in _levels(lines).items():
+        axis.axhline(value, color=BLACK, linewidth=1, linestyle=style, zorder=1.5, label=label)
 
 
-def _levels(lines: pd.DataFrame) -> dict[str, tuple[float, str]]:
-    """What the values are held against, as far as it is known, and its line's style."""
+def _levels(lines: pd.DataFrame) -> dict[str, tuple[float, str, str]]:
+    """What values are held against, as far as it is known: where, the style of its line, the filling of its mark."""
     whole = lines.loc[lines["direction"] == "none", "value"].dropna()
     chance = lines["chance"].dropna()
-    levels = {"every layer kept": (whole, "-"), "chance": (chance, ":")}
-    return {label: (values.mean(), style) for label, (values, style) in levels.items() if len(values)}
+    levels = {"every layer kept": (whole, "-", BLACK), "chance": (chance, ":", "white")}
+    return {label: (values.mean(), *look) for label, (values, *look) in levels.items() if len(values)}
 
 
 def _finish(axis: Axes, lines: pd.DataFrame, metric: Metric) -> None:
