@@ -12,6 +12,8 @@ namespace {
 
 // Keys whose logits exist at a time: they, the packed values and the keys fit the caches near a core.
 constexpr int64_t chunk_keys = 128;
+// Keys and values are asked for so many keys before they are used: no prefetcher follows the rows of one head.
+constexpr int64_t fetched_keys = 64;
 // Queries that share keys, unless a single row has more.
 constexpr int64_t block_queries = 64;
 // Work is cut into about so many tasks where rows alone are not enough of them, whatever the number of threads: the
@@ -41,10 +43,17 @@ inline int64_t cost(const DecodeAttention& a, const Run& run) {
     return round_up(run.end - run.begin) * (1 + (queries + lanes<C> - 1) / lanes<C>);
 }
 
-// Whether y, the row behind the run x, is better computed with it.
+// Whether y, the row behind the run x, is better computed with it: they share keys, and enough of them.
 template <class C>
 inline bool join(const DecodeAttention& a, const Run& x, const Run& y) {
-    return x.begin < x.end && y.begin < y.end && cost<C>(a, joined(x, y)) < cost<C>(a, x) + cost<C>(a, y);
+    const bool share = larger(x.begin, y.begin) < smaller(x.end, y.end);
+    return share && cost<C>(a, joined(x, y)) < cost<C>(a, x) + cost<C>(a, y);
+}
+
+template <class T>
+inline void prefetch(const T* row, int64_t D) {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t d = 0; d < D; d += line) __builtin_prefetch(row + d);
 }
 
 // f(run) for the rows of a block, range by range.
@@ -411,18 +420,18 @@ struct Decode {
             const Run own = range_of(a, n, run.m);
             mixed |= own.begin > begin || own.end < end;
         }
-        const bool spoilt = pack<Layout::interleaved_rows>(at.values, chunk_keys,
-                                                           rows_of(a.v, a.v_strides, kv, begin, end), 0, padded, mixed);
-        if (spoilt && mixed) {  // 0 · NaN: each row meets the values that it sees, and no other
-            for (int64_t n = run.first; n < run.last; ++n) {
-                const Run own = range_of(a, n, run.m);
-                const int64_t from = larger(own.begin, begin), to = smaller(own.end, end);
-                if (from < to) chunk(own, from, to, row, kv, at);
+        const Rows<T> k = rows_of(a.k, a.k_strides, kv, begin, end), v = rows_of(a.v, a.v_strides, kv, begin, end);
+        const auto fetch = [&](int64_t key, int64_t count) {
+            for (int64_t i = key; i < smaller(key + count, run.end - begin); ++i) {
+                prefetch(k.data + i * k.stride, a.D);
+                prefetch(v.data + i * v.stride, a.D);
             }
-            return;
-        }
-        const Rows<T> k = rows_of(a.k, a.k_strides, kv, begin, end);
+        };
+        bool spoilt = false;
+        if (begin == run.begin) fetch(0, fetched_keys);
         for (int64_t key = 0; key < padded; key += panel) {
+            fetch(key + fetched_keys, panel);
+            spoilt |= pack<Layout::interleaved_rows>(at.values, chunk_keys, v, key, panel, mixed);
             const T* from = k.data + key * k.stride;
             Keys<E> left = {at.keys, panel, panel * panel};
             if (sizeof(T) == sizeof(E) && a.D % panel == 0 && key + panel <= keys)
@@ -431,6 +440,14 @@ struct Decode {
                 pack<Layout::rows>(at.keys, panel, Rows<T>{from, k.stride, keys - key, a.D}, 0, panel, false);
             multiply_keys(at.logits + key * width, chunk_keys * width, left,
                           static_cast<const E*>(at.queries) + first_query * interleaved<E>, columns, vectors, D);
+        }
+        if (spoilt && mixed) {  // 0 · NaN: each row meets the values that it sees, and no other
+            for (int64_t n = run.first; n < run.last; ++n) {
+                const Run own = range_of(a, n, run.m);
+                const int64_t from = larger(own.begin, begin), to = smaller(own.end, end);
+                if (from < to) chunk(own, from, to, row, kv, at);
+            }
+            return;
         }
         for (int64_t i = 0; i < vectors; ++i) {
             const int64_t query = first_query + i * width, count = smaller(queries - i * width, width);
