@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +41,7 @@ def layer_calls(model: Any, **inputs: Any) -> tuple[Tensor, list[dict[str, Any]]
 
 
 def _recorder(layer: Any, embedded: list[Tensor], calls: list[dict[str, Any]]) -> Any:
-    signature = inspect.signature(type(layer).forward)
+    signature = _signature(type(layer).forward)
 
     def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bound = signature.bind(layer, hidden_states, *args, **kwargs).arguments
@@ -52,3 +54,8 @@ def _recorder(layer: Any, embedded: list[Tensor], calls: list[dict[str, Any]]) -
         return hidden_states
 
     return record
+
+
+@functools.cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
