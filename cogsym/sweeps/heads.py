@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cogsym import ops
-from cogsym.models import find_head
+from cogsym.models import UnknownLayerError, find_head, read_block
+from cogsym.models.block import Norm
 from cogsym.ops.linear_cross_entropy import TokenScores
 
 
@@ -21,6 +22,7 @@ class SweepHead:
         known = find_head(model)
         plain = type(model.get_output_embeddings()) is nn.Linear and model.get_output_embeddings().bias is None
         self._known = known if plain else None
+        self._norm = _final_norm(model.get_decoder())
 
     def scores(self, hidden: Tensor, targets: Tensor) -> TokenScores:
         """Of each target: its logit, the logsumexp, and the most likely token instead; float32, [states, P] each.
@@ -29,7 +31,7 @@ class SweepHead:
             hidden: states before the final norm, [states, P, D].
             targets: int64 [P].
         """
-        normed = self._model.get_decoder().norm(hidden)
+        normed = self._norm(hidden)
         targets = targets.expand(hidden.shape[:-1])
         if self._known:
             weight = self._model.get_output_embeddings().weight
@@ -40,7 +42,7 @@ class SweepHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All of them, float32, [..., V]."""
-        normed = self._model.get_decoder().norm(hidden)
+        normed = self._norm(hidden)
         if self._known is None:
             return self._own_logits(normed)
         logits = self._model.get_output_embeddings()(normed).float() * self._known.scale
@@ -49,3 +51,14 @@ class SweepHead:
 
     def _own_logits(self, normed: Tensor) -> Tensor:
         return self._model.get_output_embeddings()(normed).float()
+
+
+def _final_norm(decoder: Any) -> Any:
+    """The norm before the head: ours where it is the module that the decoder's known layers have."""
+    try:
+        like = read_block(decoder.layers[0]).norms()[0]
+    except UnknownLayerError:
+        return decoder.norm
+    same = type(decoder.norm) is type(like.module) and "forward" not in vars(decoder.norm)
+    hooked = decoder.norm._forward_hooks or decoder.norm._forward_pre_hooks
+    return Norm(decoder, "norm", like.offset) if same and not hooked else decoder.norm
