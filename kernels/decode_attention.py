@@ -28,7 +28,7 @@ def config(G: int, D: int, itemsize: int) -> dict[str, int]:
         "ROWS": queries // G,
         "BLOCK_Q": queries,
         # More of both, and the registers of one target or another overflow: masks and addresses are wide.
-        "BLOCK_K": max(16, min(32, 8192 // (block_d * itemsize))),
+        "BLOCK_K": max(16, min(64 // itemsize, 8192 // (block_d * itemsize))),
         "BLOCK_D": block_d,
         "num_warps": 8,
         "num_stages": 2,
