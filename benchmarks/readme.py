@@ -83,8 +83,26 @@ def frozen() -> str:
     return table(["shape, rows x tokens", "cogsym", "over the floor", *(f"{k} /" for k in ALTERNATIVES)], rows)
 
 
+def longest() -> str:
+    """Tokens and models that fit, by method; computed from counted bytes."""
+    r = load("longest")
+    head = [
+        "", *(f"tokens in {it['memory_gb']} GB, {it['model']}" for it in r["longest"]),
+        *(f"model in {it['memory_gb']} GB, {it['tokens']:,} tokens" for it in r["largest"]),
+    ]  # fmt: skip
+    rows = [
+        [
+            method,
+            *(f"{it['tokens'][method]:,}" for it in r["longest"]),
+            *(it["model"][method] or "none" for it in r["largest"]),
+        ]
+        for method in r["longest"][0]["tokens"]
+    ]
+    return table(head, rows)
+
+
 ALTERNATIVES = ("transformers, frozen", "checkpointing", "torch.compile", "full fine-tuning")
-TABLES: dict[str, Callable[[], str]] = {"swahili": swahili, "speed": speed, "frozen": frozen}
+TABLES: dict[str, Callable[[], str]] = {"swahili": swahili, "speed": speed, "frozen": frozen, "longest": longest}
 
 
 def load(name: str) -> dict[str, Any]:

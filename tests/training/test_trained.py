@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import cogsym
 
+prepare_module = sys.modules["cogsym.training.prepare"]
 KEEPS = ("all", "attention", "input", "nothing")
 LAYERS = 4
 PLAN = cogsym.LayerPlan.layers(LAYERS, [0, 2])
@@ -153,3 +155,20 @@ def test_any_part_trained_or_frozen_gets_its_gradient_or_none(variant: str, tied
             if not trained:
                 continue
             assert_equal(gradients(model, inputs), {n: everything[n] for n in ("loss", *trained)})
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed")
+@pytest.mark.skipif(not prepare_module._CHECKPOINTS_FORWARD, reason="this transformers checkpoints frozen layers too")
+@pytest.mark.parametrize("keep", KEEPS)
+def test_gradient_checkpointing_is_for_trained_layers_frozen_ones_keep_what_was_chosen(keep: str) -> None:
+    model, inputs = tiny_model("llama", torch.float64, num_hidden_layers=LAYERS), batch("packed")
+    cogsym.prepare(model, PLAN, keep=keep)
+    want = gradients(model, inputs)
+    kept = {i: bytes_of_one_layer(model, model.model.layers[i]) for i in range(LAYERS)}
+    model.gradient_checkpointing_enable()
+    assert_equal(gradients(model, inputs), want)
+    stream = 8 * model.config.hidden_size
+    for i, layer in enumerate(model.model.layers):
+        expected = stream if i in PLAN.trained else cogsym.explain(model).layers[i].bytes_per_token
+        assert bytes_of_one_layer(model, layer) == expected
+        assert i not in PLAN.trained or kept[i] > 5 * stream
