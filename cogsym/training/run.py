@@ -24,6 +24,7 @@ from cogsym.data.sources import content_digest
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
+from cogsym.records import differences
 from cogsym.training.curves import plot_curves
 from cogsym.training.explain import explain
 from cogsym.training.memory import Memory
@@ -317,7 +318,7 @@ def _open_folder(out: Path, asked: dict[str, Any], resume: bool) -> Path | None:
         before = json.loads(record.read_text("utf-8"))
         if not resume:
             raise CogsymError(f"{out} holds a run already; continue it with --resume, or choose another --out.")
-        if different := _differences(before, json.loads(json.dumps(asked))):
+        if different := differences(_fixed(before), _fixed(json.loads(json.dumps(asked)))):
             raise CogsymError(
                 f"The run in {out} was started with {different}; resume it with the same, or choose another --out."
             )
@@ -335,13 +336,10 @@ def _open_folder(out: Path, asked: dict[str, Any], resume: bool) -> Path | None:
     return whole[-1] if whole else None
 
 
-def _differences(before: Any, now: Any, name: str = "") -> str:
-    """What two nested dictionaries differ in, the earlier values told."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        fixed = [key for key in {**before, **now} if key not in _FREE_TO_CHANGE]
-        parts = [_differences(before.get(key), now.get(key), key) for key in fixed]
-        return ", ".join(part for part in parts if part)
-    return "" if before == now else ("other data" if name == "data" else f"{name} {before} (now {now})")
+def _fixed(asked: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed run may not change."""
+    settings = {name: value for name, value in asked["settings"].items() if name not in _FREE_TO_CHANGE}
+    return {**asked, "settings": settings}
 
 
 @contextlib.contextmanager
