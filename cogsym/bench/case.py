@@ -77,7 +77,7 @@ class Pending:
 
     name: str
     build: Callable[[], Case]
-    rounds: int = 9
+    rounds: int = 15
 
 
 def measure(case: Case, device: torch.device, rounds: int, deadline: float | None = None) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def measure(case: Case, device: torch.device, rounds: int, deadline: float | Non
     Args:
         case: its variants are run.
         device: where.
-        rounds: at most; three at least.
+        rounds: at most.
         deadline: of `time.perf_counter`, after which no round begins.
     """
     variants = dict(case.variants)
@@ -97,8 +97,7 @@ def measure(case: Case, device: torch.device, rounds: int, deadline: float | Non
     if deadline is not None:
         left = max(deadline - time.perf_counter(), 0.0)
         for label, once in first.items():
-            # Two calls a round, three rounds at least.
-            if label not in (OURS, "floor") and 6 * once > left:
+            if label not in (OURS, "floor") and 2 * method.LEAST_ROUNDS * once > left:
                 case.skipped[label] = f"a call takes {once:.1f} s, too long for the time there is"
                 del variants[label]
     times = method.interleaved(variants, device, rounds=rounds, deadline=deadline)

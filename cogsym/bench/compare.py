@@ -1,13 +1,14 @@
 """A regression or noise? Two result files of the same machine, the second measured after a change.
 
 What is compared is the time of ours over the floor's in the same round, or over the first competitor's where there is
-no floor: what else the machine did falls on both. Each file's spread of it is the middle half of its rounds. A change
-counts where it is more than `LEAST` and the two spreads lie apart; anything less is called noise. Counted bytes have
-no noise: any more of them is a regression.
+no floor: what else the machine did falls on both. From the spread of its rounds follows how far the medians of two runs
+of the same code may lie apart; a change counts where it is more than that, and more than `LEAST`, and anything less is
+called noise. Counted bytes have no noise: any more of them is a regression.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class Change:
         what: "time" or what is counted.
         before: in the first file, with the spread.
         after: in the second.
+        noise: what a change must exceed to count, relative.
         verdict: "regression", "improvement" or "noise"; "same" for an equal count.
     """
 
@@ -40,6 +42,7 @@ class Change:
     what: str
     before: dict[str, float]
     after: dict[str, float]
+    noise: float
     verdict: str
 
     @property
@@ -80,11 +83,13 @@ def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str] = ("A",
 def show(changes: list[Change], console: Console) -> bool:
     """Print them; whether there is a regression."""
     table = Table()
-    for i, name in enumerate(("case", "", "before", "after", "change", "verdict")):
+    for i, name in enumerate(("case", "", "before", "after", "change", "noise", "verdict")):
         table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
     for c in changes:
         if c.what == "time" or c.verdict != "same":
-            table.add_row(c.case, c.what, _told(c.before), _told(c.after), f"{c.change:+.1%}", c.verdict)
+            table.add_row(
+                c.case, c.what, _told(c.before), _told(c.after), f"{c.change:+.1%}", f"{c.noise:.1%}", c.verdict
+            )
     console.print(table)
     regressions = sum(c.verdict == "regression" for c in changes)
     console.print(f"{regressions} regressions among {len(changes)} numbers", highlight=False)
@@ -96,12 +101,13 @@ def _changes(name: str, label: str, before: dict[str, Any], after: dict[str, Any
     other = _other(label, before, after)
     if other is not None:
         was, now = (method.ratio(_rounds(case, label), _rounds(case, other)) for case in (before, after))
-        found.append(Change(name, "time", was, now, _verdict(was, now)))
+        noise = _noise(was, now, len(_rounds(before, label)), len(_rounds(after, label)))
+        found.append(Change(name, "time", was, now, noise, _verdict(now["median"] / was["median"] - 1, noise)))
     for what in COUNTED:
         a, b = before["variants"][label].get(what), after["variants"][label].get(what)
         if a and b is not None:
             verdict = "same" if a == b else "regression" if b > a else "improvement"
-            found.append(Change(name, what, {"median": a}, {"median": b}, verdict))
+            found.append(Change(name, what, {"median": a}, {"median": b}, 0.0, verdict))
     return found
 
 
@@ -118,13 +124,24 @@ def _rounds(case: dict[str, Any], label: str) -> list[float]:
     return times
 
 
-def _verdict(before: dict[str, float], after: dict[str, float]) -> str:
-    change = after["median"] / before["median"] - 1
-    if change > LEAST and after["lower"] > before["upper"]:
-        return "regression"
-    if change < -LEAST and after["upper"] < before["lower"]:
-        return "improvement"
-    return "noise"
+def _noise(was: dict[str, float], now: dict[str, float], rounds_before: int, rounds_after: int) -> float:
+    """What two medians of the same code differ by once in a thousand times, relative, and at least `LEAST`.
+
+    A normal distribution's quartiles are 1.349 of its deviations apart, and the median of n values deviates by 1.253 /
+    √n of them. Three such deviations; more where few rounds say little of the spread, nearly as Student's t has it.
+    """
+    variance = sum(
+        (1.253 / 1.349 * (r["upper"] - r["lower"]) / r["median"]) ** 2 / n
+        for r, n in ((was, rounds_before), (now, rounds_after))
+    )
+    freedom = max(rounds_before + rounds_after - 2, 1)
+    return max(LEAST, 3 * (1 + 6 / freedom) * math.sqrt(variance))
+
+
+def _verdict(change: float, noise: float) -> str:
+    if abs(change) <= noise:
+        return "noise"
+    return "regression" if change > 0 else "improvement"
 
 
 def _told(ratio: dict[str, float]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -128,11 +129,13 @@ def _attention(implementation: str) -> Callable[[Job], AbstractContextManager[Lo
 
 @contextlib.contextmanager
 def _checkpointed(job: Job) -> Iterator[Loss]:
-    job.model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield job.call()
-    finally:
-        job.model.gradient_checkpointing_disable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its new name is not in the oldest transformers that is served
+        job.model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield job.call()
+        finally:
+            job.model.gradient_checkpointing_disable()
 
 
 @contextlib.contextmanager

@@ -8,16 +8,19 @@ inputs in memory; and `launch_bound` says whether the GPU waited for Python.
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+LEAST_ROUNDS = 5  # fewer say nothing of the spread
 CACHE_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
@@ -65,11 +68,11 @@ def interleaved(
         device: whose time it is.
         rounds: how many.
         seconds: how long a turn lasts at least.
-        deadline: of `time.perf_counter`; no round begins after it, but three are made.
+        deadline: of `time.perf_counter`; no round begins after it, but `LEAST_ROUNDS` are made.
     """
     times: dict[str, list[float]] = {label: [] for label in variants}
     for i in range(rounds):
-        if i >= 3 and deadline is not None and time.perf_counter() > deadline:
+        if i >= LEAST_ROUNDS and deadline is not None and time.perf_counter() > deadline:
             break
         for label, variant in variants.items():
             with variant.turn():
@@ -152,7 +155,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with _silent_stderr(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         run()
     recorded: Any = profile.profiler
     events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
@@ -161,3 +165,17 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler announces itself there, and no setting keeps it from it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -44,31 +44,31 @@ def read(path: Path) -> dict[str, Any]:
 def rows(cases: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of one part's cases."""
     part = cases[0]["part"]
-    head, line = {"ops": (_OPS, _ops_row), "train": (_TRAIN, _train_row)}.get(part, (_TIMES, _times_row))
+    if part == "ops":
+        others = list(dict.fromkeys(n for case in cases for n in case["variants"] if n != OURS))
+        return [*_OPS, *(f"{name} / cogsym" for name in others)], [_ops_row(case, others) for case in cases]
+    head, line = (_TRAIN, _train_rows) if part == "train" else (_TIMES, _times_rows)
     return head, [row for case in cases for row in line(case)]
 
 
-_OPS = ["operation", "", "ms", "rate", "of the floor's rate", "time / cogsym"]
+_OPS = ["operation", "cogsym, ms", "rate", "of the floor's"]
 _TRAIN = ["job", "", "ms a step", "tokens/s", "over the floor", "time / cogsym", "kept, B a token", "peak, MB"]
 _TIMES = ["", "", "seconds", "time / cogsym"]
 
 
-def _ops_row(case: dict[str, Any]) -> list[list[str]]:
+def _ops_row(case: dict[str, Any], others: list[str]) -> list[str]:
     unit, scale = {"B": ("GB/s", 1e9), "FLOP": ("TFLOP/s", 1e12)}[case["unit"]]
+    ours = case["variants"][OURS]
     return [
-        [
-            case["name"] if label == OURS else "",
-            label,
-            f"{v['seconds'] * 1e3:.3g}",
-            f"{v['rate'] / scale:.3g} {unit}",
-            f"{1 / v['over_floor']['median']:.0%}",
-            spread(v.get("over_cogsym")),
-        ]
-        for label, v in case["variants"].items()
+        case["name"],
+        f"{ours['seconds'] * 1e3:.3g}",
+        f"{ours['rate'] / scale:.3g} {unit}",
+        f"{1 / ours['over_floor']['median']:.0%}",
+        *(spread(case["variants"].get(name, {}).get("over_cogsym")) for name in others),
     ]
 
 
-def _train_row(case: dict[str, Any]) -> list[list[str]]:
+def _train_rows(case: dict[str, Any]) -> list[list[str]]:
     return [
         [
             case["name"] if label == OURS else "",
@@ -84,7 +84,7 @@ def _train_row(case: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _times_row(case: dict[str, Any]) -> list[list[str]]:
+def _times_rows(case: dict[str, Any]) -> list[list[str]]:
     lines = [
         [case["name"] if i == 0 else "", label, f"{v['seconds']:.2f}", spread(v.get("over_cogsym"))]
         for i, (label, v) in enumerate(case["variants"].items())
@@ -119,9 +119,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         head, lines = rows(cases)
         table = Table(title=part, title_justify="left")
         for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
+            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
         for line in lines:
-            table.add_row(*line, end_section=False)
+            table.add_row(*line)
         console.print(table)
         for note in notes(cases):
             console.print(f"  {note}", highlight=False, markup=False)

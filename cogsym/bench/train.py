@@ -85,7 +85,9 @@ def make_job(model: str, layers: int, rows: int, adapters: bool, device: torch.d
     if adapters:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=LORA_RANK, target_modules="all-linear", layers_to_transform=list(plan.trained))
+        block = read_block(net.model.layers[0])
+        names = [name for projections in block.projections() for name in projections.names]
+        config = LoraConfig(r=LORA_RANK, target_modules=names, layers_to_transform=list(plan.trained))
         net = get_peft_model(net, config)
         for name, p in net.named_parameters():
             if "lora_B" in name:  # zero, which would make the gradients of lora_A zero
