@@ -31,6 +31,7 @@ KERNEL_SOURCES = (
     "gated_activation.cpp",
     "attention.cpp",
     "attention_backward.cpp",
+    "decode_attention.cpp",
     "linear_cross_entropy.cpp",
 )
 

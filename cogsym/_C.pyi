@@ -128,6 +128,22 @@ def attention_backward(
     dk: int,
     dv: int,
 ) -> None: ...
+def decode_attention(
+    q: int,
+    q_strides: tuple[int, ...],
+    k: int,
+    k_strides: tuple[int, ...],
+    v: int,
+    v_strides: tuple[int, ...],
+    begins: int,
+    ends: int,
+    shape: tuple[int, int, int, int, int],
+    scale: float,
+    soft_cap: float,
+    dtype: int,
+    num_threads: int,
+    o: int,
+) -> None: ...
 def online_softmax(
     logits: int,
     targets: int,

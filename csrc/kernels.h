@@ -104,6 +104,22 @@ struct AttentionBackward : AttentionInputs {
     void *dq, *dk, *dv;     // as q, k and v, contiguous; each null where it is not wanted
 };
 
+// A last dimension is contiguous; strides are those of the others.
+struct DecodeAttention {
+    DType dtype;
+    const void* q;          // [N, H, D]
+    const void* k;          // [S, KV, D]
+    const void* v;          // [S, KV, D]
+    const int64_t* begins;  // [N, M] contiguous
+    const int64_t* ends;    // [N, M] contiguous
+    void* o;                // [N, H, D] contiguous
+    int64_t N, M, H, KV, D;
+    int64_t q_strides[2], k_strides[2], v_strides[2];
+    double scale, soft_cap;  // a soft cap of 0 is none
+    void* scratch;           // as for attention
+    int num_threads;
+};
+
 // One block of columns of the logits: `width` of them, from column `first` of the vocabulary on.
 struct OnlineSoftmax {
     DType dtype;
@@ -153,6 +169,7 @@ struct LogitsGradient {
     void gated_activation_backward(const GatedActivationBackward&); \
     int64_t attention(const Attention&);                            \
     int64_t attention_backward(const AttentionBackward&);           \
+    int64_t decode_attention(const DecodeAttention&);               \
     void online_softmax(const OnlineSoftmax&);                      \
     void add_rescaled(const AddRescaled&);                          \
     void logits_gradient(const LogitsGradient&);                    \

@@ -35,6 +35,7 @@ struct Variant {
     decltype(&baseline::gated_activation_backward) gated_activation_backward;
     decltype(&baseline::attention) attention;
     decltype(&baseline::attention_backward) attention_backward;
+    decltype(&baseline::decode_attention) decode_attention;
     decltype(&baseline::online_softmax) online_softmax;
     decltype(&baseline::add_rescaled) add_rescaled;
     decltype(&baseline::logits_gradient) logits_gradient;
@@ -50,6 +51,7 @@ struct Variant {
      isa::gated_activation_backward,             \
      isa::attention,                             \
      isa::attention_backward,                    \
+     isa::decode_attention,                      \
      isa::online_softmax,                        \
      isa::add_rescaled,                          \
      isa::logits_gradient},
@@ -234,6 +236,24 @@ void attention_backward(Address q, const Strides& q_strides, Address k, const St
     run_with_scratch(active->attention_backward, a);
 }
 
+using Pair = std::tuple<int64_t, int64_t>;
+
+void decode_attention(Address q, const Pair& q_strides, Address k, const Pair& k_strides, Address v,
+                      const Pair& v_strides, Address begins, Address ends,
+                      const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>& shape, double scale,
+                      double soft_cap, int dtype, int num_threads, Address o) {
+    DecodeAttention a{};
+    a.dtype = dtype_of(dtype);
+    a.q = pointer(q), a.k = pointer(k), a.v = pointer(v), a.o = pointer(o);
+    a.begins = static_cast<const int64_t*>(pointer(begins)), a.ends = static_cast<const int64_t*>(pointer(ends));
+    std::tie(a.q_strides[0], a.q_strides[1]) = q_strides;
+    std::tie(a.k_strides[0], a.k_strides[1]) = k_strides;
+    std::tie(a.v_strides[0], a.v_strides[1]) = v_strides;
+    std::tie(a.N, a.M, a.H, a.KV, a.D) = shape;
+    a.scale = scale, a.soft_cap = soft_cap, a.num_threads = num_threads;
+    run_with_scratch(active->decode_attention, a);
+}
+
 void online_softmax(Address logits, Address targets, Address maximum, Address total, Address target_logit,
                     Address rescale, Address logit_sum, Address argmax, int64_t rows, int64_t width, int64_t first,
                     double scale, double soft_cap, bool exponentials, int dtype, int num_threads) {
@@ -311,6 +331,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           arg("v"), arg("v_strides"), arg("starts"), arg("shape"), arg("scale"), arg("window"), arg("soft_cap"),
           arg("dtype"), arg("num_threads"), arg("dout"), arg("dout_strides"), arg("o"), arg("lse"), arg("dq"),
           arg("dk"), arg("dv"), "dq, dk and dv, each unless its address is 0.");
+    m.def("decode_attention", &decode_attention, no_gil, arg("q"), arg("q_strides"), arg("k"), arg("k_strides"),
+          arg("v"), arg("v_strides"), arg("begins"), arg("ends"), arg("shape"), arg("scale"), arg("soft_cap"),
+          arg("dtype"), arg("num_threads"), arg("o"), "o; shape is (N, M, H, KV, D).");
     m.def("online_softmax", &online_softmax, no_gil, arg("logits"), arg("targets"), arg("maximum"), arg("total"),
           arg("target_logit"), arg("rescale"), arg("logit_sum"), arg("argmax"), arg("rows"), arg("width"),
           arg("first"), arg("scale"), arg("soft_cap"), arg("exponentials"), arg("dtype"), arg("num_threads"),

@@ -1,7 +1,7 @@
 """Text in, token batches out: read documents, tokenise them with a cache, pack them into rows."""
 
 from cogsym.data.packing import PackedDataset, pack
-from cogsym.data.sources import Document, Loss, Source, content_digest, read_documents
+from cogsym.data.sources import Document, Loss, Source, content_digest, read_documents, read_records
 from cogsym.data.tokens import TokenizedDocuments, separator_id, tokenize
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "content_digest",
     "pack",
     "read_documents",
+    "read_records",
     "separator_id",
     "tokenize",
 ]

@@ -148,16 +148,33 @@ def read_once(source: Source, loss: Loss) -> list[Document]:
             'target, such as "English: {en}\\nSwahili: {sw}", or count the loss on all.'
         )
     fields, pieces = source.fields, source.pieces
-    documents = []
-    for where, record in _reader(source.path)(source.path, fields):
-        _require_fields(fields, record, f"{source.path}, {where},")
-        for field in fields:
-            _require_text(record[field], field, f"{source.path}, {where}")
-        if all(record[field].strip() for field in fields):
-            documents.append(_fill(pieces, record, loss))
+    documents = [
+        _fill(pieces, record, loss)
+        for _, record in read_records(source.path, fields)
+        if all(record[field].strip() for field in fields)
+    ]
     if not documents:
         raise CogsymError(f"{source.path} holds no document; expected at least one line or row with text in it.")
     return documents
+
+
+def read_records(path: Path, texts: Sequence[str], others: Sequence[str] = ()) -> Iterator[Record]:
+    """Read the lines or rows of a file or folder of any format that `Source` names, where each stands with it.
+
+    Args:
+        path: What to read.
+        texts: Columns that hold strings.
+        others: Columns that hold anything.
+
+    Raises:
+        CogsymError: The path cannot be read, or a column is not there; the message tells the line or row.
+    """
+    fields = [*texts, *others]
+    for where, record in _reader(path)(path, fields, texts):
+        _require_fields(fields, record, f"{path}, {where},")
+        for field in texts:
+            _require_text(record[field], field, f"{path}, {where}")
+        yield where, record
 
 
 def selection(source: Source, num_documents: int) -> np.ndarray:
@@ -272,12 +289,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _read_txt(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+def _read_txt(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
     for number, line in _lines(path):
         yield f"line {number}", {DEFAULT_FIELD: line}
 
 
-def _read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+def _read_jsonl(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
     for number, line in _lines(path):
         try:
             record = json.loads(line)
@@ -291,7 +308,7 @@ def _read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[Record]:
         yield f"line {number}", record
 
 
-def _read_tsv(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+def _read_tsv(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
     lines = _lines(path)
     _, header = next(lines, (0, ""))
     columns = header.split("\t")
@@ -307,16 +324,16 @@ def _read_tsv(path: Path, fields: Sequence[str]) -> Iterator[Record]:
         yield f"line {number}", dict(zip(columns, values, strict=True))
 
 
-def _read_parquet(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+def _read_parquet(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
     try:
         file = pq.ParquetFile(path)
-        _require_text_columns(path, fields, file.schema_arrow)
+        _require_columns(path, fields, texts, file.schema_arrow)
         yield from _rows(path, file.iter_batches(_ARROW_ROWS, columns=list(fields)))
     except (pa.ArrowException, OSError) as error:
         raise CogsymError(f"{path} is not a readable Parquet file ({_first_line(error)}); write it again.") from error
 
 
-def _read_datasets_folder(path: Path, fields: Sequence[str]) -> Iterator[Record]:
+def _read_datasets_folder(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
     try:
         import datasets
     except ImportError:
@@ -335,7 +352,7 @@ def _read_datasets_folder(path: Path, fields: Sequence[str]) -> Iterator[Record]
         raise CogsymError(
             f"{path} holds the splits {', '.join(dataset)}; give the folder of one of them, such as {example}."
         )
-    _require_text_columns(path, fields, dataset.features.arrow_schema)
+    _require_columns(path, fields, texts, dataset.features.arrow_schema)
     tables = dataset.select_columns(list(fields)).with_format("arrow").iter(_ARROW_ROWS)
     try:
         yield from _rows(path, tables)
@@ -343,9 +360,9 @@ def _read_datasets_folder(path: Path, fields: Sequence[str]) -> Iterator[Record]
         raise CogsymError(f"{path} is damaged ({_first_line(error)}); save the dataset again.") from error
 
 
-def _require_text_columns(path: Path, fields: Sequence[str], schema: pa.Schema) -> None:
+def _require_columns(path: Path, fields: Sequence[str], texts: Sequence[str], schema: pa.Schema) -> None:
     _require_fields(fields, schema.names, str(path))
-    for field in fields:
+    for field in texts:
         kind = schema.field(field).type
         text = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(text) or pa.types.is_large_string(text) or pa.types.is_string_view(text)):
@@ -370,7 +387,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
 
 
-_READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[Path, Sequence[str], Sequence[str]], Iterator[Record]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".tsv": _read_tsv,
@@ -378,7 +395,7 @@ _READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Record]]] = {
 }
 
 
-def _reader(path: Path) -> Callable[[Path, Sequence[str]], Iterator[Record]]:
+def _reader(path: Path) -> Callable[[Path, Sequence[str], Sequence[str]], Iterator[Record]]:
     if not path.exists():
         raise CogsymError(f"{path} does not exist; check the path of the text file.")
     if path.is_dir():

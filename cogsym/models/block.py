@@ -196,14 +196,15 @@ class Block:
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as attention takes them: normed, rotated, [B, T, heads, head_dim] each."""
-        if self.normed == "all":
-            q, k = self._normed(q, k)
-        q, k, v = (t.unflatten(-1, (-1, self.attention.head_dim)) for t in (q, k, v))
-        if self.normed == "head":
-            q, k = self._normed(q, k)
-        if self.rotated:
-            q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
-        return q, k, v
+        q, k = self.rotate(q, self.q_norm, cos, sin), self.rotate(k, self.k_norm, cos, sin)
+        return q, k, v.unflatten(-1, (-1, self.attention.head_dim))
+
+    def rotate(self, x: Tensor, norm: Norm | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries with `q_norm`, or keys with `k_norm`, as attention takes them, [B, T, heads, head_dim]."""
+        x = norm(x) if norm and self.normed == "all" else x
+        x = x.unflatten(-1, (-1, self.attention.head_dim))
+        x = norm(x) if norm and self.normed == "head" else x
+        return ops.rotary(x, cos, sin) if self.rotated else x
 
     def attention_options(self, positions: Positions) -> dict[str, Any]:
         """Keywords of `ops.attention`."""
@@ -213,9 +214,6 @@ class Block:
             "window": self.sliding_window,
             "soft_cap": self.soft_cap,
         }
-
-    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return (self.q_norm(q), self.k_norm(k)) if self.q_norm and self.k_norm else (q, k)
 
     def _added(self, x: Tensor, norm: Norm | None) -> Tensor:
         """What is added to the stream."""

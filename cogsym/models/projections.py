@@ -9,6 +9,7 @@ call, so that moving or sharding the model merely makes the products several aga
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,14 +45,24 @@ class Projections:
         """Whether the modules are `nn.Linear` and nothing more: no adapter, no quantised weight, no sharded one."""
         return all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in self.modules)
 
-    def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The outputs side by side, [..., Σ sizes], computed in `dtype` from the weights themselves."""
+    def product(self, x: Tensor, dtype: torch.dtype, outputs: slice = slice(None)) -> Tensor:
+        """The outputs side by side, [..., Σ sizes], computed in `dtype` from the weights themselves.
+
+        Args:
+            x: [..., features].
+            dtype: of the product.
+            outputs: which of the outputs, such as slice(1, 3) for keys and values.
+        """
         weights, biases = self._parameters()
         x = x.to(dtype)
         weight = _joined(weights)
         if weight is not None:
-            bias = None if biases is None else torch.cat(biases).to(dtype)
-            return F.linear(x, weight.to(dtype), bias)
+            ends = [0, *accumulate(self.sizes)]
+            chosen = range(len(self.sizes))[outputs]
+            rows = slice(ends[chosen.start], ends[chosen.stop])
+            bias = None if biases is None else torch.cat(biases)[rows].to(dtype)
+            return F.linear(x, weight[rows].to(dtype), bias)
+        weights, biases = weights[outputs], biases and biases[outputs]
         pieces = zip(weights, biases or [None] * len(weights), strict=True)
         return torch.cat([F.linear(x, w.to(dtype), None if b is None else b.to(dtype)) for w, b in pieces], dim=-1)
 

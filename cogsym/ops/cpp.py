@@ -201,6 +201,23 @@ def _attention_inputs(
     )  # fmt: skip
 
 
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, soft_cap: float | None
+) -> Tensor:
+    """As `cogsym.ops.decode_attention.decode_attention_reference`."""
+    o = _empty_like(q)
+    if q.numel():
+        q, k, v = _contiguous_rows(q), _contiguous_rows(k), _contiguous_rows(v)
+        begins, ends = begins.contiguous(), ends.contiguous()
+        (N, H, D), KV, M = q.shape, k.shape[1], begins.shape[1]
+        _C.decode_attention(
+            q.data_ptr(), q.stride()[:2], k.data_ptr(), k.stride()[:2], v.data_ptr(), v.stride()[:2],
+            begins.data_ptr(), ends.data_ptr(), (N, M, H, KV, D), scale, soft_cap or 0.0,
+            _DTYPE_CODES[q.dtype], torch.get_num_threads(), o.data_ptr(),
+        )  # fmt: skip
+    return o
+
+
 def online_softmax(
     logits: Tensor,
     first: int,

@@ -1,0 +1,135 @@
+"""Attention of single query rows, each over its own ranges of a flat store of keys and values.
+
+    x_ns = scale · q_n · k_s                        for the keys s that row n sees
+    x_ns = soft_cap · tanh(x_ns / soft_cap)         where there is a soft cap
+    o_n = Σ_s e^(x_ns) · v_s / Σ_s e^(x_ns)
+
+Row n sees key s where begins[n, m] <= s < ends[n, m] for one of its M ranges. So the keys of many sequences lie in one
+store and rows of different lengths go in one call: a prompt is stored once and seen by every row that continues it, a
+row's own continuation is a second range, a header that prompts share a third. Positions, windows and what is causal are
+in the ranges: the caller makes them. Query head h reads key-value head h // (H / KV).
+
+Keys are read once for neighbouring rows whose ranges are alike, so rows that share a prompt belong side by side. Long
+ranges are cut in chunks that several threads compute (Dao et al., "Flash-Decoding", 2023). Sums are float32 (float64
+for float64); half precision rounds e^(x) to its own before it multiplies by it, the reference does not. What lies
+outside a row's ranges never reaches it, NaN included.
+
+There are no gradients: scoring and generating need none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogsym.ops import backend
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begins: Tensor,
+    ends: Tensor,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Attention of N rows to their ranges of S keys.
+
+    Args:
+        q: [N, H, D], floating point, neighbours in D neighbours in memory, any other strides.
+        k: [S, KV, D], H a multiple of KV, dtype of q, strides as free; views of one larger buffer will do.
+        v: like `k`.
+        begins: int64 [N, M], the first key of each range of each row.
+        ends: int64 [N, M], the key behind the last; a range with begins >= ends is empty. The ranges of one row do not
+            overlap.
+        scale: what q · k is multiplied by; usually D ** -0.5.
+        soft_cap: bound of the logits; None is none.
+
+    Returns:
+        [N, H, D], contiguous, dtype of q; 0 in a row that sees no key.
+
+    Raises:
+        ValueError: shapes or strides that do not fit, a soft cap that is not positive, or, on CPU, a range that leaves
+            the store (on a GPU, to look would wait for it).
+        TypeError: dtypes that differ, or ranges that are not int64.
+        RuntimeError: a gradient would be wanted.
+    """
+    _check(q, k, v, begins, ends, soft_cap)
+    return _decode_attention(q, k, v, begins, ends, scale, soft_cap)
+
+
+def decode_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, soft_cap: float | None
+) -> Tensor:
+    """`decode_attention` in plain PyTorch, row by row; the documentation of the kernels."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    o, kv = torch.zeros_like(q, memory_format=torch.contiguous_format), k.shape[1]
+    for n, ranges in enumerate(torch.stack((begins, ends), -1).tolist()):
+        seen = [slice(begin, end) for begin, end in ranges if begin < end]
+        if not seen:
+            continue
+        keys, values = (torch.cat([x[s] for s in seen]).to(compute).transpose(0, 1) for x in (k, v))
+        logits = scale * q[n].to(compute).unflatten(0, (kv, -1)) @ keys.mT  # [KV, H / KV, keys]
+        if soft_cap is not None:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        o[n] = (logits.softmax(-1) @ values).flatten(0, 1).to(q.dtype)
+    return o
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, soft_cap: float | None) -> None:
+    """All that is known without looking at values."""
+    if q.dim() != 3:
+        raise ValueError(f"decode_attention: q has shape {tuple(q.shape)}, expected [N, H, D].")
+    N, H, D = q.shape
+    if k.shape != v.shape or k.dim() != 3 or k.shape[2] != D:
+        raise ValueError(
+            f"decode_attention: k has shape {tuple(k.shape)} and v {tuple(v.shape)}, expected both [S, KV, {D}] to "
+            "match q."
+        )
+    if k.shape[1] == 0 or H % k.shape[1]:
+        raise ValueError(f"decode_attention: q has {H} heads and k {k.shape[1]}, expected a multiple.")
+    if begins.shape != ends.shape or begins.dim() != 2 or len(begins) != N:
+        raise ValueError(
+            f"decode_attention: begins has shape {tuple(begins.shape)} and ends {tuple(ends.shape)}, expected both "
+            f"[{N}, M] to match q."
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"decode_attention: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}, expected one.")
+    if begins.dtype != torch.int64 or ends.dtype != torch.int64:
+        raise TypeError(f"decode_attention: begins is {begins.dtype} and ends {ends.dtype}, expected torch.int64.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if D > 1 and x.stride(-1) != 1:
+            raise ValueError(f"decode_attention: {name}'s last dimension has stride {x.stride(-1)}, expected 1.")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"decode_attention: soft_cap is {soft_cap}, expected a positive bound.")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError(
+            "decode_attention has no gradient but q, k or v requires one; call it under torch.no_grad() or detach them."
+        )
+
+
+def _check_ranges(begins: Tensor, ends: Tensor, S: int) -> None:
+    if begins.numel() == 0 or not begins.device.type == ends.device.type == "cpu":
+        return
+    first, last = int(begins.min()), int(ends.max())
+    if first < 0 or last > S:
+        wrong = f"begins at {first}" if first < 0 else f"ends at {last}"
+        raise ValueError(f"decode_attention: a range {wrong}, expected one within the store's {S} keys.")
+
+
+@torch.library.custom_op("cogsym::decode_attention", mutates_args=())
+def _decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, soft_cap: float | None
+) -> Tensor:
+    # Values are looked at here: before the operation, torch.compile would have to break its graph for them.
+    _check_ranges(begins, ends, len(k))
+    function = backend.implementation("decode_attention", decode_attention_reference, q)
+    return function(q, k, v, begins, ends, scale, soft_cap)
+
+
+# No FLOP formula is registered: it would see shapes alone, and how many keys a row sees is in the values of its ranges.
+@_decode_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -1,0 +1,51 @@
+"""From a state to words: the final norm and the head, at the positions that are wanted and no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogsym import ops
+from cogsym.models import find_head
+from cogsym.ops.linear_cross_entropy import TokenScores
+
+
+class SweepHead:
+    """The final norm and the head of a causal language model."""
+
+    def __init__(self, model: Any) -> None:
+        """Use the model's."""
+        self._model = model
+        known = find_head(model)
+        plain = type(model.get_output_embeddings()) is nn.Linear and model.get_output_embeddings().bias is None
+        self._known = known if plain else None
+
+    def scores(self, hidden: Tensor, targets: Tensor) -> TokenScores:
+        """Of each target: its logit, the logsumexp, and the most likely token instead; float32, [states, P] each.
+
+        Args:
+            hidden: states before the final norm, [states, P, D].
+            targets: int64 [P].
+        """
+        normed = self._model.get_decoder().norm(hidden)
+        targets = targets.expand(hidden.shape[:-1])
+        if self._known:
+            weight = self._model.get_output_embeddings().weight
+            return ops.token_scores(normed, weight, targets, soft_cap=self._known.soft_cap, scale=self._known.scale)
+        logits = self._own_logits(normed)
+        logit, lse = logits.gather(-1, targets[..., None])[..., 0], logits.logsumexp(-1)
+        return TokenScores(logit, lse, logits.argmax(-1), lse - logit)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All of them, float32, [..., V]."""
+        normed = self._model.get_decoder().norm(hidden)
+        if self._known is None:
+            return self._own_logits(normed)
+        logits = self._model.get_output_embeddings()(normed).float() * self._known.scale
+        cap = self._known.soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _own_logits(self, normed: Tensor) -> Tensor:
+        return self._model.get_output_embeddings()(normed).float()

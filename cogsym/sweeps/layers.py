@@ -1,0 +1,229 @@
+"""Where a sweep's decoder layers come from: a model in memory, or a checkpoint of which one layer is read at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from cogsym.errors import CogsymError
+from cogsym.models import Block, UnknownLayerError, read_block
+from cogsym.models.loading import check_model_folder, load_config
+from cogsym.sweeps.trie import Weights
+
+
+class Loaded(NamedTuple):
+    """A decoder layer whose weights are there.
+
+    Attributes:
+        layer: the model's module.
+        block: its description; None where it can only run its own forward.
+    """
+
+    layer: Any
+    block: Block | None
+
+
+class Layers(Protocol):
+    """The decoder layers of a model, and those of a base checkpoint with the same shapes where there is one.
+
+    Attributes:
+        model: the causal language model; its decoder layers may be without weights.
+        device: where it computes.
+        reasons: why layers run their own forward, one sentence each; where there is one, all of them do.
+        has_base: a base checkpoint is at hand.
+    """
+
+    model: Any
+    device: torch.device
+    reasons: list[str]
+    has_base: bool
+
+    def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
+        """Layers in the order they are needed, each there until the next is asked for."""
+
+
+class ResidentLayers:
+    """A model in memory. `close` undoes what was done to it."""
+
+    def __init__(self, model: Any, base: Any | None = None) -> None:
+        """Use a model's layers.
+
+        Args:
+            model: a causal language model of transformers.
+            base: another of the same shapes, whose layers `revert` puts in.
+
+        Raises:
+            CogsymError: the base is of another shape.
+        """
+        self.model, self.device, self.has_base = model, model.device, base is not None
+        if base is not None:
+            check_same_shape(model, base)
+        self.reasons: list[str] = []
+        self._layers: dict[Weights, list[Loaded]] = {"model": self._read(model)}
+        if base is not None:
+            self._layers["base"] = self._read(base)
+        for projections in self._plain():
+            projections.join()
+
+    def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
+        """See `Layers`."""
+        for layer, _ in needed:
+            yield {weights: layers[layer] for weights, layers in self._layers.items()}
+
+    def close(self) -> None:
+        """Give the weights storage of their own again."""
+        for projections in self._plain():
+            projections.part()
+
+    def _read(self, model: Any) -> list[Loaded]:
+        return [Loaded(layer, _block(layer, self.reasons)) for layer in model.get_decoder().layers]
+
+    def _plain(self) -> list[Any]:
+        blocks = [loaded.block for layers in self._layers.values() for loaded in layers if loaded.block]
+        return [p for block in blocks for p in block.projections() if p.plain()]
+
+
+class StreamedLayers:
+    """A checkpoint in safetensors: embeddings, final norm and head in memory, one layer at a time and the next one."""
+
+    def __init__(
+        self, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> None:
+        """Open a checkpoint.
+
+        Args:
+            folder: a local folder that save_pretrained wrote.
+            base: another of the same shapes, whose layers `revert` puts in.
+            dtype: of the weights; None takes the checkpoint's own.
+            device: where to compute.
+
+        Raises:
+            CogsymError: not a local folder of safetensors, weights of other names, a base of another shape.
+        """
+        self.device, self.has_base = torch.device(device), base is not None
+        self.reasons: list[str] = []
+        config = load_config(folder)
+        self._dtype = dtype or config.dtype or torch.float32
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
+        self._files: dict[Weights, _Checkpoint] = {"model": _Checkpoint(folder)}
+        if base is not None:
+            with init_empty_weights():
+                check_same_shape(self.model, AutoModelForCausalLM.from_config(load_config(base)))
+            self._files["base"] = _Checkpoint(base)
+        decoder = self.model.get_decoder()
+        self._layers: nn.ModuleList = decoder.layers
+        (self._prefix,) = (f"{name}." for name, module in self.model.named_modules() if module is decoder.layers)
+        self._load_rest()
+        for layer in self._layers:
+            _block(layer, self.reasons)
+
+    def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
+        """See `Layers`. The next layer is read while one computes."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead: Future[dict[Weights, dict[str, Tensor]]] | None = None
+            for i, (layer, weights) in enumerate(needed):
+                read = ahead.result() if ahead else self._read(layer, weights)
+                ahead = reader.submit(self._read, *needed[i + 1]) if i + 1 < len(needed) else None
+                yield {which: self._fill(layer, tensors) for which, tensors in read.items()}
+
+    def _read(self, layer: int, weights: set[Weights]) -> dict[Weights, dict[str, Tensor]]:
+        prefix = f"{self._prefix}{layer}."
+        names = self._layers[layer].state_dict().keys()
+        return {
+            which: {name: t.to(self.device, self._dtype) for name, t in self._files[which].read(prefix, names).items()}
+            for which in weights
+        }
+
+    def _fill(self, layer: int, tensors: dict[str, Tensor]) -> Loaded:
+        """A layer of its own with these weights, so that nothing holds them once it is dropped."""
+        with init_empty_weights(include_buffers=False):
+            module = type(self._layers[layer])(self.model.get_decoder().config, layer).eval()
+        module.load_state_dict(tensors, assign=True)
+        return Loaded(module, _block(module, []))
+
+    def _load_rest(self) -> None:
+        """Everything but the decoder layers."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        names = [n for n in self.model.state_dict() if not n.startswith(self._prefix) and n not in tied]
+        for name, tensor in self._files["model"].read("", names).items():
+            set_module_tensor_to_device(self.model, name, self.device, value=tensor, dtype=self._dtype)
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+
+
+class _Checkpoint:
+    """The tensors of a folder by name."""
+
+    def __init__(self, folder: str | Path) -> None:
+        path = check_model_folder(folder)
+        if path is None:
+            raise CogsymError(
+                f"Layers are streamed from a local folder, and {str(folder)!r} is none; download it first."
+            )
+        self._folder = path
+        self._where: dict[str, Path] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                self._where |= dict.fromkeys(opened.keys(), file)
+
+    def read(self, prefix: str, names: Any) -> dict[str, Tensor]:
+        """Copies of the tensors `prefix` + name, by name; the files are closed again, so that no page stays mapped."""
+        result: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            for name in names:
+                file = self._where.get(prefix + name)
+                if file is None:
+                    raise CogsymError(
+                        f"{self._folder} holds no weight named {prefix + name}, so its layers cannot be streamed; "
+                        "leave streaming off."
+                    )
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                result[name] = opened[file].get_tensor(prefix + name).clone()
+        return result
+
+
+def check_same_shape(model: Any, base: Any) -> None:
+    """Refuse a base checkpoint whose layers do not fit.
+
+    Raises:
+        CogsymError: another number of layers, another kind of layer, or other shapes.
+    """
+    ours, theirs = model.get_decoder().layers, base.get_decoder().layers
+    if len(ours) != len(theirs):
+        raise CogsymError(f"The base checkpoint has {len(theirs)} layers, expected {len(ours)}, as the model has.")
+    for layer, other in zip(ours, theirs, strict=True):
+        if type(layer) is not type(other):
+            raise CogsymError(
+                f"The base checkpoint has {type(other).__name__}s, expected {type(layer).__name__}s, as the model has."
+            )
+        shapes = {name: tuple(t.shape) for name, t in layer.state_dict().items()}
+        for name, t in other.state_dict().items():
+            if shapes.get(name) != tuple(t.shape):
+                raise CogsymError(
+                    f"The base checkpoint's {name} has shape {tuple(t.shape)}, expected {shapes.get(name)}, as in the "
+                    "model; give the checkpoint that the model was adapted from."
+                )
+
+
+def _block(layer: Any, reasons: list[str]) -> Block | None:
+    try:
+        return read_block(layer)
+    except UnknownLayerError as error:
+        if str(error) not in reasons:
+            reasons.append(str(error))
+        return None
