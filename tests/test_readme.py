@@ -38,7 +38,9 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("command", re.findall(r"^cogsym (?:train|demo|info|bench).*?(?<!\\)$", README, flags=re.M | re.S))
+@pytest.mark.parametrize(
+    "command", re.findall(r"^cogsym (?:train|demo|info|bench).*?(?<!\\)$", README, flags=re.M | re.S)
+)
 def test_the_commands_of_the_readme_are_understood(command: str) -> None:
     import typer
 

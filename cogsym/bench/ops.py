@@ -59,6 +59,8 @@ class Operation:
 
     def gradients(self, outputs: Outputs, dout: Outputs, keep: bool = False) -> tuple[Tensor, ...]:
         """Those of the differentiated inputs."""
+        if not self.differentiated:
+            return ()
         wanted = [self.inputs[name] for name in self.differentiated]
         return torch.autograd.grad(outputs, wanted, dout, retain_graph=keep)
 
@@ -261,11 +263,34 @@ def _linear_cross_entropy(shape: Shape, rows: int, dtype: torch.dtype, device: t
     return Operation(inputs, ours, plain, ("hidden",), "FLOP", {"forward": product, "both": 2 * product})
 
 
+def _decode_attention(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> Operation:
+    """Sixteen rows that share a prompt, each with 64 tokens of its own behind it."""
+    N, H, KV, D, own, prompt = 16, shape.heads, shape.kv_heads, shape.head_dim, 64, rows * LENGTH
+    q = _random(N, H, D, dtype=dtype, device=device)
+    k, v = (_random(prompt + N * own, KV, D, dtype=dtype, device=device) for _ in range(2))
+    firsts = prompt + own * torch.arange(N, device=device)
+    begins = torch.stack((torch.zeros_like(firsts), firsts), 1)
+    ends = torch.stack((torch.full_like(firsts, prompt), firsts + own), 1)
+    place = torch.arange(len(k), device=device)
+    visible = ((place >= begins[..., None]) & (place < ends[..., None])).any(1)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+        return (ops.decode_attention(q, k, v, begins, ends, scale=D**-0.5),)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        return (F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)[0].transpose(0, 1),)
+
+    size = (2 * k.numel() + 2 * q.numel()) * q.element_size()
+    return Operation({"q": q, "k": k, "v": v}, ours, plain, (), "B", {"forward": size})
+
+
 OPERATIONS: dict[str, tuple[Callable[..., Operation], tuple[str, ...]]] = {
     "rms_norm": (_rms_norm, ("forward", "backward")),
     "rotary": (_rotary, ("forward", "backward")),
     "gated_activation": (_gated_activation, ("forward", "backward")),
     "attention": (_attention, ("forward", "backward")),
+    "decode_attention": (_decode_attention, ("forward",)),
     # Ours has the gradient when it has the loss, so its backward alone says nothing.
     "linear_cross_entropy": (_linear_cross_entropy, ("forward", "both")),
 }

@@ -49,7 +49,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def test_quick_run(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     status, out, err = command("ops", "train", "--model", "tiny", "--quick", "--out", tmp_path / "new")
     assert status == 0, err
-    assert "1/12  tiny, 1024 tokens, bfloat16: rms_norm, forward, 0:00 left" in out
+    assert "1/13  tiny, 1024 tokens, bfloat16: rms_norm, forward, 0:00 left" in out
     for part in ("ops", "train"):
         result = report.read(tmp_path / "new" / f"{part}.json")
         assert (tmp_path / "new" / f"{part}.png").stat().st_size > 5000
@@ -179,7 +179,7 @@ def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parity_at_a_tiny_shape() -> None:
     lines = list(parity.check(("tiny",), CPU))
-    assert len(lines) == 3 * (5 + 4)
+    assert len(lines) == 3 * (6 + 4)
     assert not [line for line in lines if not line["right"]]
 
 
@@ -206,8 +206,8 @@ def test_an_install_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_the_cases_of_a_full_run() -> None:
     full = Setting(run.FULL_MODELS["cpu"], CPU, full=True)
-    assert len(ops.pending(full)) == 2 * 2 * 10
-    assert len({p.name for p in ops.pending(full)}) == 40
+    assert len(ops.pending(full)) == 2 * 2 * 11
+    assert len({p.name for p in ops.pending(full)}) == 44
     assert [p.name for p in install.pending(full)][-1] == "fresh install"
 
 
@@ -222,7 +222,7 @@ def test_pytest_benchmark_modules(module: str) -> None:
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{2 if module == 'bench_train' else 10} passed" in done.stdout
+    assert f"{2 if module == 'bench_train' else 11} passed" in done.stdout
 
 
 def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,4 +236,4 @@ def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monk
         script.main()
     assert end.value.code == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(result["parity"]) == 27 and len(result["cases"]) == 12
+    assert len(result["parity"]) == 30 and len(result["cases"]) == 13

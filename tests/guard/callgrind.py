@@ -31,6 +31,12 @@ class Memory:
         self._held.append(buffer)
         return (ctypes.addressof(buffer) + 63) // 64 * 64
 
+    def integers(self, values: list[int]) -> int:
+        """int64."""
+        address = self.room(8 * len(values))
+        ctypes.memmove(address, array.array("q", values).tobytes(), 8 * len(values))
+        return address
+
     def wave(self, count: int, dtype: int) -> int:
         """Numbers between -1 and 1."""
         period = array.array("f", [math.sin(0.37 * i) for i in range(1021)])  # longer is slow under valgrind
@@ -60,6 +66,8 @@ def kernels(extension: Any, m: Memory, dtype: int, rows: int) -> dict[str, Any]:
     total = m.room(4 * rows * D)
     heads, groups = (T * H * d, H * d, d), (T * KV * d, KV * d, d)
     attention = (q, heads, k, groups, v, groups, 0, (1, T, H, KV, d), d**-0.5, 0, 0.0, dtype, 1)
+    begins, ends = m.integers([0, T // 2] * 8), m.integers([T // 3, T] * 8)
+    decode = (q, heads[1:], k, groups[1:], v, groups[1:], begins, ends, (8, 2, H, KV, d), d**-0.5, 0.0, dtype, 1, o)
     return {
         "rms_norm": lambda: extension.rms_norm(x, D, dy, D, weight, y, h, rows, D, 1e-5, 0.0, dtype, FLOAT32, 1),
         "rms_norm_backward": lambda: extension.rms_norm_backward(
@@ -74,6 +82,7 @@ def kernels(extension: Any, m: Memory, dtype: int, rows: int) -> dict[str, Any]:
         ),
         "attention": lambda: extension.attention(*attention, o, lse),
         "attention_backward": lambda: extension.attention_backward(*attention, do, heads, o, lse, dq, dk, dv),
+        "decode_attention": lambda: extension.decode_attention(*decode),
         "online_softmax": lambda: extension.online_softmax(
             logits, targets, *sums[:4], 0, 0, rows, V, 0, 1.0, 0.0, True, dtype, 1
         ),

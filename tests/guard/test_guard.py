@@ -89,3 +89,15 @@ def test_other_registers_are_seen(fresh_cache: None, monkeypatch: pytest.MonkeyP
     if want is None:
         pytest.skip("no counts are committed for this Triton")
     assert measures.changes("triton", got, {name: want[name] for name in got})
+
+
+def test_every_kernel_of_the_extension_is_counted() -> None:
+    if reason := measures.why_no_instructions():
+        pytest.skip(reason)
+    from cogsym import _C
+
+    functions = {name for name, value in vars(_C).items() if callable(value) and not name.startswith("_")}
+    counted = {name.split(",")[0] for name in measures.expected("instructions") or {}}
+    if not counted:
+        pytest.skip(f"no counts are committed for {measures.compiler()}")
+    assert functions - {"cpu_features", "isa", "isas", "set_isa", "rms_norm_cuda"} == counted
