@@ -33,7 +33,7 @@ class Products:
         self, block: Block, rows: int, *, input_gradient: bool, weight_gradient: bool = False, lowest: bool = False
     ) -> None:
         """A decoder block's linear maps; those of one input count as one. The `lowest` block that has a gradient needs
-        none for its own input."""
+        none for the input of its first maps."""
         for projections in block.projections():
             shape = (sum(projections.sizes), projections.modules[0].weight.shape[1])
             wanted = input_gradient and not (lowest and projections is block.qkv)

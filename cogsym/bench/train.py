@@ -169,7 +169,7 @@ def _floor(job: Job, rows: int) -> floor.Products:
             rows,
             input_gradient=i >= lowest,
             weight_gradient=i in job.plan.trained and not job.adapters,
-            lowest=i == lowest,
+            lowest=i == lowest and job.adapters,  # else its norm is trained, and needs the gradient
         )
     products.add_linear(rows, tuple(base.lm_head.weight.shape), input_gradient=True, weight_gradient=False)
     return products
