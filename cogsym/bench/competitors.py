@@ -188,8 +188,8 @@ def _liger(job: Job) -> Iterator[Loss]:
     finally:
         vars(modeling).update(names)
         for module, before in zip(base.modules(), modules, strict=True):
-            for name in vars(module).keys() - before.keys():
-                del vars(module)[name]
+            vars(module).clear()
+            vars(module).update(before)
 
 
 @contextlib.contextmanager

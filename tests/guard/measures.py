@@ -205,7 +205,7 @@ def main() -> None:
         got = measure()
         before = table.setdefault(kind, {}).get(owner())
         lines = changes(kind, got, before) if before else [f"{len(got)} numbers, new"]
-        print(*(f"{kind}: {line}" for line in lines), sep="\n")
+        print(*(f"{kind}: {line}" for line in lines or ["as committed"]), sep="\n")
         # What is within the tolerance stays as it was, so that the diff shows what was meant.
         same = {n: v for n, v in (before or {}).items() if n in got and not changes(kind, {n: got[n]}, {n: v})}
         table[kind][owner()] = got | same
