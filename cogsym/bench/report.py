@@ -102,26 +102,31 @@ def spread(ratio: dict[str, float] | None) -> str:
 
 
 def notes(cases: list[dict[str, Any]]) -> list[str]:
-    """What was not timed, and why; each reason once."""
-    found: dict[str, None] = {}
+    """What was not timed, why, and in which cases where not in all."""
+    found: dict[tuple[str, str], list[str]] = {}
     for case in cases:
         for label, reason in case["skipped"].items():
-            found[f"{label} not timed: {reason}"] = None
+            found.setdefault((label, reason), []).append(case["name"].rpartition(": ")[2])
         for label, reason in case["different"].items():
-            found[f"{label} not timed, as it computes something else in {case['name']}: {reason}"] = None
-    return list(found)
+            found.setdefault((label, f"it computes something else, {reason}"), []).append(case["name"])
+    return [
+        f"{label} not timed{'' if len(names) == len(cases) else ' in ' + '; '.join(names)}: {reason}"
+        for (label, reason), names in found.items()
+    ]
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print a result file's tables."""
-    for part in dict.fromkeys(case["part"] for case in result["cases"]):
-        cases = [case for case in result["cases"] if case["part"] == part]
+    """Print a result file's tables, one for each model and precision."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case in result["cases"]:
+        groups.setdefault((case["part"], case["name"].rpartition(": ")[0]), []).append(case)
+    for (part, title), cases in groups.items():
         head, lines = rows(cases)
-        table = Table(title=part, title_justify="left")
+        table = Table(title=f"{part}: {title}" if title else part, title_justify="left")
         for i, name in enumerate(head):
             table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
         for line in lines:
-            table.add_row(*line)
+            table.add_row(line[0].rpartition(": ")[2], *line[1:])
         console.print(table)
         for note in notes(cases):
             console.print(f"  {note}", highlight=False, markup=False)

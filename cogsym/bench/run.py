@@ -111,7 +111,7 @@ class _Progress:
         elif self._done:
             left = f", about {_clock(gone / self._done * (self._total - self._done))} left"
         self._done += 1
-        self.console.print(f"[dim]{self._done}/{self._total}  {name}{left}[/dim]", highlight=False)
+        self.console.print(f"[dim]{self._done}/{self._total}  {name}{left}[/dim]", highlight=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:
