@@ -22,7 +22,7 @@ PARTS: dict[str, Callable[[Setting], list[Pending]]] = {
     "install": install.pending,
 }
 # What a quick run may take, in seconds; together less than three minutes, as a case ends with the round it is in.
-QUICK_SECONDS = {"ops": 45.0, "train": 90.0, "install": 20.0}
+QUICK_SECONDS = {"ops": 40.0, "train": 80.0, "install": 25.0}
 QUICK_MODELS = ("SmolLM2-135M",)
 FULL_MODELS = {"cpu": ("SmolLM2-135M", "Qwen2.5-0.5B"), "cuda": ("Llama-3.2-1B", "Llama-3.1-8B")}
 
@@ -66,7 +66,7 @@ def run(
             "format": report.FORMAT,
             "command": command,
             "machine": machine.describe(),
-            "setting": {"models": list(setting.models), "device": device, "full": full},
+            "setting": {"models": [shape_of(name).name for name in setting.models], "device": device, "full": full},
             "cases": measured(cases, setting.device, budget, progress.begin),
         }
         path = out / f"{part}.json"

@@ -46,7 +46,10 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return call
 
 
-def test_quick_run(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_quick_run(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(competitors.importlib.util, "find_spec", lambda name: None)
     status, out, err = command("ops", "train", "--model", "tiny", "--quick", "--out", tmp_path / "new")
     assert status == 0, err
     assert "1/13  tiny, 1024 tokens, bfloat16: rms_norm, forward, 20:00 left" in out
@@ -224,7 +227,7 @@ def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monk
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     monkeypatch.setattr(script, "SECONDS", {"ops": 0.0, "train": 0.0})
-    monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:4])
+    monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:3])
     monkeypatch.setattr(run, "measure", lambda case, device, rounds, share: measure(case, device, 1, share))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path / "gpu.json")])
     with pytest.raises(SystemExit) as end:
