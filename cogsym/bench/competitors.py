@@ -128,14 +128,25 @@ def _attention(implementation: str) -> Callable[[Job], AbstractContextManager[Lo
 
 
 @contextlib.contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """What is set on modules inside is gone afterwards."""
+    modules = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, before in modules:
+            vars(module).clear()
+            vars(module).update(before)
+
+
+@contextlib.contextmanager
 def _checkpointed(job: Job) -> Iterator[Loss]:
-    with warnings.catch_warnings():
+    with _as_it_was(job.model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its new name is not in the oldest transformers that is served
         job.model.gradient_checkpointing_enable({"use_reentrant": False})
-        try:
-            yield job.call()
-        finally:
-            job.model.gradient_checkpointing_disable()
+        # It makes the embeddings' output need a gradient, which only reentrant checkpointing wants, and would leave it.
+        job.model.disable_input_require_grads()
+        yield job.call()
 
 
 @contextlib.contextmanager
@@ -180,16 +191,13 @@ def _liger(job: Job) -> Iterator[Loss]:
 
     base = job.model.get_base_model() if job.adapters else job.model
     modeling = sys.modules[type(base).__module__]
-    modules = [dict(vars(module)) for module in base.modules()]
     names = dict(vars(modeling))
     try:
-        getattr(liger, f"apply_liger_kernel_to_{base.config.model_type}")(model=base)
-        yield job.call()
+        with _as_it_was(base):
+            getattr(liger, f"apply_liger_kernel_to_{base.config.model_type}")(model=base)
+            yield job.call()
     finally:
         vars(modeling).update(names)
-        for module, before in zip(base.modules(), modules, strict=True):
-            vars(module).clear()
-            vars(module).update(before)
 
 
 @contextlib.contextmanager

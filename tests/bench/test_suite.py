@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cogsym import cli
 from cogsym.bench import competitors, install, ops, parity, report, run, train
@@ -132,28 +133,30 @@ def test_a_turn_leaves_no_trace(kind: str) -> None:
     """After every competitor's turn the plain model computes exactly what it did before."""
     job = train.make_job("tiny", 4, 1, kind != "outer layers", CPU)
     trained = [p for p in job.model.parameters() if p.requires_grad]
-    state = [vars(m).keys() for m in job.model.modules()]
 
-    def plain() -> list[torch.Tensor]:
-        loss, gradients = train._verified(competitor("plain", lambda job: job.call()()), job, trained)
-        return [loss, *gradients]
+    def state() -> list[tuple[set[str], int, int]]:
+        return [(set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in job.model.modules()]
 
-    before = plain()
+    def plain() -> tuple[list[torch.Tensor], int]:
+        with FlopCounterMode(display=False) as counter:
+            loss, gradients = train._verified(competitor("plain", lambda job: job.call()()), job, trained)
+        return [loss, *gradients], counter.get_total_flops()
+
+    before, values = state(), plain()
     ran = []
     for c in COMPETITORS:
         if c.unavailable(CPU, full=False) is None:
             train._verified(c, job, trained)
             ran.append(c.name)
-            assert [vars(m).keys() for m in job.model.modules()] == state, c.name
+            assert state() == before, c.name
+            assert plain()[1] == values[1], c.name
     assert len(ran) >= 4
     assert [p for p in job.model.parameters() if p.requires_grad] == trained
-    assert all(torch.equal(a, b) for a, b in zip(plain(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain()[0], values[0], strict=True))
 
 
 def test_the_floor_is_every_product_of_a_step() -> None:
     """All linear maps and the head: what the plain step computes besides is attention."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     job = train.make_job("tiny", 4, 1, False, CPU)
     products = train._floor(job, train.LENGTH)
     with FlopCounterMode(display=False) as counter:
