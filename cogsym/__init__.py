@@ -2,6 +2,8 @@
 
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.plan import LayerPlan
+from cogsym.sweeps.configs import Configuration
+from cogsym.sweeps.run import SweepSettings, sweep
 from cogsym.training.prepare import explain, prepare, restore
 from cogsym.training.run import TrainResult, TrainSettings, train
 
@@ -9,12 +11,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CogsymError",
+    "Configuration",
     "LayerPlan",
     "RunStopped",
+    "SweepSettings",
     "TrainResult",
     "TrainSettings",
     "explain",
     "prepare",
     "restore",
+    "sweep",
     "train",
 ]

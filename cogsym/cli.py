@@ -1,4 +1,4 @@
-"""The command line: `cogsym train`, `cogsym demo`, `cogsym bench`, `cogsym info`.
+"""The command line: `cogsym train`, `cogsym sweep`, `cogsym plot`, `cogsym demo`, `cogsym bench`, `cogsym info`.
 
 Each command checks its arguments, calls the function of the same name in Python and prints the outcome. torch and
 transformers are imported inside the commands, so that help appears at once.
@@ -39,6 +39,15 @@ class Dtype(enum.StrEnum):
 
     bf16 = "bf16"
     fp32 = "fp32"
+
+
+class LayerAction(enum.StrEnum):
+    """What is done to a layer."""
+
+    skip = "skip"
+    skip_attention = "skip_attention"
+    skip_mlp = "skip_mlp"
+    revert = "revert"
 
 
 class Loss(enum.StrEnum):
@@ -104,6 +113,18 @@ def train(
     steps: Annotated[int | None, _option("Optimizer steps, instead of epochs.", panel="Optimisation")] = None,
     dtype: Annotated[Dtype, _option("Precision of the computation.", panel="Optimisation")] = Dtype.bf16,
     seed: Annotated[int, _option("Of the shuffle and of LoRA's first weights.", panel="Optimisation")] = 0,
+    keep: Annotated[
+        str,
+        _option(
+            "What frozen layers hold for the backward pass: all, attention, input, offload (GPU) or nothing, each less "
+            "and slower than the one before; auto fits --memory.",
+            panel="Memory",
+        ),
+    ] = "auto",
+    memory: Annotated[
+        str | None,
+        _option("What frozen layers may hold, such as 4GB; half of what is free by default.", panel="Memory"),
+    ] = None,
     eval_every: Annotated[int | None, _option("Evaluate every so many steps too.", panel="Run")] = None,
     save_every: Annotated[int, _option("Write a checkpoint every so many steps.", panel="Run")] = 200,
     resume: Annotated[bool, _option("Go on from the last checkpoint in --out.", "--resume", panel="Run")] = False,
@@ -117,6 +138,7 @@ def train(
     from cogsym import LayerPlan, TrainSettings
     from cogsym.data import Source
     from cogsym.models.loading import load_config
+    from cogsym.training.memory import parse_bytes
     from cogsym.training.run import train as run
 
     settings = TrainSettings(
@@ -131,6 +153,8 @@ def train(
         weight_decay=weight_decay,
         dtype=dtype.value,
         lora_rank=lora_rank,
+        keep=keep,
+        memory_budget=None if memory is None else parse_bytes(memory),
         loss=loss.value,
         separator=separator,
         eval_every=eval_every,
@@ -163,6 +187,111 @@ def train(
         f"{result.steps:,} steps, {result.tokens_per_second:,.0f} tokens/s. The model is in {result.folder}, "
         f"the curve in {out / 'loss.png'}."
     )
+
+
+@app.command(
+    epilog="Example: `cogsym sweep smollm2-sw/model --task xcopa-sw:sw.test.jsonl --task text:dev.jsonl#sw,language=sw "
+    "--out smollm2-sweep`"
+)
+def sweep(
+    model: Annotated[str, typer.Argument(help="A model folder (safetensors) or the id of a model on the hub.")],
+    task: Annotated[
+        list[str],
+        _option(
+            "What to ask: a built-in task with its data, such as xcopa-sw:sw.test.jsonl; text:PATH#FIELD,language=sw "
+            "for bits per byte; or a task file. Settings follow after commas: limit=100. Repeatable."
+        ),
+    ],
+    out: Annotated[Path, _option("Folder for the results.")],
+    configs: Annotated[
+        str,
+        _option(
+            "Which layers: input, output, grid, single, blocks, several with commas between, or a .json or .yaml file "
+            "with a list such as `- {skip: [0, 1, 28-29]}`.",
+            panel="Layers",
+        ),
+    ] = "input,output",
+    action: Annotated[
+        LayerAction, _option("What input, output ... do to their layers.", panel="Layers")
+    ] = LayerAction.skip,
+    base: Annotated[
+        str | None, _option("The model before it was adapted, whose layers `revert` puts in.", panel="Layers")
+    ] = None,
+    temperature: Annotated[
+        float, _option("Draw tokens at this temperature; 0 takes the most likely.", panel="Writing")
+    ] = 0.0,
+    top_p: Annotated[float, _option("Draw from the tokens that reach this probability.", panel="Writing")] = 1.0,
+    seed: Annotated[int, _option("Of the draws.", panel="Writing")] = 0,
+    truncate: Annotated[
+        bool, _option("Cut documents that are longer than the context; else they are refused.", "--truncate")
+    ] = False,
+    separator: Annotated[
+        str | None, _option("The token before each document; the tokenizer's bos or eos where it is left out.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, _option("Precision; the checkpoint's own where it is left out.", panel="Run")
+    ] = None,
+    memory: Annotated[
+        str | None, _option("What states and caches may take, such as 4GB; half of what is free.", panel="Run")
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        _option("Read layers one at a time from disk; by default only where the model does not fit.", panel="Run"),
+    ] = None,
+    dry_run: Annotated[bool, _option("Say what it would cost, and stop.", "--dry-run", panel="Run")] = False,
+    resume: Annotated[bool, _option("Go on with what --out holds.", "--resume", panel="Run")] = False,
+) -> None:
+    """Run tasks under many layer configurations of a model in one pass.
+
+    Writes OUT/results, Parquet parts with a row for each document, configuration and metric. `cogsym plot OUT` draws
+    them. Ctrl-C stops; the same command with --resume goes on.
+    """
+    _quiet_transformers()
+    import torch
+
+    from cogsym.sweeps.choose import Sampling
+    from cogsym.sweeps.run import SweepSettings
+    from cogsym.sweeps.run import sweep as run
+    from cogsym.training.memory import parse_bytes
+
+    settings = SweepSettings(
+        action=action.value,
+        sampling=Sampling(temperature, top_p, seed),
+        truncate=truncate,
+        separator=separator,
+        memory_budget=None if memory is None else parse_bytes(memory),
+        stream=stream,
+        dtype=None if dtype is None else {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}[dtype],
+    )
+    told = run(model, configs, task, out, base=base, settings=settings, resume=resume, dry_run=dry_run)
+    if told is not None:
+        unablated = told[told["direction"] == "none"]
+        for _, line in unablated.iterrows():
+            typer.echo(
+                f"{line['task']}, {line['metric']}, every layer kept: {line['value']:.4g} "
+                f"({line['low']:.4g} to {line['high']:.4g})"
+            )
+        typer.echo(f"{told['configuration'].nunique():,} configurations in {out}; `cogsym plot {out}` draws them.")
+
+
+@app.command(epilog="Example: `cogsym plot smollm2-sweep --metric margin`")
+def plot(
+    results: Annotated[Path, typer.Argument(help="The folder that `cogsym sweep` wrote.", metavar="OUT")],
+    out: Annotated[Path | None, _option("Folder for the pictures, OUT where it is left out.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        _option("Draw this metric instead of accuracy, log-likelihood, bits per byte and chrF++; repeatable."),
+    ] = None,
+) -> None:
+    """Draw what a sweep found: perception and production against the layers that are missing.
+
+    Writes each picture as PNG and SVG: `directions` has curves from each end of the model, `grid` maps first against
+    last layers, `layers` and `blocks` show single layers and contiguous ones, as far as the sweep ran them.
+    """
+    from cogsym.sweeps.plots import plot as draw
+
+    for path in draw(results, out, metric or ()):
+        typer.echo(path)
 
 
 @app.command(epilog="Example: `cogsym demo --out my-demo`")

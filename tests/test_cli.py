@@ -77,8 +77,8 @@ def command(*args: str | Path) -> list[str]:
 
 
 def test_help_of_each_command_has_an_example(cogsym: Callable[..., Done]) -> None:
-    assert {"train", "demo", "bench", "info"} <= set(cogsym("--help").stdout.split())
-    for command in ("train", "demo", "bench", "info"):
+    assert {"train", "plot", "demo", "bench", "info"} <= set(cogsym("--help").stdout.split())
+    for command in ("train", "plot", "demo", "bench", "info"):
         done = cogsym(command, "--help")
         assert done.returncode == 0
         assert "Example" in done.stdout
@@ -96,7 +96,7 @@ def test_train_and_resume(
 ) -> None:
     out = tmp_path / "out"
     args = ["train", model_folder, "--data", f"{text_file}#sw", "--eval", f"{text_file}#sw", "--out", out, *BIG]
-    done = cogsym(*args, "--steps", "4")
+    done = cogsym(*args, "--steps", "4", "--memory", "1 kB")
     assert done.returncode == 0, done.stderr
     assert "news-sw:" in done.stdout and "bits per byte before" in done.stdout
     AutoModelForCausalLM.from_pretrained(out / "model")
@@ -241,6 +241,11 @@ def test_bad_text(
         (["--front", "0", "--back", "0"], "The plan trains nothing"),
         (["--front", "3", "--back", "2"], "3 first and 2 last layers"),
         (["--learning-rate", "-1"], "learning_rate is -1.0"),
+        (["--keep", "some"], "keep is 'some', expected one of auto, all, attention, input, offload, nothing."),
+        (["--keep", "offload"], "keep is 'offload' and the model is on cpu"),
+        (["--memory", "plenty"], "size of memory 'plenty' is not understood; give a number with a unit, such as 4GB."),
+        (["--memory", "0GB"], "size of memory '0GB' is not understood"),
+        (["--memory", "4GB", "--keep", "all"], "memory_budget is 4000000000 with keep='all'"),
         (["--resume"], "no run in"),
         (["--separator", "<nope>"], "<nope>"),
         (["--template", "{sw} {missing}"], "missing"),

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from cogsym import plotting
 from cogsym.bench.case import OURS
 from cogsym.errors import CogsymError
 
@@ -140,11 +142,6 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Each variant's time over ours, with the quartiles of its rounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     bars = [
         (f"{case['name']}\n{label}", variant["over_cogsym"])
         for case in result["cases"]
@@ -153,13 +150,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     ]
     if not bars:
         return
-    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.42 * len(bars)))
+    figure = Figure(figsize=(9, 1.2 + 0.42 * len(bars)))
+    axis = figure.add_subplot()
     for i, (_, ratio) in enumerate(reversed(bars)):
-        axis.barh(i, ratio["median"], color="tab:gray", height=0.6)
-        axis.plot([ratio["lower"], ratio["upper"]], [i, i], color="black", linewidth=1.5)
-    axis.axvline(1, color="tab:blue")
+        axis.barh(i, ratio["median"], color=plotting.GREY, height=0.6)
+        axis.plot([ratio["lower"], ratio["upper"]], [i, i], color=plotting.BLACK, linewidth=1.5)
+    axis.axvline(1, color=plotting.BLUE)
     axis.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)], fontsize=7)
     axis.set(xlabel="time over cogsym's (blue line); the black line spans half of the rounds", ylim=(-0.6, len(bars)))
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    plotting.strip(axis)
+    plotting.save(figure, [path])

@@ -7,8 +7,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision.
-COLOURS = {"before": "#999999", "cogsym": "#0072B2", "full": "#D55E00"}
+from cogsym.plotting import BLUE, GREY, VERMILION, save, strip
+
+COLOURS = {"before": GREY, "cogsym": BLUE, "full": VERMILION}
 
 
 def plot(report: dict[str, Any], labels: Mapping[str, str], *paths: Path) -> None:
@@ -39,8 +40,7 @@ def plot(report: dict[str, Any], labels: Mapping[str, str], *paths: Path) -> Non
     axes[1].axhline(100 * report["chance"], color="black", linewidth=1, linestyle=":", zorder=0)
     for axis in axes[1:3]:
         axis.set_ylim(0, 109)
-    for path in paths:
-        figure.savefig(path, dpi=150)
+    save(figure, paths)
 
 
 def _draw_curves(axis: Axes, report: dict[str, Any], labels: Mapping[str, str]) -> None:
@@ -52,7 +52,7 @@ def _draw_curves(axis: Axes, report: dict[str, Any], labels: Mapping[str, str]) 
     axis.set(xlabel="thousand training tokens", ylabel=f"bits per byte of unseen {report['language']}")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
-    _strip(axis)
+    strip(axis)
 
 
 def _draw_bars(axis: Axes, values: list[float], labels: Mapping[str, str], title: str, unit: str, pattern: str) -> None:
@@ -63,8 +63,4 @@ def _draw_bars(axis: Axes, values: list[float], labels: Mapping[str, str], title
     axis.set_title(title, loc="left", weight="bold")
     axis.set_ylabel(unit)
     axis.margins(y=0.12)
-    _strip(axis)
-
-
-def _strip(axis: Axes) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
+    strip(axis)

@@ -143,6 +143,13 @@ class Block:
         activation = getattr(self.mlp, "act_fn", None) or self.mlp.activation_fn
         return [self.attention, self.mlp, activation, *(norm.module for norm in self.norms())]
 
+    def foreign_attention(self, training: bool) -> str | None:
+        """Why attention must be computed by the model's own implementation whatever the mask, or None."""
+        implementation = self.attention.config._attn_implementation
+        if implementation not in _PLAIN_ATTENTION:
+            return f"the model was loaded with {implementation} attention"
+        return "attention dropout is on" if training and self.attention.attention_dropout else None
+
     def positions(
         self, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any, x: Tensor, training: bool
     ) -> Positions:
@@ -157,11 +164,8 @@ class Block:
         Raises:
             UnknownMaskError: this attention must be computed by the model's own implementation.
         """
-        implementation = self.attention.config._attn_implementation
-        if implementation not in _PLAIN_ATTENTION:
-            raise UnknownMaskError(f"the model was loaded with {implementation} attention")
-        if training and self.attention.attention_dropout:
-            raise UnknownMaskError("attention dropout is on")
+        if reason := self.foreign_attention(training):
+            raise UnknownMaskError(reason)
         cos, sin = (t[..., : t.shape[-1] // 2] for t in position_embeddings)
         visible = visible_keys(attention_mask, x.shape[1])
         starts = None if visible.starts is None else visible.starts.expand(x.shape[0], -1)

@@ -28,11 +28,17 @@ OnKeys = Callable[[Unit, Sequence[int], Tensor, Tensor], None]
 
 
 class Engine:
-    """Runs schedules on a model's layers."""
+    """Runs the states of a trie on a model's layers.
+
+    Attributes:
+        layers: the layers.
+        on_forwards: told how many layer-forwards have been done, each of one state, a half counting half.
+    """
 
     def __init__(self, layers: Layers) -> None:
         """Run on these layers."""
         self.layers = layers
+        self.on_forwards: Callable[[float], None] = lambda number: None
 
     @property
     def own_forward(self) -> bool:
@@ -51,9 +57,9 @@ class Engine:
         """
         with torch.inference_mode():
             if self.layers.reasons:
-                OwnRun(self.layers, trie.schedule(narrow=False), batch, on_ends).run()
+                OwnRun(self.layers, trie.schedule(narrow=False), batch, on_ends).run(self.on_forwards)
             else:
-                _Run(self.layers, trie.schedule(narrow=batch.narrow), batch, on_ends, on_keys).run()
+                _Run(self.layers, trie.schedule(narrow=batch.narrow), batch, on_ends, on_keys).run(self.on_forwards)
 
 
 class _Run:
@@ -74,7 +80,7 @@ class _Run:
         self._full = embedded.new_empty(schedule.slots, len(tokens), embedded.shape[-1])
         self._narrow = embedded.new_empty(schedule.narrow_slots, len(self._scored), embedded.shape[-1])
 
-    def run(self) -> None:
+    def run(self, on_forwards: Callable[[float], None]) -> None:
         if self._schedule.start:
             self._on_ends([self._schedule.start], self._embedded[None, self._scored])
         if self._schedule.slots:
@@ -88,6 +94,7 @@ class _Run:
                 assert block is not None
                 self._apply(step, block)
                 self._tell(step)
+                on_forwards(0.5 * len(step.nodes))
 
     def _apply(self, step: Step, block: Block) -> None:
         buffer = self._narrow if step.narrow else self._full

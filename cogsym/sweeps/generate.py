@@ -11,7 +11,7 @@ divides it; the part that does not hold the old place is copied to its own first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,9 +32,6 @@ from cogsym.sweeps.requests import Generate, Generated
 from cogsym.sweeps.trie import Trie, Unit, Weights
 
 _HEAD_ROWS = 256  # whose logits exist at a time where tokens are drawn by chance
-
-# (rows that are done, rows in all)
-Progress = Callable[[int, int], None]
 
 
 class _Division(NamedTuple):
@@ -81,7 +78,6 @@ def generate(
     requests: Sequence[Generate],
     stops: Stops,
     sampling: Sampling | None = None,
-    progress: Progress | None = None,
 ) -> list[list[Generated]]:
     """What every configuration writes.
 
@@ -92,13 +88,12 @@ def generate(
         requests: the prompts; together they are one pass.
         stops: where texts end.
         sampling: how tokens are chosen; the most likely ones by default.
-        progress: told after each step.
 
     Returns:
         [configuration][request].
     """
     with torch.inference_mode():
-        return _Decoder(engine, head, trie, requests, stops, sampling or Sampling(), progress).run()
+        return _Decoder(engine, head, trie, requests, stops, sampling or Sampling()).run()
 
 
 class _Decoder:
@@ -112,10 +107,9 @@ class _Decoder:
         requests: Sequence[Generate],
         stops: Stops,
         sampling: Sampling,
-        progress: Progress | None,
     ) -> None:
         self._engine, self._head, self._trie, self._requests = engine, head, trie, requests
-        self._stops, self._sampling, self._progress = stops, sampling, progress
+        self._stops, self._sampling = stops, sampling
         self._device = engine.layers.device
         configurations = len(trie.configurations)
         self._configuration = np.repeat(np.arange(configurations), len(requests))
@@ -139,8 +133,6 @@ class _Decoder:
         while True:
             chosen = self._choose(hidden)
             stays = self._write(chosen)
-            if self._progress:
-                self._progress(len(self._answers) * len(self._requests) - int(stays.sum()), stays.size)
             if not stays.any():
                 return self._answers
             self._divide(chosen, stays, step)
@@ -283,6 +275,7 @@ class _Decoder:
                 else:
                     self._attend(block, cells, division.rows, node_of, calls[layer]["position_embeddings"], step, layer)
                 states[division.to] = cells
+                self._engine.on_forwards(0.5 * len(cells))
         last = np.asarray(self._trie.last)[self._configuration]
         first, inverse = _states(last, self._history)
         return states[self._index(first[inverse])]

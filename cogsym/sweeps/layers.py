@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,6 +52,9 @@ class Layers(Protocol):
     def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
         """Layers in the order they are needed, each there until the next is asked for."""
 
+    def revisions(self) -> dict[Weights, str]:
+        """SHA-256 of the weights, as a key of results: the same in memory and streamed."""
+
 
 class ResidentLayers:
     """A model in memory. `close` undoes what was done to it."""
@@ -69,9 +73,10 @@ class ResidentLayers:
         if base is not None:
             check_same_shape(model, base)
         self.reasons: list[str] = []
-        self._layers: dict[Weights, list[Loaded]] = {"model": self._read(model)}
+        self._models: dict[Weights, Any] = {"model": model}
         if base is not None:
-            self._layers["base"] = self._read(base)
+            self._models["base"] = base
+        self._layers = {which: self._read(each) for which, each in self._models.items()}
         for projections in self._plain():
             projections.join()
 
@@ -79,6 +84,11 @@ class ResidentLayers:
         """See `Layers`."""
         for layer, _ in needed:
             yield {weights: layers[layer] for weights, layers in self._layers.items()}
+
+    def revisions(self) -> dict[Weights, str]:
+        """See `Layers`."""
+        named = {which: dict(model.named_parameters()) for which, model in self._models.items()}
+        return {which: _digest(weights, weights.__getitem__) for which, weights in named.items()}
 
     def close(self) -> None:
         """Give the weights storage of their own again."""
@@ -136,6 +146,15 @@ class StreamedLayers:
                 read = ahead.result() if ahead else self._read(layer, weights)
                 ahead = reader.submit(self._read, *needed[i + 1]) if i + 1 < len(needed) else None
                 yield {which: self._fill(layer, tensors) for which, tensors in read.items()}
+
+    def revisions(self) -> dict[Weights, str]:
+        """See `Layers`."""
+        names = [name for name, _ in self.model.named_parameters()]
+
+        def reader(file: _Checkpoint) -> Callable[[str], Tensor]:
+            return lambda name: file.read("", [name])[name].to(self._dtype)
+
+        return {which: _digest(names, reader(file)) for which, file in self._files.items()}
 
     def _read(self, layer: int, weights: set[Weights]) -> dict[Weights, dict[str, Tensor]]:
         prefix = f"{self._prefix}{layer}."
@@ -218,6 +237,15 @@ def check_same_shape(model: Any, base: Any) -> None:
                     f"The base checkpoint's {name} has shape {tuple(t.shape)}, expected {shapes.get(name)}, as in the "
                     "model; give the checkpoint that the model was adapted from."
                 )
+
+
+def _digest(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        weight = tensor(name).detach()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _block(layer: Any, reasons: list[str]) -> Block | None:

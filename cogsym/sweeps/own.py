@@ -5,15 +5,21 @@ States are shared between configurations as ever; sequences are rows of a padded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from cogsym.models.calls import layer_calls
 from cogsym.sweeps.batch import Batch, OnEnds
+from cogsym.sweeps.choose import Sampling, Stops
+from cogsym.sweeps.configs import Configuration
 from cogsym.sweeps.layers import Layers
-from cogsym.sweeps.trie import Schedule, needed
+from cogsym.sweeps.requests import Generate, Generated
+from cogsym.sweeps.trie import Schedule, needed, units
 
 
 class OwnRun:
@@ -30,8 +36,8 @@ class OwnRun:
         self._states = embedded.new_empty(schedule.slots, *embedded.shape)
         self._embedded = embedded
 
-    def run(self) -> None:
-        """Compute every state."""
+    def run(self, on_forwards: Callable[[float], None]) -> None:
+        """Compute every state, and tell how many layers it took."""
         if self._schedule.start:
             self._end(self._schedule.start, self._embedded)
         if self._schedule.slots:
@@ -45,6 +51,7 @@ class OwnRun:
                 for slot in range(step.slots.start, step.slots.stop):
                     y = layer(self._states[slot], **self._calls[step.unit.layer])
                     self._states[slot] = y[0] if isinstance(y, tuple) else y
+                    on_forwards(1.0)
                 for end in step.ends:
                     self._end(end.configurations, self._states[end.slot])
 
@@ -58,3 +65,82 @@ def padded(sequences: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences])
     mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
     return ids, mask
+
+
+def generate_own(
+    layers: Layers,
+    configurations: Sequence[Configuration],
+    requests: Sequence[Generate],
+    stops: Stops,
+    sampling: Sampling,
+) -> list[list[Generated]]:
+    """What configurations write where layers run their own forward: one configuration after the other, with only the
+    layers it keeps and transformers' cache. Otherwise as `cogsym.sweeps.generate.generate`."""
+    return [_generate_one(layers, configuration, requests, stops, sampling) for configuration in configurations]
+
+
+@torch.inference_mode()
+def _generate_one(
+    layers: Layers, configuration: Configuration, requests: Sequence[Generate], stops: Stops, sampling: Sampling
+) -> list[Generated]:
+    longest = max(len(request.tokens) for request in requests)
+    short = [longest - len(request.tokens) for request in requests]
+    ids = torch.tensor([[0] * s + list(r.tokens) for s, r in zip(short, requests, strict=True)], device=layers.device)
+    mask = (torch.arange(longest) >= torch.tensor(short)[:, None]).long().to(layers.device)
+    chance = [sampling.stream(configuration.code, request) for request in requests]
+    written: list[list[int]] = [[] for _ in requests]
+    answers: list[Generated | None] = [None] * len(requests)
+    with only_layers(layers, configuration) as model:
+        cache = DynamicCache() if len(model.get_decoder().layers) else None
+        inputs = ids
+        while None in answers:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+            logits = model(
+                input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                use_cache=cache is not None,
+            ).logits[:, -1]  # fmt: skip
+            if sampling.temperature:
+                drawn = torch.tensor([stream.random() for stream in chance], dtype=torch.float64, device=logits.device)
+                tokens = sampling.choose(logits.float(), drawn)
+            else:
+                tokens = logits.argmax(-1)
+            for i, token in enumerate(tokens.tolist()):
+                if answers[i] is None:
+                    written[i].append(token)
+                    answers[i] = stops.ended(requests[i], written[i])
+            mask = torch.cat([mask, mask.new_ones(len(requests), 1)], dim=1)
+            ids = torch.cat([ids, tokens[:, None]], dim=1)
+            inputs = ids if cache is None else tokens[:, None]
+    return [answer for answer in answers if answer is not None]
+
+
+@contextmanager
+def only_layers(layers: Layers, configuration: Configuration) -> Iterator[Any]:
+    """The model with the layers that a configuration keeps or reverts, as an ordinary model, for as long as it lasts.
+
+    Every layer must be in memory, and none may keep only a half.
+    """
+    model = layers.model
+    decoder, config = model.get_decoder(), model.get_decoder().config
+    every, number, types = decoder.layers, config.num_hidden_layers, getattr(config, "layer_types", None)
+    units_of = units(configuration, own_forward=True)
+    loaded = layers.walk([(unit.layer, {unit.weights}) for unit in units_of])
+    kept = [there[unit.weights].layer for unit, there in zip(units_of, loaded, strict=True)]
+    indexed = [
+        (module, module.layer_idx) for layer in kept for module in layer.modules() if hasattr(module, "layer_idx")
+    ]
+    try:
+        for place, layer in enumerate(kept):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = place
+        decoder.layers, config.num_hidden_layers = nn.ModuleList(kept), len(kept)
+        if types is not None:
+            config.layer_types = [types[unit.layer] for unit in units_of]
+        yield model
+    finally:
+        decoder.layers, config.num_hidden_layers = every, number
+        if types is not None:
+            config.layer_types = types
+        for module, index in indexed:
+            module.layer_idx = index

@@ -8,8 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from cogsym.plotting import COLOURS, save, strip
 
 
 def plot_curves(history: Sequence[dict[str, float]], path: Path) -> None:
@@ -28,7 +27,7 @@ def plot_curves(history: Sequence[dict[str, float]], path: Path) -> None:
         _draw(axes[1], history, key, "held-out text, bits per byte", colour, label)
     if held_out:
         axes[1].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save(figure, [path])
 
 
 def _draw(axis: Any, history: Sequence[dict[str, float]], key: str, title: str, colour: str, label: str = "") -> None:
@@ -37,5 +36,5 @@ def _draw(axis: Any, history: Sequence[dict[str, float]], key: str, title: str, 
         *zip(*points, strict=True) if points else ([], []), color=colour, label=label, marker="o" * (len(points) < 20)
     )
     axis.set(xlabel="thousand training tokens", title=title)
-    axis.spines[["top", "right"]].set_visible(False)
+    strip(axis)
     axis.grid(alpha=0.25)

@@ -7,6 +7,7 @@ share of attention is that of a full row of its length.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,22 @@ def choose(blocks: Sequence[Block], tokens: int, length: int, element_size: int,
     return [ladder[r] for r in rung]
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes from a size as people write it: "4GB", "512 MiB", "2e9".
+
+    Raises:
+        CogsymError: anything else.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text, flags=re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or not number:
+        raise CogsymError(f"The size of memory {text!r} is not understood; give a number with a unit, such as 4GB.")
+    return int(number * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower()))
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that could still be taken on `device`."""
     if device.type == "cuda":
@@ -149,14 +166,18 @@ class Memory:
         self.shape: tuple[int, int] | None = None  # of the batch that the choice is for
         self._chosen: dict[tuple[int, int], dict[int, Keep]] = {}
 
+    def check(self, device: str) -> None:
+        """Raise a CogsymError where a model on this type of device cannot do what was chosen."""
+        if self.keep == "offload" and device != "cuda":
+            raise CogsymError(
+                f"keep is 'offload' and the model is on {device}, expected a GPU, whose activations wait in the host's "
+                "memory; on a CPU use keep='input' or 'nothing'."
+            )
+
     def of(self, index: int, x: torch.Tensor, element_size: int) -> Keep:
         """What layer `index` keeps of a batch whose residual stream is x, [B, T, D]."""
+        self.check(x.device.type)
         if self.keep != "auto":
-            if self.keep == "offload" and x.device.type != "cuda":
-                raise CogsymError(
-                    f"keep is 'offload' and the model is on {x.device.type}, expected a GPU, whose activations wait in "
-                    "the host's memory; on a CPU use keep='input' or 'nothing'."
-                )
             return self.keep  # type: ignore[return-value]
         self.shape = (x.shape[0], x.shape[1])
         if self.shape not in self._chosen:

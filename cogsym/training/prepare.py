@@ -5,6 +5,10 @@ attribute `forward`. Classes, parameters, buffers and `state_dict` keys stay as 
 the model goes on working; deleting the attributes undoes it. A frozen layer's weights of the same input are laid
 beside each other in memory, and have storage of their own again after `restore`.
 
+Wrap the prepared model for several processes as any other. A layer that FSDP2's `fully_shard` shards by itself has its
+weights only while it runs or its own gradient is computed, so it cannot be computed again with a run of others and
+keeps its input where "nothing" was chosen. A layer sharded before `prepare` runs its own forward.
+
 Under `torch.compile` a frozen layer is traced as a trained one is, on the same operations and in one graph; what is
 then kept for the backward pass is the compiler's choice, and `keep` has no say.
 """
@@ -18,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from cogsym.errors import CogsymError
@@ -26,7 +31,7 @@ from cogsym.models.heads import Head
 from cogsym.models.masks import UnknownMaskError
 from cogsym.ops import backend
 from cogsym.plan import LayerPlan, Part
-from cogsym.training.frozen import run_frozen
+from cogsym.training.frozen import Keep, run_frozen
 from cogsym.training.memory import Memory, cost
 
 _RECORD = "_cogsym"
@@ -106,11 +111,12 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
     for i, layer in enumerate(_layers(model)):
         if "forward" in vars(layer):
             continue  # another library's
-        block, reason = None, ""
-        try:
-            block = read_block(layer)
-        except UnknownLayerError as error:
-            reason = str(error)
+        block, reason = None, "it was sharded before the model was prepared"
+        if not isinstance(layer, FSDPModule):
+            try:
+                block, reason = read_block(layer), ""
+            except UnknownLayerError as error:
+                reason = str(error)
         layer.__dict__[_RECORD] = _Layer(block, reason, i, memory)
         # A partial, as a bound method does not survive pickling while its layer is still being rebuilt.
         layer.__dict__["forward"] = partial(_forward, layer)
@@ -157,9 +163,10 @@ class LayerReport:
         index: 0 next to the embeddings.
         trained: "trained", "frozen", "partly trained" or "adapters trained".
         path: the backend of the fast path ("cpp", "triton", "reference"), or "own forward".
-        reason: why not the fast path; empty where it is.
+        reason: why not the fast path, or what in it is not; empty where all is.
         keep: what a frozen layer of the fast path keeps of batches like the last one; empty where nothing is frozen,
             where no gradient flows through it, or before "auto" has seen a batch.
+        keep_reason: why not "nothing", where that was chosen; empty elsewhere.
         bytes_per_token: what it then holds for the backward pass.
         repeated: the part of its arithmetic, forward and input gradient, that it does twice.
     """
@@ -169,6 +176,7 @@ class LayerReport:
     path: str
     reason: str
     keep: str = ""
+    keep_reason: str = ""
     bytes_per_token: int = 0
     repeated: float = 0.0
 
@@ -188,16 +196,15 @@ class Explanation:
             span = f"layer {start}" if end - start == 1 else f"layers {start}-{end - 1}"
             line = f"{span}: {report.trained}, {report.path}{f' ({report.reason})' if report.reason else ''}"
             if report.keep:
-                line += (
-                    f", keeps {report.keep}: {report.bytes_per_token:,} bytes a token, {report.repeated:.0%} repeated"
-                )
+                keeps = f"{report.keep}{f' ({report.keep_reason})' if report.keep_reason else ''}"
+                line += f", keeps {keeps}: {report.bytes_per_token:,} bytes a token, {report.repeated:.0%} repeated"
             lines.append(line)
             start = end
         return "\n".join(lines)
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Say for each decoder layer whether it is trained, which path it runs, and why not the fast one.
+    """Say for each decoder layer whether it is trained, which path it runs in training, and why not the fast one.
 
     Raises:
         CogsymError: the model is not prepared.
@@ -211,11 +218,13 @@ def explain(model: nn.Module) -> Explanation:
     reports: list[LayerReport] = []
     gradient_below = any(p.requires_grad for p in parts["embeddings"].parameters)
     for i, layer in enumerate(_layers(model)):
-        path, reason = "own forward", _why_not(layer)
-        if not reason:
-            path = backend.choose(next(layer.parameters()).device)
-        report = LayerReport(i, _trained(parts[f"layer {i}"], adapters), path, reason)
-        reports.append(_with_memory(report, _record(model).memory, gradient_below) if not reason else report)
+        report = LayerReport(i, _trained(parts[f"layer {i}"], adapters), "own forward", _why_not(layer))
+        if not report.reason:
+            foreign = vars(layer)[_RECORD].block.foreign_attention(training=True)
+            reason = f"but the model's own attention: {foreign}" if foreign else ""
+            report = replace(report, path=backend.choose(next(layer.parameters()).device), reason=reason)
+            report = _with_memory(report, layer, _record(model).memory, gradient_below)
+        reports.append(report)
         gradient_below |= report.trained != "frozen"
     return Explanation(summary, tuple(reports))
 
@@ -238,16 +247,23 @@ def _trained(part: Part, adapters: bool) -> str:
     return "trained" if needed == {True} else "frozen"
 
 
-def _with_memory(report: LayerReport, memory: Memory, gradient_below: bool) -> LayerReport:
+def _with_memory(report: LayerReport, layer: nn.Module, memory: Memory, gradient_below: bool) -> LayerReport:
     """The report with what the layer keeps, where a gradient flows through it."""
-    keep, block = memory.last(report.index), memory.blocks.get(report.index)
-    if keep is None or block is None or report.trained != "frozen" or not gradient_below:
+    chosen, block = memory.last(report.index), memory.blocks.get(report.index)
+    if chosen is None or block is None or report.trained != "frozen" or not gradient_below:
         return report
+    keep = _possible(layer, chosen)
     first = keep != "nothing" or report.index - 1 not in memory.blocks
     length = memory.shape[1] if memory.shape else 1
     it = cost(block, keep, length, block.down.modules[0].weight.element_size(), first)
     repeated = it.repeated / (it.flops - it.repeated)
-    return replace(report, keep=keep, bytes_per_token=it.bytes_per_token, repeated=repeated)
+    reason = "" if keep == chosen else f"not {chosen}: it is sharded by itself"
+    return replace(report, keep=keep, keep_reason=reason, bytes_per_token=it.bytes_per_token, repeated=repeated)
+
+
+def _possible(layer: nn.Module, keep: Keep) -> Keep:
+    """What a layer keeps where `keep` was chosen."""
+    return "input" if keep == "nothing" and isinstance(layer, FSDPModule) else keep
 
 
 def _why_not(layer: nn.Module) -> str:
@@ -259,10 +275,14 @@ def _why_not(layer: nn.Module) -> str:
         except UnknownLayerError as error:
             return str(error)
         return "it was not there when the model was prepared"
-    if known.block is None:
-        checkpointed = known.memory.keep != "all" and not _any_trained(layer)
-        return f"{known.reason}{'; checkpointed' if checkpointed else ''}"
-    return _hooked(known.block) or ""
+    if known.block is not None and (hooked := _hooked(known.block)):
+        return hooked
+    if known.block is not None and _frozen_path(layer, known.block):
+        reason = known.block.foreign_attention(training=True)
+    else:
+        reason = known.reason
+    checkpointed = reason and known.memory.keep != "all" and not _any_trained(layer)
+    return f"{reason or ''}{'; checkpointed' if checkpointed else ''}"
 
 
 def _hooked(block: Block) -> str | None:
@@ -324,7 +344,7 @@ def _forward(
         except UnknownMaskError:
             return _run_own(self, own, x, past_key_values, known.memory)
         keep = known.memory.of(known.index, x, block.down.modules[0].weight.element_size())
-        return run_frozen(block, x, positions, keep)
+        return run_frozen(block, x, positions, _possible(self, keep))
     return block.forward(
         x,
         attention_mask,

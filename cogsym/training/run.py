@@ -24,11 +24,16 @@ from cogsym.data.sources import content_digest
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
+from cogsym.records import differences
 from cogsym.training.curves import plot_curves
+from cogsym.training.memory import Memory
 from cogsym.training.prepare import explain, prepare, restore
 from cogsym.training.trainer import OuterTrainer, RunCallback, checkpoints
 
 Text = Source | Sequence[Document]
+
+# How, not what: a run that needed too much memory may go on with less.
+_FREE_TO_CHANGE = ("keep", "memory_budget")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,9 @@ class TrainSettings:
             float32; "fp32" is float32 throughout. Frozen weights of a model passed in as an object stay as they are.
         lora_rank: train LoRA adapters of this rank on the planned layers' projections, not their weights; None for
             full weights. The scale is 2, alpha = 2 · rank.
+        keep: what frozen layers hold for the backward pass, as in `cogsym.prepare`; it changes time and memory, not the
+            result.
+        memory_budget: bytes that they may hold, with "auto"; None is half of what is free.
         loss: "all" the text, or "target", what follows the first field of a template.
         separator: the token between documents; None takes the tokenizer's bos or eos.
         eval_every: steps between evaluations; None evaluates before and after.
@@ -70,6 +78,8 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     dtype: Literal["bf16", "fp32"] = "bf16"
     lora_rank: int | None = None
+    keep: str = "auto"
+    memory_budget: int | None = None
     loss: Literal["all", "target"] = "all"
     separator: str | None = None
     eval_every: int | None = None
@@ -100,6 +110,7 @@ class TrainSettings:
         ):
             if getattr(self, name) not in choices:
                 raise CogsymError(f"The setting {name} is {getattr(self, name)!r}, expected {' or '.join(choices)}.")
+        Memory(self.keep, self.memory_budget)  # raises
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,7 @@ def train(
         RunStopped: ended early, by Ctrl-C, a full disk or a loss that is not finite; the message says what was saved.
     """
     out, console = Path(out), console or Console(stderr=True)
+    Memory(settings.keep, settings.memory_budget).check("cuda" if torch.cuda.is_available() else "cpu")
     network, tokenizer = _loaded(model, tokenizer, settings.dtype)
     separator = separator_id(tokenizer, settings.separator)
 
@@ -191,7 +203,7 @@ def train(
     use_cache = network.config.use_cache  # Trainer switches it off, for good
     set_seed(settings.seed)
     adapted: Any = _with_adapters(network, plan, settings.lora_rank) if settings.lora_rank else network
-    prepare(adapted, plan)
+    prepare(adapted, plan, keep=settings.keep, memory_budget=settings.memory_budget)
     for p in adapted.parameters():
         if p.requires_grad:
             # Steps of AdamW are often smaller than bfloat16's spacing and would be lost.
@@ -305,7 +317,7 @@ def _open_folder(out: Path, asked: dict[str, Any], resume: bool) -> Path | None:
         before = json.loads(record.read_text("utf-8"))
         if not resume:
             raise CogsymError(f"{out} holds a run already; continue it with --resume, or choose another --out.")
-        if different := _differences(before, json.loads(json.dumps(asked))):
+        if different := differences(_fixed(before), _fixed(json.loads(json.dumps(asked)))):
             raise CogsymError(
                 f"The run in {out} was started with {different}; resume it with the same, or choose another --out."
             )
@@ -323,12 +335,10 @@ def _open_folder(out: Path, asked: dict[str, Any], resume: bool) -> Path | None:
     return whole[-1] if whole else None
 
 
-def _differences(before: Any, now: Any, name: str = "") -> str:
-    """What two nested dictionaries differ in, the earlier values told."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        parts = [_differences(before.get(key), now.get(key), key) for key in {**before, **now}]
-        return ", ".join(part for part in parts if part)
-    return "" if before == now else ("other data" if name == "data" else f"{name} {before} (now {now})")
+def _fixed(asked: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed run may not change."""
+    settings = {name: value for name, value in asked["settings"].items() if name not in _FREE_TO_CHANGE}
+    return {**asked, "settings": settings}
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from cogsym.sweeps.configs import Configuration
 
 
 class _Nothing(nn.Module):
-    """A half of a layer whose contribution is gone."""
+    """A half of a layer whose contribution is gone. A norm behind it makes zeros of zeros."""
 
     def __init__(self, attention: bool) -> None:
         super().__init__()
@@ -26,32 +26,43 @@ class _Nothing(nn.Module):
 def plain_model(model: Any, configuration: Configuration, base: Any | None = None) -> Any:
     """A fresh copy of `model` with layers removed, reverted, or without a half."""
     fresh = copy.deepcopy(model)
-    decoder, layers = fresh.get_decoder(), []
-    types, config = getattr(model.config, "layer_types", None), fresh.config
+    decoder, config, layers = fresh.get_decoder(), fresh.get_decoder().config, []
+    types = getattr(config, "layer_types", None)
     kept = [i for i, action in enumerate(configuration.actions) if action != "skip"]
     for place, i in enumerate(kept):
         action = configuration.actions[i]
         layer = copy.deepcopy((base if action == "revert" else model).get_decoder().layers[i])
-        layer.self_attn.layer_idx = place
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place
         if action == "skip_attention":
             layer.self_attn = _Nothing(attention=True)
-            _silence(layer, "post_attention_layernorm")
         if action == "skip_mlp":
             layer.mlp = _Nothing(attention=False)
         layers.append(layer)
     decoder.layers = nn.ModuleList(layers)
-    config.num_hidden_layers = decoder.config.num_hidden_layers = len(kept)
+    config.num_hidden_layers = len(kept)
     if types is not None:
-        config.layer_types = decoder.config.layer_types = [types[i] for i in kept]
+        config.layer_types = [types[i] for i in kept]
     return fresh
 
 
-def _silence(layer: Any, name: str) -> None:
-    """A norm of zeros is zeros; nothing to do, and no test would notice: the name documents it."""
+@torch.no_grad()
+def all_log_probabilities(model: Any, tokens: tuple[int, ...]) -> Tensor:
+    """log p of every token of the vocabulary after each token but the last, float64 [T - 1, V]."""
+    return model(torch.tensor([tokens]), use_cache=False).logits[0, :-1].double().log_softmax(-1)
 
 
 def log_probabilities(model: Any, tokens: tuple[int, ...]) -> Tensor:
     """log p of each token but the first, float64 [T - 1]."""
-    with torch.no_grad():
-        logits = model(torch.tensor([tokens])).logits[0, :-1]
-    return logits.double().log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    return all_log_probabilities(model, tokens).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+@torch.no_grad()
+def greedy_tokens(model: Any, prompt: tuple[int, ...], number: int, end: int) -> list[int]:
+    """The most likely tokens one after the other, each from the whole sequence anew, up to `end`."""
+    written: list[int] = []
+    while len(written) < number and end not in written:
+        logits = model(torch.tensor([[*prompt, *written]]), use_cache=False).logits
+        written.append(int(logits[0, -1].argmax()))
+    return written

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from saved_bytes import saved_bytes
 from tiny_models import VARIANTS, batch, exact_float64, tiny_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import cogsym
 from cogsym.models import read_block
+from cogsym.models.block import Positions
 from cogsym.training.frozen import Keep, run_frozen
 from cogsym.training.memory import choose, cost, run_flops
 
@@ -83,23 +85,6 @@ def test_error_is_at_most_twice_that_of_transformers(variant: str, dtype: Any) -
     assert not worse
 
 
-def held_bytes(call: Any, *shared: Tensor | None) -> int:
-    """Bytes that `call` saves for its backward pass, storages once, without those of `shared`."""
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    for tensor in shared:
-        if tensor is not None:
-            held.pop(tensor.untyped_storage().data_ptr(), None)
-    del result
-    return sum(held.values())
-
-
 @pytest.fixture(scope="module")
 def llama_8b() -> Any:
     """Llama-3.1-8B's decoder layer, its weights anything."""
@@ -128,11 +113,13 @@ def test_bytes_of_a_frozen_llama_8b_layer(llama_8b: Any, keep: Keep | None, expe
     tables = [torch.randn(1, T, 128).bfloat16() for _ in range(2)]
     positions = tuple(tables)
     if keep is None:
-        assert held_bytes(lambda: layer(x, position_embeddings=positions), *tables, *layer.parameters()) == expected * T
+        assert (
+            saved_bytes(lambda: layer(x, position_embeddings=positions), *tables, *layer.parameters()) == expected * T
+        )
         return
     block = read_block(layer)
     where = block.positions(positions, None, x, training=True)
-    assert held_bytes(lambda: run_frozen(block, x, where, keep)) == expected * T
+    assert saved_bytes(lambda: run_frozen(block, x, where, keep)) == expected * T
     assert cost(block, keep, T, 2).bytes_per_token == expected
 
 
@@ -175,7 +162,7 @@ def test_bytes_and_flops_are_those_promised(variant: str, keep: Keep) -> None:
 
     reports = cogsym.explain(model).layers
     shared = [t for _, kwargs in calls for t in (*kwargs["position_embeddings"], kwargs["attention_mask"])]
-    held = held_bytes(run, *shared)
+    held = saved_bytes(run, *shared)
     promised = [r.bytes_per_token for r in reports]
     blocks = [vars(layer)["_cogsym"].block for layer in layers]
     assert held == B * T * sum(promised)
@@ -197,3 +184,29 @@ def test_auto_fits_its_budget_and_repeats_little() -> None:
     assert choose(blocks, B * T, T, 4, 6 * of["input"] - 1) == ["nothing"] * 6
     for budget in range(6 * of["input"], 6 * of["all"], 97):
         assert sum(of[keep] for keep in choose(blocks, B * T, T, 4, budget)) <= budget
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "gemma3", "olmo2", "granite"])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_gradcheck_on_the_reference_path(variant: str, keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of three frozen layers, one document packed behind another, against finite differences."""
+    monkeypatch.setenv("COGSYM_BACKEND", "reference")
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 6,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    }
+    model = tiny_model(variant, torch.float64, **shape)
+    blocks = [read_block(layer.requires_grad_(False)) for layer in model.model.layers[:3]]
+    x = torch.randn(1, 4, 8, dtype=torch.float64, requires_grad=True)
+    angles = torch.rand(1, 4, 2, dtype=torch.float64)
+    where = Positions(angles.cos(), angles.sin(), torch.tensor([[0, 0, 2, 2]], dtype=torch.int32), None)
+
+    def run(x: Tensor) -> Tensor:
+        for block in blocks:
+            x = run_frozen(block, x, where, keep)
+        return x
+
+    torch.autograd.gradcheck(run, x)

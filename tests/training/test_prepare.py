@@ -211,3 +211,19 @@ def test_inside_a_plain_trainer_only_the_outer_layers_move(tmp_path: Path) -> No
     assert loss_of(model).item() < first
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_dropout": 0.1}, "attention dropout is on"),
+        ({"attn_implementation": "flex_attention"}, "the model was loaded with flex_attention attention"),
+    ],
+)
+def test_attention_that_must_be_the_model_s_own_is_told(changes: dict[str, Any], reason: str) -> None:
+    model = tiny_model("llama", **changes)
+    layers = cogsym.explain(cogsym.prepare(model, LayerPlan.outer(4), keep="input")).layers
+    assert (layers[0].path, layers[0].reason) == ("cpp", f"but the model's own attention: {reason}")
+    assert (layers[1].path, layers[1].reason) == ("own forward", f"{reason}; checkpointed")
+    layers = cogsym.explain(cogsym.prepare(model, LayerPlan.outer(4), keep="all")).layers
+    assert layers[1].reason == reason

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 import cogsym
 from cogsym import CogsymError, LayerPlan, RunStopped, TrainSettings
 from cogsym.data import Document, Source
+from cogsym.training.memory import parse_bytes
 from cogsym.training.trainer import OuterTrainer, checkpoints
 
 SETTINGS: dict[str, Any] = {
@@ -270,8 +273,46 @@ def test_a_loaded_model_and_documents_at_hand(model_folder: Path, tmp_path: Path
         ({"steps": 0}, "steps is 0, expected a whole number above 0"),
         ({"lora_rank": -1}, "lora_rank is -1, expected a whole number above 0"),
         ({"dtype": "fp8"}, "dtype is 'fp8', expected bf16 or fp32"),
+        ({"keep": "half"}, "keep is 'half', expected one of auto, all,"),
+        ({"memory_budget": 0}, "memory_budget is 0 with keep='auto', expected a positive number of bytes"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CogsymError, match=message):
         TrainSettings(**changes)
+
+
+def test_what_frozen_layers_keep_changes_no_weight_and_may_change_on_resuming(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.0}))
+    whole = run(model_folder, text_file, tmp_path / "all", keep="all")
+    seen = []
+    module = sys.modules["cogsym.training.prepare"]  # `cogsym.training.prepare` by name is the function
+    original = module.run_frozen
+    monkeypatch.setattr(
+        module, "run_frozen", lambda *args: seen.append((args[-1], args[1].requires_grad)) or original(*args)
+    )
+    little = run(model_folder, text_file, tmp_path / "little", memory_budget=1)
+    assert {keep for keep, gradient in seen if gradient} == {"nothing"}
+    assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(little).items())
+    shutil.rmtree(tmp_path / "all" / "checkpoints" / "checkpoint-8")
+    seen.clear()
+    resumed = run(model_folder, text_file, tmp_path / "all", resume=True, keep="input")
+    assert {keep for keep, gradient in seen if gradient} == {"input"}
+    assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(resumed).items())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4GB", 4 * 10**9), ("512 MiB", 2**29), ("1.5kb", 1500), ("2e9", 2 * 10**9), ("10 TB", 10**13), ("7B", 7)],
+)
+def test_sizes_of_memory_are_read(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-4GB", "4 GB of", "1.2.3GB", "0", "4G", "nan"])
+def test_what_is_not_a_size_of_memory(text: str) -> None:
+    with pytest.raises(CogsymError, match="is not understood; give a number with a unit, such as 4GB"):
+        parse_bytes(text)

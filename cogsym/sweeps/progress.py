@@ -1,0 +1,63 @@
+"""How far a sweep is: documents, layer-forwards per second, time left."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+_EVERY = 10.0  # seconds between lines where no terminal shows the bar
+
+
+class SweepProgress:
+    """A bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        """Start at 0 of `total` documents."""
+        self._console, self._total = console, total
+        self._done = self._computed = 0
+        self._forwards = 0.0
+        self._began = self._told = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} documents"),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("sweep", total=total, detail="")
+
+    def forwards(self, number: float) -> None:
+        """So many layers have been computed, each for one state of the documents at hand."""
+        self._forwards += number
+        self._bar.update(self._task, detail=self._detail())
+
+    def documents(self, task: str, number: int, computed: bool) -> None:
+        """So many documents of a task are done; or were before."""
+        self._done += number
+        self._computed += number * computed
+        self._bar.update(self._task, description=task, completed=self._done, detail=self._detail())
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._told > _EVERY or self._done == self._total):
+            self._told = now
+            self._console.print(f"{task}: {self._done}/{self._total} documents, {self._detail()}", highlight=False)
+
+    def _detail(self) -> str:
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        words = [f"{self._forwards / seconds:,.0f} layer-forwards/s"]
+        if self._computed:
+            words.append(f"{seconds / self._computed * (self._total - self._done):,.0f} s left")
+        return ", ".join(words)
+
+    def __enter__(self) -> SweepProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
