@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -153,11 +154,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.42 * len(bars)))
     axis = figure.add_subplot()
     for i, (_, ratio) in enumerate(reversed(bars)):
-        axis.barh(i, ratio["median"], color=plotting.GREY, height=0.6)
+        axis.barh(i, ratio["median"] - 1, left=1, color=plotting.GREY, height=0.6)
         axis.plot([ratio["lower"], ratio["upper"]], [i, i], color=plotting.BLACK, linewidth=1.5)
     axis.axvline(1, color=plotting.BLUE)
     axis.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)], fontsize=7)
-    axis.set(xlabel="time over cogsym's (blue line); the black line spans half of the rounds", ylim=(-0.6, len(bars)))
+    axis.set_xscale("log")
+    axis.xaxis.set(major_locator=LogLocator(10, (1, 2, 5)), major_formatter=ScalarFormatter())
+    axis.minorticks_off()
+    axis.set(xlabel="time over cogsym's (blue line); a black line spans half of the rounds", ylim=(-0.6, len(bars)))
     figure.tight_layout()
     plotting.strip(axis)
     plotting.save(figure, [path])
