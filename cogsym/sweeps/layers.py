@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -91,7 +92,7 @@ class ResidentLayers:
     def revisions(self) -> dict[Weights, str]:
         """See `Layers`."""
         named = {which: dict(model.named_parameters()) for which, model in self._models.items()}
-        return {which: _digest(weights, weights.__getitem__) for which, weights in named.items()}
+        return {which: _digest(weights, partial(_held, weights)) for which, weights in named.items()}
 
     def close(self) -> None:
         """Give the weights storage of their own again, and modules that were training their mode."""
@@ -157,10 +158,7 @@ class StreamedLayers:
         """See `Layers`."""
         names = [name for name, _ in self.model.named_parameters()]
 
-        def reader(file: _Checkpoint) -> Callable[[str], Tensor]:
-            return lambda name: file.read("", [name])[name].to(self._dtype)
-
-        return {which: _digest(names, reader(file)) for which, file in self._files.items()}
+        return {which: _digest(names, file.mapped, self._dtype) for which, file in self._files.items()}
 
     def _load(self, layer: int, weights: set[Weights]) -> dict[Weights, Loaded]:
         """A layer of its own with these weights, so that nothing holds them once it is dropped."""
@@ -215,6 +213,12 @@ class _Checkpoint:
                 "off."
             )
 
+    @contextmanager
+    def mapped(self, name: str) -> Iterator[Tensor]:
+        """A tensor in the file itself, for as long as it lasts."""
+        with safe_open(self._where[name], framework="pt") as opened:
+            yield opened.get_tensor(name)
+
     def read(self, prefix: str, names: Any) -> dict[str, Tensor]:
         """Copies of the tensors `prefix` + name, by name; the files are closed again, so that no page stays mapped."""
         result: dict[str, Tensor] = {}
@@ -264,12 +268,21 @@ def check_same_shape(model: Any, base: Any) -> None:
                 )
 
 
-def _digest(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
+def _held(weights: dict[str, Tensor], name: str) -> AbstractContextManager[Tensor]:
+    return nullcontext(weights[name])
+
+
+def _digest(
+    names: Iterable[str], tensor: Callable[[str], AbstractContextManager[Tensor]], dtype: torch.dtype | None = None
+) -> str:
+    """Of tensors by name, as they are in `dtype` if that is given."""
     digest = hashlib.sha256()
     for name in sorted(names):
-        weight = tensor(name).detach()
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+        with tensor(name) as weight:
+            weight = weight.detach().to(dtype or weight.dtype)
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+            del weight  # before the file is closed
     return digest.hexdigest()
 
 
