@@ -177,16 +177,20 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shown = [c for c in cases if c["length"] == 512 and c["dtype"] == "bfloat16"]
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(shown), figsize=(6.4 * len(shown), 4.4), squeeze=False)
     for axis, case in zip(axes[0], shown, strict=True):
+        most = max(case["bytes_a_token_and_layer"].values())
         for ours in (False, True):
             labels = [k for k in case["bytes_a_token_and_layer"] if k.startswith("cogsym") is ours]
             xs = [case["bytes_a_token_and_layer"][k] / 1000 for k in labels]
             ys = [case["milliseconds_a_layer"][k] for k in labels]
             axis.plot(xs, ys, "o-" if ours else "s", color="tab:blue" if ours else "tab:gray", markersize=6)
             for x, y, label in zip(xs, ys, labels, strict=True):
-                text = label.removeprefix("cogsym ")
-                axis.annotate(text, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+                text, right = label.removeprefix("cogsym "), x > 0.6 * most / 1000
+                axis.annotate(
+                    text, (x, y), xytext=(-7 if right else 5, -3 if right else 5), textcoords="offset points",
+                    ha="right" if right else "left", fontsize=8,
+                )  # fmt: skip
         axis.axhline(case["milliseconds_a_layer"]["floor"], color="tab:red", linewidth=1)
         axis.annotate("the products alone", (0, case["milliseconds_a_layer"]["floor"]), xytext=(2, 3),
                       textcoords="offset points", fontsize=8, color="tab:red")  # fmt: skip

@@ -56,6 +56,16 @@ def chance(scores: dict[str, float]) -> str:
     return "(chance)" if abs(scores["accuracy"] - 0.5) < 2 * 0.5 / scores["questions"] ** 0.5 else ""
 
 
+def streamed() -> str:
+    """A sweep with its layers read from disk one at a time, and with all of them in memory."""
+    r = load("streamed")
+    rows = [
+        [name, f"{r[key]['peak_bytes'] / 1e9:.2f} GB", f"{r[key]['seconds']:.1f}", f"{r[key]['seconds_in_all']:.1f}"]
+        for key, name in (("in_memory", "in memory"), ("streamed", "`--stream`"))
+    ]
+    return table(["layers", "memory at its peak, all in all", "seconds", "with loading and hashing"], rows)
+
+
 def speed() -> str:
     """Training beside a plain loop."""
     r = load("train_speed")
@@ -83,8 +93,32 @@ def frozen() -> str:
     return table(["shape, rows x tokens", "cogsym", "over the floor", *(f"{k} /" for k in ALTERNATIVES)], rows)
 
 
+def longest() -> str:
+    """Tokens and models that fit, by method; computed from counted bytes."""
+    r = load("longest")
+    head = [
+        "", *(f"tokens in {it['memory_gb']} GB, {it['model']}" for it in r["longest"]),
+        *(f"model in {it['memory_gb']} GB, {it['tokens']:,} tokens" for it in r["largest"]),
+    ]  # fmt: skip
+    rows = [
+        [
+            method,
+            *(f"{it['tokens'][method]:,}" for it in r["longest"]),
+            *(it["model"][method] or "none" for it in r["largest"]),
+        ]
+        for method in r["longest"][0]["tokens"]
+    ]
+    return table(head, rows)
+
+
 ALTERNATIVES = ("transformers, frozen", "checkpointing", "torch.compile", "full fine-tuning")
-TABLES: dict[str, Callable[[], str]] = {"swahili": swahili, "speed": speed, "frozen": frozen}
+TABLES: dict[str, Callable[[], str]] = {
+    "swahili": swahili,
+    "streamed": streamed,
+    "speed": speed,
+    "frozen": frozen,
+    "longest": longest,
+}
 
 
 def load(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: `cogsym train`, `cogsym sweep`, `cogsym demo`, `cogsym info`.
+"""The command line: `cogsym train`, `cogsym sweep`, `cogsym plot`, `cogsym demo`, `cogsym info`.
 
 Each command checks its arguments, calls the function of the same name in Python and prints the outcome. torch and
 transformers are imported inside the commands, so that help appears at once.
@@ -278,6 +278,26 @@ def sweep(
             )
         number = counted(told["configuration"].nunique(), "configuration")
         typer.echo(f"{number} in {out}; `cogsym plot {out}` draws them.")
+
+
+@app.command(epilog="Example: `cogsym plot smollm2-sweep --metric margin`")
+def plot(
+    results: Annotated[Path, typer.Argument(help="The folder that `cogsym sweep` wrote.", metavar="OUT")],
+    out: Annotated[Path | None, _option("Folder for the pictures, OUT where it is left out.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        _option("Draw this metric instead of accuracy, log-likelihood, bits per byte and chrF++; repeatable."),
+    ] = None,
+) -> None:
+    """Draw what a sweep found: perception and production against the layers that are missing.
+
+    Writes each picture as PNG and SVG: `directions` has curves from each end of the model, `grid` maps first against
+    last layers, `layers` and `blocks` show single layers and contiguous ones, as far as the sweep ran them.
+    """
+    from cogsym.sweeps.plots import plot as draw
+
+    for path in draw(results, out, metric or ()):
+        typer.echo(path)
 
 
 @app.command(epilog="Example: `cogsym demo --out my-demo`")

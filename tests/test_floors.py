@@ -23,6 +23,8 @@ FLOORS = {
     "cogsym.data": 1,
     "cogsym.plan": 1,
     "cogsym.errors": 0,
+    "cogsym.plotting": 1,
+    "cogsym.records": 1,
 }
 APART = {("cogsym.training", "cogsym.sweeps"), ("cogsym.sweeps", "cogsym.training")}
 

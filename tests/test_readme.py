@@ -38,7 +38,9 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("command", re.findall(r"^cogsym (?:train|demo|info).*?(?<!\\)$", README, flags=re.M | re.S))
+@pytest.mark.parametrize(
+    "command", re.findall(r"^cogsym (?:train|sweep|plot|demo|info).*?(?<!\\)$", README, flags=re.M | re.S)
+)
 def test_the_commands_of_the_readme_are_understood(command: str) -> None:
     import typer
 
@@ -48,9 +50,15 @@ def test_the_commands_of_the_readme_are_understood(command: str) -> None:
     typer.main.get_command(app).commands[name].make_context(name, arguments)  # raises where an option is unknown
 
 
-def test_the_python_example_runs(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    code = code.replace("HuggingFaceTB/SmolLM2-135M", str(model_folder))
+def test_the_python_examples_run(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, sweep = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(prepare.replace("HuggingFaceTB/SmolLM2-135M", str(model_folder)), names)
     assert names["model"] is not None
+    monkeypatch.chdir(tmp_path)
+    Path("dev.jsonl").write_text(text_file.read_text("utf-8").replace('"sw"', '"swahili"'), "utf-8")
+    exec(sweep.replace("smollm2-sw/model", str(model_folder)), names)
+    assert set(names["table"]["metric"]) == {"bits_per_byte"}
+    assert names["table"]["configuration"].nunique() == 11

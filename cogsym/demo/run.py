@@ -17,6 +17,7 @@ from rich.table import Table
 from cogsym.data import Document
 from cogsym.demo.language import RELATIVES, TAVOSI
 from cogsym.demo.plots import plot
+from cogsym.demo.sweep import ablate
 from cogsym.demo.tasks import OPTIONS, ROW, HeldOut, Scores, chrf_metric, held_out, score, training_documents
 from cogsym.errors import CogsymError
 from cogsym.models.loading import load_model, load_tokenizer
@@ -64,7 +65,7 @@ def base_folder() -> Iterator[Path]:
 def run(
     out: Path, seed: int = 0, steps: int = STEPS, count: int = HELD_OUT, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run the demo and write `demo.json`, `demo.png`, `demo.svg` and the two adapted models to `out`.
+    """Run the demo and write `demo.json`, `demo.png`, `demo.svg`, the two adapted models and a sweep to `out`.
 
     Both methods train on the same documents in the same order for the same number of steps, in float32.
 
@@ -98,6 +99,9 @@ def run(
             model = load_model(folder, torch.float32)
             results[method.name] = _adapt(model, tokenizer, method, documents, items, out, seed, steps, console)
             scores[method.name] = score(results[method.name].model, tokenizer, items)
+        console.rule("ablation")
+        console.print("Which layers of the CogSym model understand, and which speak?")
+        pictures = ablate(out / "cogsym" / "model", items, out / "sweep", console)
     report = _report(seed, steps, items, scores, results, base.num_parameters(), time.monotonic() - started)
     (out / "demo.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     plot(report, LABELS, out / "demo.png", out / "demo.svg")
@@ -106,8 +110,8 @@ def run(
     console.print(_examples(report))
     console.print(conclusion(report), highlight=False)
     console.print(
-        f"After {report['seconds']:.0f} s, {out} holds demo.json, demo.png, demo.svg, and the adapted models in "
-        "cogsym/model and full/model."
+        f"After {report['seconds']:.0f} s, {out} holds demo.json, demo.png, demo.svg, the adapted models in "
+        f"cogsym/model and full/model, and what ablation leaves of the first in sweep/{pictures[0].name}."
     )
     return report
 
@@ -131,6 +135,8 @@ def _make_folder(out: Path) -> None:
         for method in METHODS:
             if (out / method.name / "settings.json").exists():
                 shutil.rmtree(out / method.name)
+        if (out / "sweep" / "sweep.json").exists():
+            shutil.rmtree(out / "sweep")
     except OSError as error:
         raise CogsymError(f"The folder {out} cannot be written ({error.strerror}); choose another one.") from error
 

@@ -93,9 +93,9 @@ class Results:
 
         Args:
             folder: OUT, made where it is missing.
-            key: what a result depends on beside its configuration, as JSON has it: "model" (a name), "revision" (a hash
-                of the weights), "tasks" (name -> the data's hash as "data", and the task's settings), and more. A
-                resumed sweep may bring tasks that the first one did not have.
+            key: what a result depends on beside its configuration, as JSON has it: "revision" (a hash of the weights),
+                "tasks" (name -> the data's hash as "data", and the task's settings), whatever else there is, and
+                "model", a name. A resumed sweep may name the same weights differently and bring new tasks.
             resume: go on with what is there.
 
         Raises:
@@ -325,13 +325,15 @@ def _agreed(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
     if not _parts(folder):
         return key
     before = read_key(folder)
+    if before["revision"] == key["revision"]:
+        key = {**key, "model": before["model"]}  # the same weights, wherever they lie now
     tasks = {**before["tasks"], **key["tasks"]}
     parts = [differences({**before, "tasks": None}, {**key, "tasks": None})]
     for name in before["tasks"]:
         if change := differences(before["tasks"][name], tasks[name]):
             parts.append(f"{change} in {name}")
     different = ", ".join(filter(None, parts))
-    if any(before[name] != key[name] for name in ("model", "revision")):
+    if before["revision"] != key["revision"]:
         raise CogsymError(f"{folder} holds results of another model: {different}; choose another --out.")
     if different:
         raise CogsymError(

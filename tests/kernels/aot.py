@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -182,6 +183,16 @@ def _linear_cross_entropy(D: int, dtype: torch.dtype) -> None:
     launch.add_rescaled(total, product, row)
 
 
+def _decode_attention(heads: tuple[int, int], D: int, dtype: torch.dtype) -> None:
+    """Many rows, and few rows of many keys under a soft cap, on slices of fused projections."""
+    H, KV = heads
+    for N, soft_cap in ((4096, None), (8, 50.0)):
+        q, store = _empty(N, H + 2 * KV, D, dtype=dtype)[:, :H], _empty(65536, 2, KV, D, dtype=dtype)
+        ranges = _empty(N, 2, dtype=torch.int64)
+        with mock.patch("cogsym.kernels.decode_attention.multiprocessors", return_value=132):
+            launch.decode_attention(q, store[:, 0], store[:, 1], ranges, ranges, D**-0.5, soft_cap)
+
+
 # Widths of SmolLM2-135M and of Llama 3.1 in 8B, 70B and beyond, and the heads and MLPs of these.
 CASES: dict[tuple[str, int], Callable[[int, torch.dtype], None]] = {
     **{("rms_norm", D): _rms_norm for D in (576, 4096, 8192, 18432)},
@@ -190,6 +201,8 @@ CASES: dict[tuple[str, int], Callable[[int, torch.dtype], None]] = {
     **{("head_norm", D): _head_norm for D in (64, 128)},
     **{("rotary", D): _rotary for D in (64, 128)},
     ("gated_activation", 14336): _gated_activation,
+    ("decode_attention", 64): partial(_decode_attention, (9, 3)),
+    ("decode_attention", 128): partial(_decode_attention, (32, 8)),
     **{("linear_cross_entropy", D): _linear_cross_entropy for D in (576, 4096)},
 }
 

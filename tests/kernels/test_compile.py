@@ -61,6 +61,7 @@ def test_every_kernel_is_compiled() -> None:
             aot.launch.rotary,
             aot.launch.gated_activation,
             aot.launch.online_softmax,
+            aot.launch.decode_attention,
         )
         for name, value in function.__globals__.items()
         if name.endswith("_kernel")

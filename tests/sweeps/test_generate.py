@@ -120,6 +120,18 @@ def test_rows_with_equal_histories_are_computed_once():
     assert sum(seen) == trie.counts().layer_forwards * 7
 
 
+def test_finished_rows_leave():
+    """Two prompts under the whole model: each token behind the first costs one pass of those that still write."""
+    model, limits = tiny_model("llama"), (2, 5)
+    asked = [Generate(tuple(range(n, n + 9)), limit) for n, limit in zip((0, 20), limits, strict=True)]
+    layers, trie = ResidentLayers(model), Trie([Configuration(("keep",) * L)])
+    engine, seen = Engine(layers), []
+    engine.on_forwards = seen.append
+    generate(engine, SweepHead(model), trie, asked, Stops(Numbers(), []))
+    layers.close()
+    assert sum(seen) == L * (1 + sum(limit - 1 for limit in limits))
+
+
 def test_sampling_does_not_depend_on_the_neighbours():
     model, asked, configurations = tiny_model("llama", torch.float64), prompts(6), chosen(7)
     sampling = Sampling(temperature=1.3, top_p=0.9, seed=5)

@@ -215,7 +215,7 @@ def test_more_configurations_and_tasks_on_resume(tmp_path: Path) -> None:
     order = ["task", "document", "configuration", "metric"]
     got, want = (frame(folder).sort_values(order, ignore_index=True) for folder in (tmp_path, tmp_path / "once"))
     assert got.equals(want)
-    more = {**KEY, "tasks": {"choice": KEY["tasks"]["choice"], "third": {"data": "cc"}}}
+    more = {**KEY, "model": "moved/smol", "tasks": {"choice": KEY["tasks"]["choice"], "third": {"data": "cc"}}}
     Results.open(tmp_path, more, resume=True).close()
     assert read_key(tmp_path) == {**KEY, "tasks": {**KEY["tasks"], "third": {"data": "cc"}}}
 
