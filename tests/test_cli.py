@@ -298,7 +298,7 @@ def test_sweep_and_resume(cogsym: Callable[..., Done], model_folder: Path, text_
     assert done.returncode == 0 and list((out / "results").iterdir()) == parts, done.stderr
     done = cogsym(*args, "--resume", "--configs", "greedy", "--remove", "1")
     assert done.returncode == 0 and "layer " in done.stderr and " goes: " in done.stderr
-    assert "12 configurations in" in done.stdout or "10 configurations in" in done.stdout
+    assert "10 configurations in" in done.stdout  # two of the five that it tries are new
 
 
 def test_a_configuration_with_no_layer_left(

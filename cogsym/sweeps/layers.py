@@ -72,14 +72,14 @@ class ResidentLayers:
         """
         check_has_layers(model)
         self.model, self.device, self.has_base = model, model.device, base is not None
-        self._training = [module for module in model.modules() if module.training]
-        model.eval()
-        if base is not None:
-            check_same_shape(model, base.eval())
         self.reasons: list[str] = []
         self._models: dict[Weights, Any] = {"model": model}
         if base is not None:
+            check_same_shape(model, base)
             self._models["base"] = base
+        self._training = [module for each in self._models.values() for module in each.modules() if module.training]
+        for module in self._training:
+            module.training = False
         self._layers = {which: self._read(each) for which, each in self._models.items()}
         for projections in self._plain():
             projections.join()
@@ -95,7 +95,7 @@ class ResidentLayers:
         return {which: _digest(weights, partial(_held, weights)) for which, weights in named.items()}
 
     def close(self) -> None:
-        """Give the weights storage of their own again, and modules that were training their mode."""
+        """Give the weights storage of their own again, and modules that were in training mode that mode."""
         for projections in self._plain():
             projections.part()
         for module in self._training:

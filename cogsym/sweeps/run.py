@@ -126,12 +126,15 @@ def sweep(
             return None
         key = running.key(str(model) if isinstance(model, (str, Path)) else layers.model.config.name_or_path)
         with Results.open(out, key, resume=resume) as results, running.progress() as progress:
-            if search:
-                running.search(search, results, progress, Path(out))
-            else:
-                running.ask(rounds[0], results, progress)
-    except KeyboardInterrupt as error:
-        raise RunStopped(f"The sweep was stopped; what {out} holds is whole, go on with --resume.", 130) from error
+            try:
+                if search:
+                    running.search(search, results, progress, Path(out))
+                else:
+                    running.ask(rounds[0], results, progress)
+            except KeyboardInterrupt as error:
+                raise RunStopped(
+                    f"The sweep was stopped; what {out} holds is whole, go on with --resume.", 130
+                ) from error
     finally:
         if isinstance(layers, ResidentLayers):
             layers.close()

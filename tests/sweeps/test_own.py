@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from cogsym.sweeps.choose import Sampling, Stops
 from cogsym.sweeps.configs import Action, Configuration, distinct
 from cogsym.sweeps.engine import Engine
 from cogsym.sweeps.heads import SweepHead
-from cogsym.sweeps.layers import ResidentLayers
+from cogsym.sweeps.layers import ResidentLayers, StreamedLayers
 from cogsym.sweeps.own import generate_own, only_layers
 from cogsym.sweeps.requests import Generate, Score
 from cogsym.sweeps.score import score
@@ -100,6 +101,19 @@ def test_scores_and_texts_are_those_of_plain_models(name: str) -> None:
             ended = want_ids[-1] == END
             assert text.text == Numbers().decode(want_ids[:-1] if ended else want_ids), configuration
             assert (text.ended, text.num_tokens) == ("stop" if ended else "length", len(want_ids))
+
+
+def test_streamed_they_are_the_same(tmp_path: Path) -> None:
+    ours, base, chance, configurations = model("cohere", 0), model("cohere", 1), random.Random(0), chosen(0)
+    ours.save_pretrained(tmp_path / "ours", max_shard_size="20KB")
+    base.save_pretrained(tmp_path / "base")
+    asked, prompts = [Score(tokens(chance, 9), 2), Score(tokens(chance, 4), 1)], [Generate(tokens(chance, 5), 6)]
+    told = []
+    for layers in (ResidentLayers(ours, base), StreamedLayers(tmp_path / "ours", tmp_path / "base")):
+        scored = score(Engine(layers), SweepHead(layers.model), Trie(configurations, own_forward=True), asked)
+        told.append((scored, generate_own(layers, configurations, prompts, Stops(Numbers(), [END]), Sampling())))
+        layers.revisions()
+    assert told[0] == told[1]
 
 
 def test_draws_do_not_depend_on_neighbours() -> None:

@@ -206,9 +206,9 @@ def test_models_in_memory_are_left_as_they_were(
     model.model.norm.eval()
     before = {name: (p, p.data_ptr(), p.clone(), p.stride()) for name, p in model.named_parameters()}
     configs = ["input", {"revert": [2], "skip": [0]}]
-    base = tiny_model("llama", vocab_size=300, seed=7, initializer_range=0.2)
+    base = tiny_model("llama", vocab_size=300, seed=7, initializer_range=0.2).train()
     sweep(configs, tasks, model=model, tokenizer=tokenizer, base=base, out=tmp_path / "memory")
-    assert model.training and not model.model.norm.training
+    assert model.training and not model.model.norm.training and base.model.layers[0].training
     for name, p in model.named_parameters():
         was, _, value, stride = before[name]
         assert p is was and torch.equal(p, value) and p.stride() == stride
