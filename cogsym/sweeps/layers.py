@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -176,7 +176,8 @@ class StreamedLayers:
 
     def _load_rest(self) -> None:
         """Everything but the decoder layers."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        self._files["model"].check_tied(tied)
         names = [name for name in self.model.state_dict() if name not in tied]
         for file in self._files.values():
             file.check(names)
@@ -212,6 +213,17 @@ class _Checkpoint:
                 f"{self._folder} holds no weight named {missing[0]}, so its layers cannot be streamed; leave streaming "
                 "off."
             )
+
+    def check_tied(self, tied: Mapping[str, str]) -> None:
+        """Refuse weights that are to be one and are not; transformers then lets them be two."""
+        for name, source in tied.items():
+            if name in self._where and source in self._where:
+                with self.mapped(name) as one, self.mapped(source) as other:
+                    if not torch.equal(one, other):
+                        raise CogsymError(
+                            f"{self._folder} holds different weights named {name} and {source}, which its config.json "
+                            "ties; load the model and save it again with tie_word_embeddings=False."
+                        )
 
     @contextmanager
     def mapped(self, name: str) -> Iterator[Tensor]:

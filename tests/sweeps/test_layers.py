@@ -129,6 +129,12 @@ def test_what_cannot_be_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(CogsymError, match=r"no weight named model.layers.2.mlp.up_proj.weight"):
         StreamedLayers(tmp_path / "model")
+    file = saved(tiny_model("llama-tied-gelu"), tmp_path / "tied", sharded=False) / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CogsymError, match=r"different weights named lm_head.weight and model.embed_tokens.weight"):
+        StreamedLayers(tmp_path / "tied")
     experts = {"num_local_experts": 2, "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 8}
     mixtral = MixtralForCausalLM(MixtralConfig(**experts, num_hidden_layers=2, num_attention_heads=2))
     mixtral.save_pretrained(tmp_path / "mixtral")
