@@ -60,6 +60,16 @@ def chance(scores: dict[str, float]) -> str:
     return "(chance)" if abs(scores["accuracy"] - 0.5) < 2 * 0.5 / scores["questions"] ** 0.5 else ""
 
 
+def streamed() -> str:
+    """A sweep with its layers read from disk one at a time, and with all of them in memory."""
+    r = load("streamed")
+    rows = [
+        [name, f"{r[key]['peak_bytes'] / 1e9:.2f} GB", f"{r[key]['seconds']:.1f}", f"{r[key]['seconds_in_all']:.1f}"]
+        for key, name in (("in_memory", "in memory"), ("streamed", "`--stream`"))
+    ]
+    return table(["layers", "memory at its peak, all in all", "seconds", "with loading and hashing"], rows)
+
+
 def speed() -> str:
     """Training beside a plain loop."""
     r = load("train_speed")
@@ -120,6 +130,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frozen": frozen,
     "longest": longest,
     **{part: partial(suite, part) for part in ("ops", "train", "install")},
+    "streamed": streamed,
 }
 
 

@@ -206,14 +206,18 @@ def sweep(
     configs: Annotated[
         str,
         _option(
-            "Which layers: input, output, grid, single, blocks, several with commas between, or a .json or .yaml file "
-            "with a list such as `- {skip: [0, 1, 28-29]}`.",
+            "Which layers: input, output, grid, single, blocks, several with commas between; a .json or .yaml file "
+            "with a list such as `- {skip: [0, 1, 28-29]}`; or greedy, a search for the layers that are missed least "
+            "by the first metric of the first task.",
             panel="Layers",
         ),
     ] = "input,output",
     action: Annotated[
         LayerAction, _option("What input, output ... do to their layers.", panel="Layers")
     ] = LayerAction.skip,
+    remove: Annotated[
+        int | None, _option("How many layers greedy removes; half of them by default.", panel="Layers")
+    ] = None,
     base: Annotated[
         str | None, _option("The model before it was adapted, whose layers `revert` puts in.", panel="Layers")
     ] = None,
@@ -250,12 +254,14 @@ def sweep(
     import torch
 
     from cogsym.sweeps.choose import Sampling
+    from cogsym.sweeps.progress import counted
     from cogsym.sweeps.run import SweepSettings
     from cogsym.sweeps.run import sweep as run
     from cogsym.training.memory import parse_bytes
 
     settings = SweepSettings(
         action=action.value,
+        remove=remove,
         sampling=Sampling(temperature, top_p, seed),
         truncate=truncate,
         separator=separator,
@@ -271,7 +277,8 @@ def sweep(
                 f"{line['task']}, {line['metric']}, every layer kept: {line['value']:.4g} "
                 f"({line['low']:.4g} to {line['high']:.4g})"
             )
-        typer.echo(f"{told['configuration'].nunique():,} configurations in {out}; `cogsym plot {out}` draws them.")
+        number = counted(told["configuration"].nunique(), "configuration")
+        typer.echo(f"{number} in {out}; `cogsym plot {out}` draws them.")
 
 
 @app.command(epilog="Example: `cogsym plot smollm2-sweep --metric margin`")
