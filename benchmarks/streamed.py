@@ -140,8 +140,7 @@ def main() -> None:
             for name, runs in told.items():
                 runs.append(in_process(folder, questions, Path(scratch) / f"{name}-{i}", name == "streamed"))
 
-        import machine
-
+        from cogsym.bench import machine
         from cogsym.sweeps.results import frame
 
         names = ["configuration", "document", "metric", "value"]
