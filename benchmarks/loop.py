@@ -6,7 +6,6 @@ it. The loop gets its best settings: `fastest` tries them.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cogsym.bench import method
 from cogsym.sweeps.configs import Configuration, configurations, distinct
 from cogsym.sweeps.requests import Document, Score
 from cogsym.sweeps.tasks import load_task
@@ -129,15 +129,9 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def turns(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; they take turns, A B A B. A short one's are the median of three calls."""
-    seconds: dict[str, list[float]] = {label: [] for label in variants}
-    for _ in range(rounds):
-        for label, run in variants.items():
-            calls = [timed(run)]
-            while len(calls) < 3 and sum(calls) < 2:
-                calls.append(timed(run))
-            seconds[label].append(statistics.median(calls))
-    return seconds
+    """Seconds of each variant in each round; they take turns, each called before."""
+    each = {label: method.Variant(run, warm=False) for label, run in variants.items()}
+    return method.interleaved(each, torch.device("cpu"), rounds=rounds, seconds=0.3)
 
 
 def extrapolated(sample: Sequence[Configuration], seconds: Sequence[float], every: Sequence[Configuration]) -> Any:
@@ -157,9 +151,3 @@ def extrapolated(sample: Sequence[Configuration], seconds: Sequence[float], ever
     total = line(everything)
     without = [line([j for j in everything if j != i]) for i in everything]
     return total, max(abs(other / total - 1) for other in without)
-
-
-def median_ratio(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """Of times of the same rounds."""
-    ratios = [x / y for x, y in zip(a, b, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from cogsym.bench import report
+from cogsym.bench.report import markdown as table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,6 +58,16 @@ def swahili() -> str:
 def chance(scores: dict[str, float]) -> str:
     """Says so where an accuracy of two choices is within two standard errors of one half."""
     return "(chance)" if abs(scores["accuracy"] - 0.5) < 2 * 0.5 / scores["questions"] ** 0.5 else ""
+
+
+def streamed() -> str:
+    """A sweep with its layers read from disk one at a time, and with all of them in memory."""
+    r = load("streamed")
+    rows = [
+        [name, f"{r[key]['peak_bytes'] / 1e9:.2f} GB", f"{r[key]['seconds']:.1f}", f"{r[key]['seconds_in_all']:.1f}"]
+        for key, name in (("in_memory", "in memory"), ("streamed", "`--stream`"))
+    ]
+    return table(["layers", "memory at its peak, all in all", "seconds", "with loading and hashing"], rows)
 
 
 def speed() -> str:
@@ -124,6 +138,32 @@ def generation() -> str:
     return table(head, rows)
 
 
+def longest() -> str:
+    """Tokens and models that fit, by method; computed from counted bytes."""
+    r = load("longest")
+    head = [
+        "", *(f"tokens in {it['memory_gb']} GB, {it['model']}" for it in r["longest"]),
+        *(f"model in {it['memory_gb']} GB, {it['tokens']:,} tokens" for it in r["largest"]),
+    ]  # fmt: skip
+    rows = [
+        [
+            method,
+            *(f"{it['tokens'][method]:,}" for it in r["longest"]),
+            *(it["model"][method] or "none" for it in r["largest"]),
+        ]
+        for method in r["longest"][0]["tokens"]
+    ]
+    return table(head, rows)
+
+
+def suite(part: str) -> str:
+    """A table as `cogsym bench` prints it; of the operations, those in bfloat16."""
+    if not (RESULTS / f"{part}.json").exists():
+        return f"(To be measured: `cogsym bench {part} --full --out benchmarks/results`.)"
+    cases = load(part)["cases"]
+    return table(*report.rows([c for c in cases if part != "ops" or "bfloat16" in c["name"]]))
+
+
 ALTERNATIVES = ("transformers, frozen", "checkpointing", "torch.compile", "full fine-tuning")
 TABLES: dict[str, Callable[[], str]] = {
     "swahili": swahili,
@@ -131,18 +171,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "frozen": frozen,
     "sweep": sweep,
     "generation": generation,
+    "longest": longest,
+    **{part: partial(suite, part) for part in ("ops", "train", "install")},
+    "streamed": streamed,
 }
 
 
 def load(name: str) -> dict[str, Any]:
     """A committed result."""
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rendered(readme: str) -> str:

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import loop
-import machine
 import torch
 from loop import Settings
 
+from cogsym.bench import machine, method
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.sweeps.batch import Batch
 from cogsym.sweeps.configs import Configuration
@@ -196,8 +196,8 @@ def measure(bench: Bench, dtype: str, what: str, task: str) -> dict[str, Any]:
             "loop_sample": of_sample,
             "floor": floors,
         },
-        "loop_over_cogsym": loop.median_ratio([total for total, _ in loops], seconds["cogsym"]),
-        "cogsym_over_floor": loop.median_ratio(seconds["cogsym"], floors),
+        "loop_over_cogsym": method.ratio([total for total, _ in loops], seconds["cogsym"]),
+        "cogsym_over_floor": method.ratio(seconds["cogsym"], floors),
     }
 
 

@@ -4,7 +4,8 @@ from cogsym.errors import CogsymError, RunStopped
 from cogsym.plan import LayerPlan
 from cogsym.sweeps.configs import Configuration
 from cogsym.sweeps.run import SweepSettings, sweep
-from cogsym.training.prepare import explain, prepare, restore
+from cogsym.training.explain import explain
+from cogsym.training.prepare import prepare, restore
 from cogsym.training.run import TrainResult, TrainSettings, train
 
 __version__ = "0.1.0"

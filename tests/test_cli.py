@@ -77,11 +77,11 @@ def command(*args: str | Path) -> list[str]:
 
 
 def test_help_of_each_command_has_an_example(cogsym: Callable[..., Done]) -> None:
-    assert {"train", "plot", "demo", "info"} <= set(cogsym("--help").stdout.split())
-    for command in ("train", "plot", "demo", "info"):
+    assert {"train", "sweep", "plot", "demo", "bench", "info"} <= set(cogsym("--help").stdout.split())
+    for command in ("train", "sweep", "plot", "demo", "bench", "info"):
         done = cogsym(command, "--help")
         assert done.returncode == 0
-        assert "Example: " in done.stdout
+        assert "Example" in done.stdout
 
 
 def test_info(cogsym: Callable[..., Done]) -> None:
@@ -282,3 +282,176 @@ def test_metrics_are_json_lines(
     (line,) = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
     assert line.keys() == {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second"}
     assert "step 10/10, loss" in done.stderr and "tokens/s" in done.stderr
+
+
+def test_sweep_and_resume(cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    args = ["sweep", model_folder, "--task", f"text:{text_file}#sw,limit=5", "--out", out]
+    done = cogsym(*args, "--dry-run")
+    assert done.returncode == 0 and not out.exists()
+    assert "layer-forwards: 10, " in done.stderr and "5 documents in 1 piece, " in done.stderr
+    done = cogsym(*args)
+    assert done.returncode == 0, done.stderr
+    assert "bits_per_byte, every layer kept: " in done.stdout and "8 configurations in" in done.stdout
+    parts = list((out / "results").iterdir())
+    done = cogsym(*args, "--resume", "--stream")
+    assert done.returncode == 0 and list((out / "results").iterdir()) == parts, done.stderr
+    done = cogsym(*args, "--resume", "--configs", "greedy", "--remove", "1")
+    assert done.returncode == 0 and "layer " in done.stderr and " goes: " in done.stderr
+    assert "10 configurations in" in done.stdout  # two of the five that it tries are new
+
+
+def test_a_configuration_with_no_layer_left(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "none.json").write_text('[{"skip": "0-3"}]')
+    task = f"text:{text_file}#sw,limit=5"
+    done = cogsym("sweep", model_folder, "--task", task, "--out", tmp_path / "out", "--configs", tmp_path / "none.json")
+    assert done.returncode == 0, done.stderr
+    assert "layer-forwards: 0, " in done.stderr and "1 configuration in" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--configs", '[{"skip": [1, 4]}]'], "skip for layer 4, expected a layer from 0 to 3; the model has 4."),
+        (["--configs", '[{"remove": [1]}]'], "The action 'remove' is unknown, expected one of keep, skip, "),
+        (["--configs", '[{"skip": 1, "revert": "0-1"}]'], "names layer 1 twice"),
+        (["--configs", '{"skip": 1}'], "holds a dict, expected a list of configurations."),
+        (["--configs", "[]"], "The list of configurations is empty"),
+        (["--configs", "sideways"], "The set of configurations 'sideways' is unknown, expected one of input, output, "),
+        (["--configs", "nowhere.yaml"], "nowhere.yaml cannot be read (No such file or directory)."),
+        (["--action", "revert"], "A configuration reverts layers but there is no base checkpoint"),
+        (["--configs", "greedy", "--remove", "5"], "to remove 5 layers, expected 1 to 4; the model has 4."),
+        (["--remove", "2"], "only the search named greedy removes so many layers."),
+        (["--memory", "plenty"], "size of memory 'plenty' is not understood"),
+        (["--temperature", "-1"], "temperature is -1.0, expected 0"),
+        (["--resume"], "There is no sweep in"),
+        (["--separator", "<nope>"], "<nope>"),
+        (["--task", "sudoku:sw.jsonl"], "The task 'sudoku' is unknown"),
+    ],
+)
+def test_bad_options_of_sweep(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    if options[-1].startswith(("[", "{")):
+        file = tmp_path / "configs.json"
+        file.write_text(options[-1])
+        options = [*options[:-1], str(file)]
+    task = f"text:{text_file}#sw,limit=5"
+    assert message in complaint("sweep", model_folder, "--task", task, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_action_that_there_is_not(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    done = cogsym(
+        "sweep", model_folder, "--task", f"text:{text_file}#sw", "--out", tmp_path / "out", "--action", "remove"
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "'remove' is not one of 'skip'" in done.stderr
+
+
+def test_a_base_that_does_not_fit(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from tiny_models import tiny_model
+
+    base = tmp_path / "before"
+    args = [
+        "sweep", model_folder, "--task", f"text:{text_file}#sw,limit=5", "--action", "revert", "--base", base, "--out",
+        tmp_path / "out",
+    ]  # fmt: skip
+
+    def refused(*more: str) -> str:
+        done = cogsym(*args, *more)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        return done.stderr.splitlines()[-1]
+
+    assert refused() == f"cogsym: There is no model folder '{base}'; give a folder that save_pretrained wrote."
+    for stream in ("--stream", "--no-stream"):
+        tiny_model("llama", intermediate_size=56, vocab_size=300).save_pretrained(base)
+        assert "has shape (56, 36), expected (52, 36), as in the model" in refused(stream)
+    tiny_model("llama", vocab_size=300, seed=1).save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (model_folder / name).read_text("utf-8")
+        (base / name).write_text(text.replace("<end>", "<done>"), "utf-8")
+    assert "The base checkpoint has another tokenizer: its token '<done>' has the id 0, expected None" in refused()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_bytes((model_folder / name).read_bytes())
+    done = cogsym(*args)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_empty_task(complaint: Callable[..., str], model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "empty.jsonl"
+    for content in ("", '{"sw": ""}\n'):
+        file.write_text(content)
+        line = complaint("sweep", model_folder, "--task", f"text:{file}#sw", "--out", tmp_path / "out")
+        assert "empty.jsonl" in line
+
+
+def test_a_document_longer_than_the_context(
+    cogsym: Callable[..., Done], complaint: Callable[..., str], model_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("habari ya leo.\n" + "xyz " * 40 + "\n" + "mtoto anasoma.\n")
+    args = ["sweep", model_folder, "--task", f"text:{file},name=long", "--out", tmp_path / "out"]
+    line = complaint(*args)
+    told = "1 of 3 documents of the task long are longer than the context of 64 tokens (the longest, "
+    assert told in line and line.endswith("; have them truncated, or leave them out of the data.")
+    done = cogsym(*args, "--truncate")
+    assert done.returncode == 0 and told in done.stderr and "; they are read in windows." in done.stderr
+
+
+def test_results_of_another_model(
+    complaint: Callable[..., str], cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    args = ["--task", f"text:{text_file}#sw,limit=5", "--out", tmp_path / "out"]
+    assert cogsym("sweep", model_folder, *args).returncode == 0
+    lines = cogsym("sweep", model_folder, *args).stderr.splitlines()
+    assert lines[-1].endswith("holds results already; continue them with --resume, or choose another --out.")
+    weights = load_file(model_folder / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
+    done = cogsym("sweep", model_folder, *args, "--resume")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "holds results of another model: revision" in last and last.endswith("; choose another --out.")
+
+
+def test_results_that_cannot_be_written(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        done = cogsym("sweep", model_folder, "--task", f"text:{text_file}#sw,limit=5", "--out", out)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "cannot be written" in done.stderr.splitlines()[-1]
+
+
+def test_half_a_layer_of_a_model_that_runs_its_own_forward(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2}
+    config = MixtralConfig(**shape, num_key_value_heads=1, num_hidden_layers=2, num_local_experts=2)
+    (model_folder / "model.safetensors").unlink()
+    MixtralForCausalLM(config).save_pretrained(model_folder)
+    args = ["sweep", model_folder, "--task", f"text:{text_file}#sw,limit=5", "--out", tmp_path / "out"]
+    line = complaint(*args, "--action", "skip_mlp")
+    assert "Half a layer cannot be skipped in this model" in line and line.endswith("; skip whole layers.")
+    assert "cannot be streamed; leave streaming off." in complaint(*args, "--stream")
+
+
+def test_adapters_without_their_model(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapters")
+    line = complaint("sweep", tmp_path / "adapters", "--task", f"text:{text_file}#sw", "--out", tmp_path / "out")
+    assert "holds adapters" in line

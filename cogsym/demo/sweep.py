@@ -30,12 +30,13 @@ def ablate(model: Path, items: HeldOut, out: Path, console: Console) -> list[Pat
         {"sentence": question.removesuffix(" =")} | {f"meaning{i}": option.strip() for i, option in enumerate(options)}
         for question, options in items.questions[:ASKED]
     ]
-    pairs = [
+    sentences = [
         {"english": source, "tavosi": reference}
         for source, reference in zip(items.sources[:ASKED], items.references, strict=False)
     ]
+    pairs = out / "pairs.jsonl"
     _write(out / "questions.jsonl", [question | {"label": 0} for question in questions])
-    _write(out / "pairs.jsonl", pairs)
+    _write(pairs, sentences)
     tasks: list[dict[str, Any]] = [
         {
             "name": "meaning of Tavosi",
@@ -44,18 +45,24 @@ def ablate(model: Path, items: HeldOut, out: Path, console: Console) -> list[Pat
             "template": "{sentence} = {option}",
             "options": [f"{{meaning{i}}}" for i in range(OPTIONS)],
         },
-        {
-            "name": "English to Tavosi",
-            "kind": "translation",
-            "side": "production",
-            "data": str(out / "pairs.jsonl"),
-            "template": "{english} = {tavosi}",
-            "metrics": ["bits_per_byte", "chrf++"],
-            "max_new_tokens": LONGEST,
-        },
+        _translation("perception", "{tavosi} = {english}", pairs),
+        _translation("production", "{english} = {tavosi}", pairs),
     ]
     sweep(model, "input,output", tasks, out, console=console)
     return plot(out)
+
+
+def _translation(side: str, template: str, pairs: Path) -> dict[str, Any]:
+    names = {"perception": "Tavosi to English", "production": "English to Tavosi"}
+    return {
+        "name": names[side],
+        "kind": "translation",
+        "side": side,
+        "data": str(pairs),
+        "template": template,
+        "metrics": ["bits_per_byte", "chrf++"],
+        "max_new_tokens": LONGEST,
+    }
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

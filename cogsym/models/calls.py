@@ -1,12 +1,14 @@
-"""What a model calls its decoder layers with: the embeddings as they enter, positions and masks."""
+"""What a model does around its decoder layers: what it calls them with, and what it makes of their outcome."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -26,18 +28,42 @@ def layer_calls(model: Any, **inputs: Any) -> tuple[Tensor, list[dict[str, Any]]
     decoder = model.get_decoder()
     embedded: list[Tensor] = []
     calls: list[dict[str, Any]] = []
-    forwards = [vars(layer).get("forward") for layer in decoder.layers]
-    try:
-        for layer in decoder.layers:
-            layer.__dict__["forward"] = _recorder(layer, embedded, calls)
+    with _forwards(decoder.layers, lambda layer: _recorder(layer, embedded, calls)):
         decoder(**inputs, use_cache=False)
+    return embedded[0], calls
+
+
+def own_logits(model: Any, hidden: Tensor) -> Tensor:
+    """What a causal language model makes of states behind its last layer, whatever its family does to them.
+
+    Args:
+        model: the model.
+        hidden: [..., D].
+
+    Returns:
+        Its logits, [..., V].
+    """
+    rows = hidden.reshape(-1, 1, hidden.shape[-1])
+    ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=hidden.device)
+    with _forwards(model.get_decoder().layers, lambda _: lambda *_, **__: rows):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+@contextmanager
+def _forwards(layers: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
+    """Layers with `forward(layer)` in the place of their own."""
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.__dict__["forward"] = forward(layer)
+        yield
     finally:
-        for layer, forward in zip(decoder.layers, forwards, strict=True):
-            if forward is None:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
                 layer.__dict__.pop("forward", None)
             else:
-                layer.__dict__["forward"] = forward
-    return embedded[0], calls
+                layer.__dict__["forward"] = own
 
 
 def _recorder(layer: Any, embedded: list[Tensor], calls: list[dict[str, Any]]) -> Any:

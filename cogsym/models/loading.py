@@ -84,6 +84,11 @@ def check_model_folder(name: str | Path) -> Path | None:
         if folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or folder.exists():
             raise CogsymError(f"There is no model folder {str(name)!r}; give a folder that save_pretrained wrote.")
         return None
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise CogsymError(
+            f"The folder {str(name)!r} holds adapters without their model; save the model with the adapters merged "
+            "(merge_and_unload), or give the peft model itself in Python."
+        )
     if not (folder / "config.json").is_file():
         raise CogsymError(f"The folder {str(name)!r} holds no config.json; give a folder that save_pretrained wrote.")
     files = sorted(folder.glob("*.safetensors"))

@@ -55,6 +55,51 @@ class Sizes:
         return cls(element * config.hidden_size, element * between, element * 2 * groups * width)
 
 
+@dataclass(frozen=True)
+class _Load:
+    """What documents ask of a pass together.
+
+    Attributes:
+        scored: tokens that go through the layers to be scored.
+        scores: tokens of the continuations and of what stands before them.
+        prompts: tokens of prompts.
+        generated: prompts.
+        longest_prompt: tokens of the longest one.
+        longest_new: tokens that the longest answer may have.
+    """
+
+    scored: int = 0
+    scores: int = 0
+    prompts: int = 0
+    generated: int = 0
+    longest_prompt: int = 0
+    longest_new: int = 0
+
+    @classmethod
+    def of(cls, document: Document) -> _Load:
+        scores = [len(r.tokens) for r in document.requests if isinstance(r, Score)]
+        generated = [r for r in document.requests if isinstance(r, Generate)]
+        prompts = [len(r.tokens) for r in generated]
+        return cls(
+            sum(scores) - len(scores),
+            sum(scores),
+            sum(prompts),
+            len(prompts),
+            max(prompts, default=0),
+            max((r.max_new_tokens for r in generated), default=0),
+        )
+
+    def __add__(self, other: _Load) -> _Load:
+        return _Load(
+            self.scored + other.scored,
+            self.scores + other.scores,
+            self.prompts + other.prompts,
+            self.generated + other.generated,
+            max(self.longest_prompt, other.longest_prompt),
+            max(self.longest_new, other.longest_new),
+        )
+
+
 class Costs:
     """Bytes of passes of one trie."""
 
@@ -63,44 +108,45 @@ class Costs:
         self._sizes = sizes
         self._slots = trie.schedule(narrow=False).slots + 1  # and the embeddings
         self._configurations = len(trie.configurations)
-        attends = [node.unit is not None and node.unit.part == "attention" for node in trie.nodes]
-        self._nodes = sum(attends)
-        self._rows = sum(attends[n] for c in range(self._configurations) for n in trie.path(c))
+        self._whole = any(node.unit is not None and node.unit.part == "layer" for node in trie.nodes)
+        caches = [node.unit is not None and node.unit.part != "mlp" for node in trie.nodes]
+        self._nodes = sum(caches)
+        rows = [sum(caches[n] for n in trie.path(c)) for c in range(self._configurations)]
+        self._rows, self._deepest = sum(rows), max(rows)
 
     def of(self, documents: Sequence[Document]) -> int:
         """Bytes that the documents take together."""
-        scored = sum(len(r.tokens) - 1 for d in documents for r in d.requests if isinstance(r, Score))
-        generated = [r for d in documents for r in d.requests if isinstance(r, Generate)]
-        prompts = sum(len(r.tokens) for r in generated)
-        longest = max((r.max_new_tokens for r in generated), default=0)
-        cached = self._nodes * prompts + self._rows * len(generated) * longest
-        tokens = max(scored, prompts)
+        return self._bytes(sum(map(_Load.of, documents), _Load()))
+
+    def piece(self, documents: Sequence[Document], budget: int, large: bool) -> int:
+        """How many of the first documents go together: as many as fit, at least one.
+
+        Args:
+            documents: in order.
+            budget: bytes.
+            large: fill the budget, for each piece reads the layers anew; else a piece is no larger than useful.
+        """
+        load = _Load.of(documents[0])
+        for i, document in enumerate(documents[1:], start=1):
+            load += _Load.of(document)
+            if self._bytes(load) > budget or not (large or self._useful(load)):
+                return i
+        return len(documents)
+
+    def _bytes(self, load: _Load) -> int:
+        if self._whole:  # one configuration after the other
+            cached = self._deepest * load.generated * (load.longest_prompt + load.longest_new)
+        else:
+            cached = self._nodes * load.prompts + self._rows * load.generated * load.longest_new
+        tokens = max(load.scored, load.prompts)
         return (
             self._slots * tokens * self._sizes.state
             + max(tokens, TOKENS_AT_ONCE) * self._sizes.between
             + cached * self._sizes.cached
         )
 
-    def pieces(self, documents: Sequence[Document], budget: int, large: bool) -> list[list[Document]]:
-        """Documents in order, as many together as fit, at least one.
-
-        Args:
-            documents: all of them.
-            budget: bytes.
-            large: fill the budget, for each piece reads the layers anew; else a piece is no larger than useful.
-        """
-        pieces: list[list[Document]] = []
-        for document in documents:
-            more = [*pieces[-1], document] if pieces else []
-            if not more or self.of(more) > budget or not (large or self._useful(more)):
-                pieces.append([document])
-            else:
-                pieces[-1] = more
-        return pieces
-
-    def _useful(self, documents: Sequence[Document]) -> bool:
-        tokens = sum(len(r.tokens) for d in documents for r in d.requests)
-        rows = sum(isinstance(r, Generate) for d in documents for r in d.requests) * self._configurations
+    def _useful(self, load: _Load) -> bool:
+        tokens, rows = load.scores + load.prompts, load.generated * self._configurations
         return tokens <= _TOKENS_A_PIECE and rows <= _ROWS_A_PIECE
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -71,15 +72,18 @@ class ResidentLayers:
             base: another of the same shapes, whose layers `revert` puts in.
 
         Raises:
-            CogsymError: the base is of another shape.
+            CogsymError: the model has no decoder layers, or the base is of another shape.
         """
+        check_has_layers(model)
         self.model, self.device, self.has_base = model, model.device, base is not None
-        if base is not None:
-            check_same_shape(model, base)
         self.reasons: list[str] = []
         self._models: dict[Weights, Any] = {"model": model}
         if base is not None:
+            check_same_shape(model, base)
             self._models["base"] = base
+        self._training = [module for each in self._models.values() for module in each.modules() if module.training]
+        for module in self._training:
+            module.training = False
         self._layers = {which: self._read(each) for which, each in self._models.items()}
         for projections in self._plain():
             projections.join()
@@ -100,13 +104,15 @@ class ResidentLayers:
     def revisions(self) -> dict[Weights, str]:
         """See `Layers`."""
         named = {which: dict(model.named_parameters()) for which, model in self._models.items()}
-        return {which: _digest(weights, weights.__getitem__) for which, weights in named.items()}
+        return {which: _digest(weights, partial(_held, weights)) for which, weights in named.items()}
 
     def close(self) -> None:
-        """Give the weights storage of their own again."""
+        """Give the weights storage of their own again, and modules that were in training mode that mode."""
         for projections in self._plain():
             projections.unpack()
             projections.part()
+        for module in self._training:
+            module.training = True
 
     def _read(self, model: Any) -> list[Loaded]:
         return [Loaded(layer, _block(layer, self.reasons)) for layer in model.get_decoder().layers]
@@ -139,6 +145,7 @@ class StreamedLayers:
         self._dtype = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
+        check_has_layers(self.model)
         self._files: dict[Weights, _Checkpoint] = {"model": _Checkpoint(folder)}
         if base is not None:
             with init_empty_weights():
@@ -157,41 +164,41 @@ class StreamedLayers:
     def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
         """See `Layers`. The next layer is read while one computes."""
         with ThreadPoolExecutor(max_workers=1) as reader:
-            ahead: Future[dict[Weights, dict[str, Tensor]]] | None = None
+            ahead: Future[dict[Weights, Loaded]] | None = None
             for i, (layer, weights) in enumerate(needed):
-                read = ahead.result() if ahead else self._read(layer, weights)
-                ahead = reader.submit(self._read, *needed[i + 1]) if i + 1 < len(needed) else None
-                yield {which: self._fill(layer, tensors) for which, tensors in read.items()}
+                loaded = ahead.result() if ahead else self._load(layer, weights)
+                ahead = reader.submit(self._load, *needed[i + 1]) if i + 1 < len(needed) else None
+                yield loaded
 
     def revisions(self) -> dict[Weights, str]:
         """See `Layers`."""
         names = [name for name, _ in self.model.named_parameters()]
 
-        def reader(file: _Checkpoint) -> Callable[[str], Tensor]:
-            return lambda name: file.read("", [name])[name].to(self._dtype)
+        return {which: _digest(names, file.mapped, self._dtype) for which, file in self._files.items()}
 
-        return {which: _digest(names, reader(file)) for which, file in self._files.items()}
-
-    def _read(self, layer: int, weights: set[Weights]) -> dict[Weights, dict[str, Tensor]]:
-        prefix = f"{self._prefix}{layer}."
-        names = self._layers[layer].state_dict().keys()
-        return {
-            which: {name: t.to(self.device, self._dtype) for name, t in self._files[which].read(prefix, names).items()}
-            for which in weights
-        }
-
-    def _fill(self, layer: int, tensors: dict[str, Tensor]) -> Loaded:
+    def _load(self, layer: int, weights: set[Weights]) -> dict[Weights, Loaded]:
         """A layer of its own with these weights, so that nothing holds them once it is dropped."""
-        with init_empty_weights(include_buffers=False):
-            module = type(self._layers[layer])(self.model.get_decoder().config, layer).eval()
-        module.load_state_dict(tensors, assign=True)
-        return Loaded(module, _block(module, []))
+        names, loaded = self._layers[layer].state_dict().keys(), {}
+        for which in weights:
+            tensors = self._files[which].read(f"{self._prefix}{layer}.", names)
+            with init_empty_weights(include_buffers=False):
+                module = type(self._layers[layer])(self.model.get_decoder().config, layer).eval()
+            module.load_state_dict({n: t.to(self.device, self._dtype) for n, t in tensors.items()}, assign=True)
+            loaded[which] = Loaded(module, block := _block(module, []))
+            for projections in block.projections() if block else ():
+                if projections.plain():
+                    projections.join()
+        return loaded
 
     def _load_rest(self) -> None:
         """Everything but the decoder layers."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        names = [n for n in self.model.state_dict() if not n.startswith(self._prefix) and n not in tied]
-        for name, tensor in self._files["model"].read("", names).items():
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        self._files["model"].check_tied(tied)
+        names = [name for name in self.model.state_dict() if name not in tied]
+        for file in self._files.values():
+            file.check(names)
+        rest = [name for name in names if not name.startswith(self._prefix)]
+        for name, tensor in self._files["model"].read("", rest).items():
             set_module_tensor_to_device(self.model, name, self.device, value=tensor, dtype=self._dtype)
         self.model.tie_weights()
         for module in self.model.modules():
@@ -214,22 +221,56 @@ class _Checkpoint:
             with safe_open(file, framework="pt") as opened:
                 self._where |= dict.fromkeys(opened.keys(), file)
 
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse a checkpoint that does not have its weights as the model has them."""
+        missing = [name for name in names if name not in self._where]
+        if missing:
+            raise CogsymError(
+                f"{self._folder} holds no weight named {missing[0]}, so its layers cannot be streamed; leave streaming "
+                "off."
+            )
+
+    def check_tied(self, tied: Mapping[str, str]) -> None:
+        """Refuse weights that are to be one and are not; transformers then lets them be two."""
+        for name, source in tied.items():
+            if name in self._where and source in self._where:
+                with self.mapped(name) as one, self.mapped(source) as other:
+                    if not torch.equal(one, other):
+                        raise CogsymError(
+                            f"{self._folder} holds different weights named {name} and {source}, which its config.json "
+                            "ties; load the model and save it again with tie_word_embeddings=False."
+                        )
+
+    @contextmanager
+    def mapped(self, name: str) -> Iterator[Tensor]:
+        """A tensor in the file itself, for as long as it lasts."""
+        with safe_open(self._where[name], framework="pt") as opened:
+            yield opened.get_tensor(name)
+
     def read(self, prefix: str, names: Any) -> dict[str, Tensor]:
         """Copies of the tensors `prefix` + name, by name; the files are closed again, so that no page stays mapped."""
         result: dict[str, Tensor] = {}
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
             for name in names:
-                file = self._where.get(prefix + name)
-                if file is None:
-                    raise CogsymError(
-                        f"{self._folder} holds no weight named {prefix + name}, so its layers cannot be streamed; "
-                        "leave streaming off."
-                    )
+                file = self._where[prefix + name]
                 if file not in opened:
                     opened[file] = stack.enter_context(safe_open(file, framework="pt"))
                 result[name] = opened[file].get_tensor(prefix + name).clone()
         return result
+
+
+def check_has_layers(model: Any) -> None:
+    """Refuse a model whose layers are not where transformers keeps a decoder's.
+
+    Raises:
+        CogsymError: it has none there.
+    """
+    if not isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList):
+        raise CogsymError(
+            f"{type(model).__name__} has no decoder layers at get_decoder().layers, expected a decoder language model "
+            "such as Llama."
+        )
 
 
 def check_same_shape(model: Any, base: Any) -> None:
@@ -255,12 +296,21 @@ def check_same_shape(model: Any, base: Any) -> None:
                 )
 
 
-def _digest(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
+def _held(weights: dict[str, Tensor], name: str) -> AbstractContextManager[Tensor]:
+    return nullcontext(weights[name])
+
+
+def _digest(
+    names: Iterable[str], tensor: Callable[[str], AbstractContextManager[Tensor]], dtype: torch.dtype | None = None
+) -> str:
+    """Of tensors by name, as they are in `dtype` if that is given."""
     digest = hashlib.sha256()
     for name in sorted(names):
-        weight = tensor(name).detach()
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+        with tensor(name) as weight:
+            weight = weight.detach().to(dtype or weight.dtype)
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+            del weight  # before the file is closed
     return digest.hexdigest()
 
 

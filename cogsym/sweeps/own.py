@@ -5,6 +5,7 @@ States are shared between configurations as ever; sequences are rows of a padded
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -92,12 +93,13 @@ def _generate_one(
     answers: list[Generated | None] = [None] * len(requests)
     with only_layers(layers, configuration) as model:
         cache = DynamicCache() if len(model.get_decoder().layers) else None
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         inputs = ids
         while None in answers:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
             logits = model(
                 input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                use_cache=cache is not None,
+                use_cache=cache is not None, **last,
             ).logits[:, -1]  # fmt: skip
             if sampling.temperature:
                 drawn = torch.tensor([stream.random() for stream in chance], dtype=torch.float64, device=logits.device)
@@ -118,7 +120,7 @@ def _generate_one(
 def only_layers(layers: Layers, configuration: Configuration) -> Iterator[Any]:
     """The model with the layers that a configuration keeps or reverts, as an ordinary model, for as long as it lasts.
 
-    Every layer must be in memory, and none may keep only a half.
+    They are in memory together, streamed or not, and none may keep only a half.
     """
     model = layers.model
     decoder, config = model.get_decoder(), model.get_decoder().config

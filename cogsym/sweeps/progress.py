@@ -11,6 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 _EVERY = 10.0  # seconds between lines where no terminal shows the bar
 
 
+def counted(number: int, name: str) -> str:
+    """Such as "1 piece" and "2,000 pieces"."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 class SweepProgress:
     """A bar on a terminal, a line now and then elsewhere."""
 
@@ -44,7 +49,8 @@ class SweepProgress:
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._told > _EVERY or self._done == self._total):
             self._told = now
-            self._console.print(f"{task}: {self._done}/{self._total} documents, {self._detail()}", highlight=False)
+            line = f"{task}: {self._done}/{self._total} documents, {self._detail()}"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _detail(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)

@@ -103,15 +103,14 @@ class Results:
                 made with another key, or is being written by another process.
         """
         folder = Path(folder)
-        if resume and not (folder / "sweep.json").exists():
-            raise CogsymError(f"There is no sweep in {folder} to resume; leave --resume out to start one.")
+        check_started(folder, resume)
         lock = FileLock(folder / "sweep.lock")
         try:
             _part_folder(folder).mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             for left in (*folder.glob(f"*{TEMPORARY}"), *_part_folder(folder).glob(f"*{TEMPORARY}")):
                 left.unlink()  # a kill cut it short
-            key = _agreed(folder, json.loads(json.dumps(key)), resume)
+            key = _agreed(folder, json.loads(json.dumps(key)))
             write_whole(folder / "sweep.json", (json.dumps(key, indent=1, ensure_ascii=False) + "\n").encode())
         except Timeout as error:
             raise CogsymError(f"Another sweep is writing to {folder}; wait for it, or choose another --out.") from error
@@ -170,6 +169,19 @@ class Results:
         self.close()
 
 
+def check_started(folder: str | Path, resume: bool) -> None:
+    """Refuse a folder that holds results where it should not, or none where it should.
+
+    Raises:
+        CogsymError: that.
+    """
+    folder = Path(folder)
+    if resume and not (folder / "sweep.json").exists():
+        raise CogsymError(f"There is no sweep in {folder} to resume; leave --resume out to start one.")
+    if not resume and _parts(folder):
+        raise CogsymError(f"{folder} holds results already; continue them with --resume, or choose another --out.")
+
+
 def read_key(folder: str | Path) -> dict[str, Any]:
     """The key of the sweep in a folder.
 
@@ -196,6 +208,22 @@ def frame(folder: str | Path) -> pd.DataFrame:
     table = _everything(folder)
     plain = [pa.string() if field.type == _NAME else field.type for field in _SCHEMA]
     return table.cast(pa.schema(list(zip(_SCHEMA.names, plain, strict=True)))).to_pandas()
+
+
+def values(folder: str | Path, task: str, metric: str) -> dict[str, float]:
+    """A metric of all documents of a task together, by the configuration's code.
+
+    Raises:
+        CogsymError: there are no results, or a part is damaged.
+    """
+    table = _everything(folder)
+    for name, wanted in (("task", task), ("metric", metric)):
+        table = table.filter(pc.equal(table.column(name).cast(pa.string()), wanted))
+    told: dict[str, float] = {}
+    for cells in _cells(table):
+        together = METRICS[metric].combine(cells.statistics.sum(axis=0))
+        told |= {line["configuration"]: float(value) for line, value in zip(cells.described, together, strict=True)}
+    return told
 
 
 def summary(folder: str | Path, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -292,12 +320,10 @@ def _codes(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
     return column.indices.to_numpy(), column.dictionary.to_pylist()
 
 
-def _agreed(folder: Path, key: dict[str, Any], resume: bool) -> dict[str, Any]:
+def _agreed(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
     """The key of all that a folder will hold: the one it has, with the tasks that are new."""
     if not _parts(folder):
         return key
-    if not resume:
-        raise CogsymError(f"{folder} holds results already; continue them with --resume, or choose another --out.")
     before = read_key(folder)
     if before["revision"] == key["revision"]:
         key = {**key, "model": before["model"]}  # the same weights, wherever they lie now

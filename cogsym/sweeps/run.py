@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,26 +14,27 @@ import torch
 from rich.console import Console
 
 from cogsym.errors import CogsymError, RunStopped
-from cogsym.models.loading import check_model_folder, load_model, load_tokenizer
+from cogsym.models.loading import load_tokenizer
 from cogsym.sweeps.choose import Sampling, Stops
 from cogsym.sweeps.configs import Action, Configuration, configurations, distinct
 from cogsym.sweeps.costs import Clock, Costs, Sizes, free_memory
 from cogsym.sweeps.engine import Engine
 from cogsym.sweeps.generate import generate
+from cogsym.sweeps.greedy import Greedy
 from cogsym.sweeps.heads import SweepHead
 from cogsym.sweeps.layers import Layers, ResidentLayers, StreamedLayers
+from cogsym.sweeps.metrics import METRICS
+from cogsym.sweeps.opening import num_layers, open_layers
 from cogsym.sweeps.own import generate_own
-from cogsym.sweeps.progress import SweepProgress
+from cogsym.sweeps.progress import SweepProgress, counted
 from cogsym.sweeps.requests import Document, Generate, Outcome, Score
-from cogsym.sweeps.results import Results, Row, Side, summary
+from cogsym.sweeps.results import Results, Row, Side, check_started, summary, values
 from cogsym.sweeps.score import score
 from cogsym.sweeps.tasks import Task, load_task
 from cogsym.sweeps.trie import Trie
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_RECORD = "_cogsym"  # what `cogsym.prepare` leaves on a model
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class SweepSettings:
 
     Attributes:
         action: what "input", "output", "grid" ... do to the layers they choose.
+        remove: how many layers the search "greedy" takes away; None is half of them.
         sampling: how tokens are chosen where the model writes.
         truncate: read documents that are longer than the context in windows, or cut their beginnings; else they are
             refused.
@@ -50,6 +54,7 @@ class SweepSettings:
     """
 
     action: Action = "skip"
+    remove: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     truncate: bool = False
     separator: str | None = None
@@ -79,7 +84,8 @@ def sweep(
     Args:
         model: a folder or hub id, or a causal language model of transformers; peft's wrapper has its adapters merged,
             and `revert` takes them away.
-        configs: as `cogsym.sweeps.configs.configurations` takes them, such as "input,output".
+        configs: as `cogsym.sweeps.configs.configurations` takes them, such as "input,output"; or "greedy", the search
+            of `cogsym.sweeps.greedy` by the first metric of the first task.
         tasks: as `cogsym.sweeps.tasks.load_task` takes each.
         out: folder of the results.
         tokenizer: of the model; needed where that is not a folder or id.
@@ -108,60 +114,49 @@ def sweep(
     names = [task.name for task in loaded_tasks]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise CogsymError(f"Two tasks are named {repeated[0]}; give one of them another name=.")
-    layers = _layers(model, base, settings, console)
+    rounds, merged, search = _chosen(configs, num_layers(model), settings)
+    if not dry_run:
+        check_started(out, resume)
+    reverts = any("revert" in c.actions for chosen in rounds for c in chosen)
+    layers = open_layers(model, base, tokenizer, settings.stream, settings.dtype, reverts, partial(_say, console))
     try:
-        running = _Sweep(layers, tokenizer, configs, loaded_tasks, settings, console)
-        running.describe()
+        running = _Sweep(layers, tokenizer, rounds, loaded_tasks, settings, console)
+        running.describe(merged)
         if dry_run:
             return None
         key = running.key(str(model) if isinstance(model, (str, Path)) else layers.model.config.name_or_path)
-        with Results.open(out, key, resume=resume) as results:
-            running.run(results)
-    except KeyboardInterrupt as error:
-        raise RunStopped(f"The sweep was stopped; what {out} holds is whole, go on with --resume.", 130) from error
+        with Results.open(out, key, resume=resume) as results, running.progress() as progress:
+            try:
+                if search:
+                    running.search(search, results, progress, Path(out))
+                else:
+                    running.ask(rounds[0], results, progress)
+            except KeyboardInterrupt as error:
+                raise RunStopped(
+                    f"The sweep was stopped; what {out} holds is whole, go on with --resume.", 130
+                ) from error
     finally:
         if isinstance(layers, ResidentLayers):
             layers.close()
     return summary(out)
 
 
-def _layers(model: Any, base: Any, settings: SweepSettings, console: Console) -> Layers:
-    """The model in memory, or streamed where that is asked for or it does not fit."""
-    if isinstance(model, (str, Path)):
-        stream = settings.stream
-        if stream is None:
-            stream = _checkpoint_bytes(model) + (_checkpoint_bytes(base) if base else 0) > 2 * free_memory(
-                torch.device("cpu")
+def _chosen(
+    configs: str | Path | Iterable[Any], layers: int, settings: SweepSettings
+) -> tuple[list[list[Configuration]], int, Greedy | None]:
+    """(What is asked in each round, how many duplicates were merged, the search that chooses the rounds)."""
+    if configs == "greedy":
+        remove = layers // 2 if settings.remove is None else settings.remove
+        if not 1 <= remove <= layers:
+            raise CogsymError(
+                f"The search is to remove {remove} layers, expected 1 to {layers}; the model has {layers}."
             )
-            if stream:
-                console.print("The model does not fit into memory: its layers are read one at a time.")
-        if stream:
-            if base is not None and not isinstance(base, (str, Path)):
-                raise CogsymError("A streamed sweep takes its base from a folder too; save it with save_pretrained.")
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            return StreamedLayers(model, base, settings.dtype, device)
-        model = load_model(model, settings.dtype)
-        if torch.cuda.is_available():
-            model = model.to("cuda")
-    elif settings.stream:
-        raise CogsymError(
-            "Layers are streamed from a folder, and the sweep was given a model in memory; name a folder."
-        )
-    if hasattr(model, "peft_config"):
-        import copy
-
-        base = copy.deepcopy(model).unload() if base is None else base
-        model = copy.deepcopy(model).merge_and_unload()
-    if hasattr(model, _RECORD):
-        raise CogsymError("The model is prepared for training; call cogsym.restore(model) before a sweep.")
-    if isinstance(base, (str, Path)):
-        base = load_model(base, model.dtype).to(model.device)
-    return ResidentLayers(model.eval(), base)
-
-
-def _checkpoint_bytes(name: str | Path) -> int:
-    folder = check_model_folder(name)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
+        search = Greedy(layers, remove, settings.action)
+        return list(search.planned()), 0, search
+    if settings.remove is not None:
+        raise CogsymError(f"remove is {settings.remove} and only the search named greedy removes so many layers.")
+    once, merged = distinct(configurations(configs, layers, settings.action))
+    return [once], merged, None
 
 
 class _Sweep:
@@ -171,38 +166,41 @@ class _Sweep:
         self,
         layers: Layers,
         tokenizer: Any,
-        configs: str | Path | Iterable[Any],
+        rounds: Sequence[Sequence[Configuration]],
         tasks: Sequence[Task],
         settings: SweepSettings,
         console: Console,
     ) -> None:
-        self._layers, self._tokenizer, self._tasks, self._console = layers, tokenizer, tasks, console
-        self._settings = settings
-        config = layers.model.config.get_text_config()
-        chosen = configurations(configs, config.num_hidden_layers, settings.action)
-        self._configurations, self._merged = distinct(chosen)
-        self._check_actions()
+        self._layers, self._tokenizer, self._tasks, self._settings = layers, tokenizer, tasks, settings
+        self._say, self._console = partial(_say, console), console
+        self._streamed = isinstance(layers, StreamedLayers)
+        self._check_actions({action for chosen in rounds for c in chosen for action in c.actions})
         self._engine, self._head = Engine(layers), SweepHead(layers.model)
-        self._trie = Trie(self._configurations, self._engine.own_forward)
+        self._tries = [Trie(chosen, self._engine.own_forward) for chosen in rounds]
+        self._sizes = Sizes.of(layers)
+        self._budget = settings.memory_budget or free_memory(layers.device)
+        config = layers.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or 1 << 30
         self._documents = [task.documents(tokenizer, context, settings.truncate) for task in tasks]
-        self._budget = settings.memory_budget or free_memory(layers.device)
-        costs = Costs(Sizes.of(layers), self._trie)
-        streamed = isinstance(layers, StreamedLayers)
-        self._pieces = [costs.pieces(documents, self._budget, streamed) for documents in self._documents]
-        self._largest = max(costs.of(piece) for pieces in self._pieces for piece in pieces)
+        self._check_tokens()
         ends = getattr(layers.model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = [i for i in {*ends, tokenizer.eos_token_id} if i is not None]
 
-    def _check_actions(self) -> None:
-        actions = {action for configuration in self._configurations for action in configuration.actions}
-        if "revert" in actions and not self._layers.has_base:
-            raise CogsymError("A configuration reverts layers but there is no base checkpoint; name one with base.")
+    def _check_actions(self, actions: set[Action]) -> None:
         if self._layers.reasons and actions & {"skip_attention", "skip_mlp"}:
             raise CogsymError(
                 f"Half a layer cannot be skipped in this model, as its layers run their own forward "
                 f"({self._layers.reasons[0]}); skip whole layers."
+            )
+
+    def _check_tokens(self) -> None:
+        rows = self._layers.model.get_input_embeddings().weight.shape[0]
+        last = max(max(r.tokens) for documents in self._documents for d in documents for r in d.requests)
+        if last >= rows:
+            raise CogsymError(
+                f"The tokenizer gives the id {last} and the model's vocabulary has {rows:,} tokens; use the tokenizer "
+                "that belongs to the model."
             )
 
     def key(self, name: str) -> dict[str, Any]:
@@ -213,73 +211,108 @@ class _Sweep:
             "model": name,
             "revision": revisions["model"],
             "base": revisions.get("base"),
+            "tokenizer": hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "sampling": sampling if sampling["temperature"] else {"temperature": 0.0},
             "truncate": self._settings.truncate,
             "tasks": {task.name: {"data": task.digest} for task in self._tasks},
         }
 
-    def describe(self) -> None:
-        """Print the plan."""
-        counts, say = self._trie.counts(), self._console.print
-        merged = f", {self._merged} duplicates merged" if self._merged else ""
-        say(f"{counts.configurations:,} configurations{merged}", highlight=False)
+    def describe(self, merged: int) -> None:
+        """Print the plan, and how many duplicates were merged."""
+        counts = [trie.counts() for trie in self._tries]
+        rounds = f" in {len(counts):,} rounds" if len(counts) > 1 else ""
+        duplicates = f", {counted(merged, 'duplicate')} merged" if merged else ""
+        self._say(f"{counted(sum(c.configurations for c in counts), 'configuration')}{rounds}{duplicates}")
         for note in (note for task in self._tasks for note in task.notes):
-            say(note, highlight=False)
+            self._say(note)
         if self._layers.reasons:
-            say(f"layers run their own forward, a state at a time: {'; '.join(self._layers.reasons)}", highlight=False)
-        say(
-            f"layer-forwards: {counts.layer_forwards:,.0f}, where a loop over the kept layers needs "
-            f"{counts.kept_layers:,.0f} and one that computes and discards {counts.all_layers:,}; "
-            f"head-forwards: {counts.head_forwards:,}",
-            highlight=False,
+            self._say(f"layers run their own forward, a state at a time: {'; '.join(self._layers.reasons)}")
+        self._say(
+            f"layer-forwards: {sum(c.layer_forwards for c in counts):,.0f}, where a loop over the kept layers needs "
+            f"{sum(c.kept_layers for c in counts):,.0f} and one that computes and discards "
+            f"{sum(c.all_layers for c in counts):,}; head-forwards: {sum(c.head_forwards for c in counts):,}"
         )
-        slots = self._trie.schedule(narrow=False).slots
-        pieces = sum(map(len, self._pieces))
-        documents = sum(map(len, self._documents))
-        say(
-            f"{documents:,} documents in {pieces:,} pieces, at most {slots:,} live states, "
-            f"{self._largest / 2**20:,.0f} MiB of {self._budget / 2**20:,.0f} MiB",
-            highlight=False,
+        costs, slots = Costs(self._sizes, self._tries[0]), self._tries[0].schedule(narrow=False).slots
+        pieces = [piece for documents in self._documents for piece in self._pieces(documents, costs)]
+        largest = max(map(costs.of, pieces)) / 2**20
+        self._say(
+            f"{counted(sum(map(len, self._documents)), 'document')} in {counted(len(pieces), 'piece')}, at most "
+            f"{counted(slots, 'live state')}, {largest:,.0f} MiB of {self._budget / 2**20:,.0f} MiB"
         )
-        if self._layers.reasons or isinstance(self._layers, StreamedLayers):
+        if self._layers.reasons or self._streamed:
             return
         first = next(self._layers.walk([(0, {"model"})]))["model"].block
         assert first is not None
         clock = Clock(first, self._head, self._layers)
-        seconds = sum(clock.seconds(self._trie, documents) for documents in self._documents)
-        say(f"about {seconds:,.0f} s", highlight=False)
+        seconds = sum(clock.seconds(trie, documents) for trie in self._tries for documents in self._documents)
+        self._say(f"about {seconds:,.0f} s")
 
-    def run(self, results: Results) -> None:
-        """Ask everything that is not in `results` yet."""
-        total = sum(len(documents) for documents in self._documents)
-        with SweepProgress(self._console, total) as progress:
-            self._engine.on_forwards = progress.forwards
-            for task, pieces in zip(self._tasks, self._pieces, strict=True):
-                done = results.done(task.name)
-                for piece in pieces:
-                    missing = [c for c in self._configurations if any((c.code, d.key) not in done for d in piece)]
-                    if missing:
-                        rows = self._answer(task, piece, missing)
-                        results.append([row for row in rows if (row.configuration.code, row.document) not in done])
-                    progress.documents(task.name, len(piece), computed=bool(missing))
+    def progress(self) -> SweepProgress:
+        """Of all rounds."""
+        progress = SweepProgress(self._console, len(self._tries) * sum(map(len, self._documents)))
+        self._engine.on_forwards = progress.forwards
+        return progress
 
-    def _answer(self, task: Task, piece: Sequence[Document], missing: Sequence[Configuration]) -> list[Row]:
-        """The rows of a piece; one that does not fit into memory is halved."""
-        everything = len(missing) == len(self._configurations)
-        trie = self._trie if everything else Trie(missing, self._engine.own_forward)
-        try:
-            return list(self._rows(task, piece, trie))
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-        if len(piece) == 1:
-            raise RunStopped(
-                f"The document {piece[0].key} of the task {task.name} does not fit into memory under "
-                f"{len(missing)} configurations; ask for fewer at a time and go on with --resume."
-            )
-        self._console.print(f"Out of memory with {len(piece)} documents; trying them in halves.")
-        middle = len(piece) // 2
-        return self._answer(task, piece[:middle], missing) + self._answer(task, piece[middle:], missing)
+    def search(self, search: Greedy, results: Results, progress: SweepProgress, out: Path) -> None:
+        """Ask what a search wants to know of the first metric of the first task."""
+        task, metric = self._tasks[0].name, METRICS[self._tasks[0].metrics[0]]
+
+        def ask(chosen: list[Configuration]) -> dict[str, float]:
+            self.ask(chosen, results, progress)
+            return values(out, task, metric.name)
+
+        def tell(layer: int, value: float) -> None:
+            self._say(f"layer {layer} goes: {metric.label} {value:.4g}")
+
+        search.run(ask, metric.higher_is_better, tell)
+
+    def ask(self, chosen: Sequence[Configuration], results: Results, progress: SweepProgress) -> None:
+        """Ask everything about some configurations that is not in `results` yet."""
+        for task, documents in zip(self._tasks, self._documents, strict=True):
+            done = results.done(task.name)
+
+            def missing(document: Document, done: set[tuple[str, str]] = done) -> tuple[Configuration, ...]:
+                return tuple(c for c in chosen if (c.code, document.key) not in done)
+
+            for some, alike in groupby(documents, missing):
+                group = list(alike)
+                if some:
+                    self._ask(task, group, Trie(some, self._engine.own_forward), results, progress)
+                else:
+                    progress.documents(task.name, len(group), computed=False)
+
+    def _ask(
+        self, task: Task, documents: list[Document], trie: Trie, results: Results, progress: SweepProgress
+    ) -> None:
+        """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved."""
+        costs, most = Costs(self._sizes, trie), len(documents)
+        while documents:
+            piece = documents[: min(most, costs.piece(documents, self._budget, self._streamed))]
+            try:
+                rows = list(self._rows(task, piece, trie))
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                rows = []
+            if rows:
+                results.append(rows)
+                progress.documents(task.name, len(piece), computed=True)
+                documents = documents[len(piece) :]
+            elif len(piece) > 1:
+                most = len(piece) // 2
+                self._say(f"Out of memory with {len(piece)} documents; going on with {most} at a time.")
+            else:
+                raise RunStopped(
+                    f"The document {piece[0].key} of the task {task.name} does not fit into memory under "
+                    f"{counted(len(trie.configurations), 'configuration')}; what came before is kept, ask for fewer "
+                    "configurations at a time and go on with --resume."
+                )
+
+    def _pieces(self, documents: list[Document], costs: Costs) -> Iterator[list[Document]]:
+        while documents:
+            number = costs.piece(documents, self._budget, self._streamed)
+            yield documents[:number]
+            documents = documents[number:]
 
     def _rows(self, task: Task, piece: Sequence[Document], trie: Trie) -> Iterator[Row]:
         for c, outcomes in enumerate(self._outcomes(piece, trie)):
@@ -326,3 +359,7 @@ class _Sweep:
 
 def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _say(console: Console, sentence: str) -> None:
+    console.print(sentence, highlight=False, markup=False, soft_wrap=True)

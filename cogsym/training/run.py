@@ -26,8 +26,9 @@ from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.records import differences
 from cogsym.training.curves import plot_curves
+from cogsym.training.explain import explain
 from cogsym.training.memory import Memory
-from cogsym.training.prepare import explain, prepare, restore
+from cogsym.training.prepare import prepare, restore
 from cogsym.training.trainer import OuterTrainer, RunCallback, checkpoints
 
 Text = Source | Sequence[Document]

@@ -189,7 +189,8 @@ def _decode_attention(heads: tuple[int, int], D: int, dtype: torch.dtype) -> Non
     for N, soft_cap in ((4096, None), (8, 50.0)):
         q, store = _empty(N, H + 2 * KV, D, dtype=dtype)[:, :H], _empty(65536, 2, KV, D, dtype=dtype)
         ranges = _empty(N, 2, dtype=torch.int64)
-        launch.decode_attention(q, store[:, 0], store[:, 1], ranges, ranges, D**-0.5, soft_cap)
+        with mock.patch("cogsym.kernels.decode_attention.multiprocessors", return_value=132):
+            launch.decode_attention(q, store[:, 0], store[:, 1], ranges, ranges, D**-0.5, soft_cap)
 
 
 # Widths of SmolLM2-135M and of Llama 3.1 in 8B, 70B and beyond, and the heads and MLPs of these.

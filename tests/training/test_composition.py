@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from saved_bytes import saved_bytes
 from tiny_models import batch, exact_float64, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -175,3 +176,25 @@ def test_bad_choices_are_refused_in_one_sentence() -> None:
     cogsym.prepare(model, cogsym.LayerPlan.outer(4), keep="offload").train()
     with pytest.raises(cogsym.CogsymError, match="keep is 'offload' and the model is on cpu"):
         model(**batch("plain"), use_cache=False)
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["loss", "logits"])
+def test_a_training_step_has_no_cache_unless_it_asks_for_one(labels: bool) -> None:
+    """transformers' config asks for one in every call; a frozen layer that fills it keeps what a trained one does."""
+    model, inputs = prepared("nothing"), batch("plain")
+    if not labels:
+        del inputs["labels"]
+    results, held = [], []
+    for options in ({}, {"use_cache": False}, {"use_cache": True}):
+        model.zero_grad()
+        outputs: list[Any] = []
+        held.append(saved_bytes(lambda: outputs.append(model(**inputs, **options)), *model.parameters()))  # noqa: B023
+        (output,) = outputs
+        (output.loss if labels else output.logits.square().mean()).backward()
+        results.append(gradients(model))
+        assert (output.past_key_values is None) is (options.get("use_cache") is not True)
+    assert held[0] == held[1] < held[2]
+    assert_equal(results[0], results[1], rtol=0, atol=0)
+    assert_equal(results[2], results[1])
+    model.eval()
+    assert model(inputs["input_ids"]).past_key_values is not None

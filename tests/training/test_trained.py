@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import cogsym
 
+prepare_module = sys.modules["cogsym.training.prepare"]
 KEEPS = ("all", "attention", "input", "nothing")
 LAYERS = 4
 PLAN = cogsym.LayerPlan.layers(LAYERS, [0, 2])
@@ -153,3 +155,21 @@ def test_any_part_trained_or_frozen_gets_its_gradient_or_none(variant: str, tied
             if not trained:
                 continue
             assert_equal(gradients(model, inputs), {n: everything[n] for n in ("loss", *trained)})
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed")
+@pytest.mark.skipif(not prepare_module._CHECKPOINTS_FORWARD, reason="this transformers checkpoints frozen layers too")
+@pytest.mark.parametrize("keep", KEEPS)
+def test_gradient_checkpointing_is_for_trained_layers_frozen_ones_keep_what_was_chosen(keep: str) -> None:
+    model, inputs = tiny_model("llama", torch.float64, num_hidden_layers=LAYERS), batch("packed")
+    cogsym.prepare(model, PLAN, keep=keep)
+    want = gradients(model, inputs)
+    model.gradient_checkpointing_enable()
+    assert_equal(gradients(model, inputs), want)
+    model = cogsym.prepare(tiny_model("llama", torch.bfloat16, num_hidden_layers=LAYERS), PLAN, keep=keep)
+    before = [bytes_of_one_layer(model, layer) for layer in model.model.layers]
+    model.gradient_checkpointing_enable()
+    after = [bytes_of_one_layer(model, layer) for layer in model.model.layers]
+    stream, reports = 2 * model.config.hidden_size, cogsym.explain(model).layers
+    assert after == [stream if i in PLAN.trained else reports[i].bytes_per_token for i in range(LAYERS)]
+    assert [before[i] > 5 * stream for i in PLAN.trained] == [True, True]
