@@ -11,29 +11,27 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import machine
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogsym.bench import machine, method
+from cogsym.bench.models import SHAPES
 from cogsym.ops import attention
 
-SHAPES = {  # H, KV, D
-    "SmolLM2-135M": (9, 3, 64),
-    "Qwen2.5-0.5B": (14, 2, 64),
-    "Llama-3.1-8B": (32, 8, 128),
-}
+SMALL = ("SmolLM2-135M", "Qwen2.5-0.5B")
 CASES = [
-    *((name, B, T, torch.bfloat16) for name in list(SHAPES)[:2] for B, T in ((4, 256), (4, 512), (2, 1024), (1, 2048))),
+    *((name, B, T, torch.bfloat16) for name in SMALL for B, T in ((4, 256), (4, 512), (2, 1024), (1, 2048))),
     *(("Llama-3.1-8B", 1, T, torch.bfloat16) for T in (512, 2048)),
-    *((name, B, T, torch.float32) for name in list(SHAPES)[:2] for B, T in ((4, 512), (1, 2048))),
+    *((name, B, T, torch.float32) for name in SMALL for B, T in ((4, 512), (1, 2048))),
     ("Llama-3.1-8B", 1, 512, torch.float32),
 ]
 ROUNDS, SECONDS = 5, 0.06
+CPU = torch.device("cpu")
 RESULT = Path(__file__).parent / "results" / "attention.json"
 
 
@@ -56,16 +54,6 @@ def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 FUNCTIONS = (ours, enable_gqa, repeated)
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Median over as many runs as fit."""
-    times: list[float] = []
-    while sum(times) < SECONDS:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def measure(B: int, T: int, H: int, KV: int, D: int, dtype: torch.dtype) -> dict[str, object]:
     """Milliseconds of each function, GFLOP/s of ours, and the ratio to the better of PyTorch's."""
     fused = torch.randn(B, T, H + 2 * KV, D).to(dtype)
@@ -83,19 +71,15 @@ def measure(B: int, T: int, H: int, KV: int, D: int, dtype: torch.dtype) -> dict
     products = 2 * B * H * T * (T + 1) / 2 * D  # of one product, the masked half left out
     result: dict[str, object] = {}
     for direction, count in ((forward, 2), (backward, 5)):
-        rounds: dict[str, list[float]] = {f.__name__: [] for f in FUNCTIONS}
-        for f in FUNCTIONS:
-            direction(f)
-        for _ in range(ROUNDS):
-            for f in FUNCTIONS:
-                rounds[f.__name__].append(seconds(lambda d=direction, f=f: d(f)))  # type: ignore[misc]
+        variants = {f.__name__: method.Variant(partial(direction, f)) for f in FUNCTIONS}
+        method.first_calls(variants, CPU)
+        rounds = method.interleaved(variants, CPU, rounds=ROUNDS, seconds=SECONDS)
         best = min(FUNCTIONS[1:], key=lambda f: statistics.median(rounds[f.__name__])).__name__
-        ratios = [b / a for a, b in zip(rounds["ours"], rounds[best], strict=True)]
         result[direction.__name__] = {
             "milliseconds": {name: statistics.median(times) * 1e3 for name, times in rounds.items()},
             "gflops_per_second": count * products / statistics.median(rounds["ours"]) / 1e9,
             "competitor": best,
-            "speed_ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+            "speed_ratio": method.ratio(rounds[best], rounds["ours"]),
         }
     return result
 
@@ -104,7 +88,8 @@ def main() -> None:
     """Measure, compare, write."""
     cases = []
     for name, B, T, dtype in CASES:
-        H, KV, D = SHAPES[name]
+        shape = SHAPES[name]
+        H, KV, D = shape.heads, shape.kv_heads, shape.head_dim
         case = {"shape": name, "B": B, "T": T, "H": H, "KV": KV, "D": D, "dtype": str(dtype).removeprefix("torch.")}
         cases.append({**case, **measure(B, T, H, KV, D, dtype)})
         ratios = [f"{d} {cases[-1][d]['speed_ratio']['median']:.2f}" for d in ("forward", "backward")]  # type: ignore

@@ -20,22 +20,17 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import machine
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cogsym.bench import floor, machine, method
+from cogsym.bench.models import SHAPES
 from cogsym.ops import decode_attention
 
-SHAPES = {  # H, KV, D
-    "SmolLM2-135M": (9, 3, 64),
-    "Qwen2.5-0.5B": (14, 2, 64),
-    "Llama-3.1-8B": (32, 8, 128),
-}
 half, single = torch.bfloat16, torch.float32
 DECODING = [  # shape, dtype, rows, prompts, keys of a prompt, most keys of a row's own
     ("SmolLM2-135M", half, 8, 8, 300, 60),
@@ -58,6 +53,7 @@ SCORING = [  # shape, dtype, questions, keys of a question, options of each, mos
     ("Llama-3.1-8B", half, 4, 200, 4, 40),
 ]
 ROUNDS, SECONDS = 5, 0.03
+CPU = torch.device("cpu")
 RESULT = Path(__file__).parent / "results" / "decode_attention.json"
 
 Ranges = list[list[tuple[int, int]]]
@@ -140,27 +136,16 @@ def competitors(q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, sequences: Rang
     return functions | {"option_loop": option_loop}
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Median over as many runs as fit."""
-    times: list[float] = []
-    while sum(times) < SECONDS:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def copy_speed(number: int) -> float:
     """Bytes a second of a copy that reads and writes `number` bytes in all."""
-    source = torch.empty(max(number // 2, 1), dtype=torch.uint8)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * len(source) / seconds(lambda: target.copy_(source))
+    copy = floor.copy(number, CPU)
+    copy()
+    return number / method.sample(copy, CPU, SECONDS)
 
 
 def measure(shape: str, dtype: torch.dtype, ranges: Ranges, sequences: Ranges, S: int) -> dict[str, object]:
     """Milliseconds of each function, bytes a second of ours, and the ratio to the best of PyTorch's."""
-    H, KV, D = SHAPES[shape]
+    H, KV, D = SHAPES[shape].heads, SHAPES[shape].kv_heads, SHAPES[shape].head_dim
     q = torch.randn(len(ranges), H, D).to(dtype)
     k, v = torch.randn(S, 2, KV, D).to(dtype).unbind(1)
     begins, ends = torch.tensor(ranges).unbind(-1)
@@ -170,12 +155,9 @@ def measure(shape: str, dtype: torch.dtype, ranges: Ranges, sequences: Ranges, S
     truth = functions["ours"]().float()
     for name, function in functions.items():
         assert (function().float() - truth).abs().max() < 0.03, name
-    rounds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(ROUNDS):
-        for name, function in functions.items():
-            rounds[name].append(seconds(function))
+    variants = {name: method.Variant(function) for name, function in functions.items()}
+    rounds = method.interleaved(variants, CPU, rounds=ROUNDS, seconds=SECONDS)
     best = min(list(functions)[1:], key=lambda name: statistics.median(rounds[name]))
-    ratios = [b / a for a, b in zip(rounds["ours"], rounds[best], strict=True)]
     seen = 2 * S * KV * D * q.element_size() + 2 * q.numel() * q.element_size()
     pairs = sum(end - begin for row in ranges for begin, end in row)
     ours = statistics.median(rounds["ours"])
@@ -185,7 +167,7 @@ def measure(shape: str, dtype: torch.dtype, ranges: Ranges, sequences: Ranges, S
         "copy_of_as_many_bytes": copy_speed(seen) / 1e9,
         "gflops_per_second": 4 * pairs * H * D / ours / 1e9,
         "competitor": best,
-        "speed_ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "speed_ratio": method.ratio(rounds[best], rounds["ours"]),
     }
 
 

@@ -15,35 +15,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine
 import matplotlib
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 import cogsym
+from cogsym.bench import floor, machine, method
+from cogsym.bench.models import build
 from cogsym.training.frozen import run_frozen
 
-LAYERS, TOKENS, ROUNDS, WARM_UP = 4, 2048, 7, 2
+LAYERS, TOKENS, ROUNDS = 4, 2048, 7
+CPU = torch.device("cpu")
 KEEPS = ("all", "attention", "input", "nothing")
-MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "SmolLM2-135M": (
-        LlamaModel,
-        LlamaConfig,
-        {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
-    ),
-    "Qwen2.5-0.5B": (
-        Qwen2Model,
-        Qwen2Config,
-        {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2},
-    ),
-}
 CASES = [
     ("SmolLM2-135M", torch.bfloat16, 256),
     ("SmolLM2-135M", torch.bfloat16, 512),
@@ -59,10 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def stack(name: str, dtype: torch.dtype, frozen: bool) -> Any:
     """A model of LAYERS layers."""
-    torch.manual_seed(0)
-    model_class, config_class, shape = MODELS[name]
-    model = model_class(config_class(**shape, num_hidden_layers=LAYERS, vocab_size=8, max_position_embeddings=4096))
-    return model.to(dtype).requires_grad_(not frozen).train()
+    return build(name, LAYERS, dtype, CPU).model.requires_grad_(not frozen).train()
 
 
 def variants(name: str, dtype: torch.dtype, length: int) -> dict[str, Any]:
@@ -110,53 +95,17 @@ def variants(name: str, dtype: torch.dtype, length: int) -> dict[str, Any]:
             p.grad = None
 
     result: dict[str, Any] = {label: (lambda f=f: step(f)) for label, f in forwards.items()}
-    result["floor"] = floor(blocks, dtype)
-    weights = {p.untyped_storage().data_ptr() for m in (theirs, full, ours) for p in m.parameters()}
+    result["floor"] = floor.frozen_layers(blocks, TOKENS, dtype, CPU)
+    weights = [p for m in (theirs, full, ours) for p in m.parameters()]
     return {"steps": result, "forwards": forwards, "weights": weights}
-
-
-def floor(blocks: list[Any], dtype: torch.dtype) -> Callable[[], None]:
-    """The products of forward and input gradient alone, into buffers that are there."""
-    products = []
-    for block in blocks:
-        for projections in block.projections():
-            weight = torch.cat([module.weight.detach() for module in projections.modules])
-            a = torch.randn(TOKENS, weight.shape[1]).to(dtype)
-            b = torch.randn(TOKENS, weight.shape[0]).to(dtype)
-            products += [(a, weight.t(), torch.empty_like(b)), (b, weight, torch.empty_like(a))]
-
-    def run() -> None:
-        for a, b, out in products:
-            torch.mm(a, b, out=out)
-
-    return run
-
-
-def held(forward: Callable[[], Tensor], weights: set[int]) -> int:
-    """Bytes that the forward pass saves, storages once, parameters left out."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = forward()
-    del y
-    return sum(storages.values())
 
 
 def measure(name: str, dtype: torch.dtype, length: int) -> dict[str, Any]:
     """One case: medians, ratios, bytes."""
     it = variants(name, dtype, length)
-    seconds: dict[str, list[float]] = {label: [] for label in it["steps"]}
-    for i in range(WARM_UP + ROUNDS):
-        for label, step in it["steps"].items():
-            start = time.perf_counter()
-            step()
-            if i >= WARM_UP:
-                seconds[label].append(time.perf_counter() - start)
+    steps = {label: method.Variant(step) for label, step in it["steps"].items()}
+    method.first_calls(steps, CPU)
+    seconds = method.interleaved(steps, CPU, rounds=ROUNDS)
     median = {label: statistics.median(values) for label, values in seconds.items()}
     return {
         "model": name,
@@ -166,7 +115,8 @@ def measure(name: str, dtype: torch.dtype, length: int) -> dict[str, Any]:
         "milliseconds_a_layer": {label: 1000 * t / LAYERS for label, t in median.items()},
         "over_floor": {label: t / median["floor"] for label, t in median.items()},
         "bytes_a_token_and_layer": {
-            label: held(forward, it["weights"]) / TOKENS / LAYERS for label, forward in it["forwards"].items()
+            label: method.saved_bytes(forward, it["weights"]) / TOKENS / LAYERS
+            for label, forward in it["forwards"].items()
         },
     }
 

@@ -17,30 +17,31 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 
+from cogsym.bench import machine, method
+from cogsym.bench.models import SHAPES
 from cogsym.ops import linear_cross_entropy, logit_blocks, token_scores
 
-# Rows, width and vocabulary of a training step with SmolLM2-135M and with Qwen2.5-0.5B.
-SHAPES = {"SmolLM2-135M": (2048, 576, 49152), "Qwen2.5-0.5B": (1024, 896, 151936)}
+ROWS = {"SmolLM2-135M": 2048, "Qwen2.5-0.5B": 1024}  # of a training step
 ROUNDS = {torch.bfloat16: 7, torch.float32: 3}
 RESULT = Path(__file__).parent / "results" / "linear_cross_entropy.json"
+CPU = torch.device("cpu")
 Step = Callable[[], Tensor]
 
 
-def seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def rounds_of(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after one that warms up."""
+    variants = {name: method.Variant(step) for name, step in steps.items()}
+    method.first_calls(variants, CPU)
+    return method.interleaved(variants, CPU, rounds=rounds, seconds=0)
 
 
 def chunked_options(dtype: torch.dtype) -> list[LinearCrossEntropyOptions]:
@@ -74,7 +75,7 @@ def floor_seconds(hidden: Tensor, weight: Tensor, rounds: int) -> dict[str, floa
             torch.mm(block, w, out=dhidden[begin:end])
         return dhidden
 
-    times = {step.__name__: [seconds(step) for _ in range(rounds + 1)][1:] for step in (whole, blocks)}
+    times = rounds_of({step.__name__: step for step in (whole, blocks)}, rounds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -101,22 +102,16 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
         return backward(F.linear_cross_entropy(hidden, weight, targets, options=options))
 
     trials = {
-        options: min(seconds(lambda o=options: chunked(o)) for _ in range(2)) for options in chunked_options(dtype)
+        options: min(method.sample(lambda o=options: chunked(o), CPU, 0) for _ in range(2))
+        for options in chunked_options(dtype)
     }
     best = min(trials, key=trials.__getitem__)
     contestants: dict[str, Step] = {"cogsym": cogsym, "plain": plain, "torch chunked": lambda: chunked(best)}
-    losses = {name: step().item() for name, step in contestants.items()}  # the warm-up
-    times: dict[str, list[float]] = {name: [] for name in (*contestants, "cogsym, scores alone")}
-    for _ in range(ROUNDS[dtype]):
-        for name, step in contestants.items():
-            times[name].append(seconds(step))
-        times["cogsym, scores alone"].append(seconds(lambda: token_scores(hidden, weight, targets).loss))
+    losses = {name: step().item() for name, step in contestants.items()}
+    contestants["cogsym, scores alone"] = lambda: token_scores(hidden, weight, targets).loss
+    times = rounds_of(contestants, ROUNDS[dtype])
     floors = floor_seconds(hidden.detach(), weight, ROUNDS[dtype])
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ratios = {
-        f"{name} / cogsym": [b / a for a, b in zip(times["cogsym"], times[name], strict=True)]
-        for name in ("plain", "torch chunked")
-    }
     return {
         "rows, width, vocabulary": shape,
         "dtype": str(dtype).removeprefix("torch."),
@@ -124,8 +119,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
         "seconds_of_each_round": times,
         "torch_chunked_options": str(best),
         "speed_ratio": {
-            name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-            for name, values in ratios.items()
+            f"{name} / cogsym": method.ratio(times[name], times["cogsym"]) for name in ("plain", "torch chunked")
         },
         "floor_seconds": floors,
         "time_over_floor": {name: value / min(floors.values()) for name, value in medians.items()},
@@ -136,8 +130,9 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write."""
     results = []
-    for (model, shape), dtype in itertools.product(SHAPES.items(), ROUNDS):
-        results.append({"shape_of": model, **measure(shape, dtype)})
+    for (model, rows), dtype in itertools.product(ROWS.items(), ROUNDS):
+        shape = SHAPES[model]
+        results.append({"shape_of": model, **measure((rows, shape.width, shape.vocabulary), dtype)})
         shown = ("shape_of", "dtype", "seconds", "floor_seconds", "speed_ratio", "torch_chunked_options", "losses")
         print(json.dumps({key: results[-1][key] for key in shown}, indent=1), flush=True)
     result = {

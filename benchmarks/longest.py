@@ -27,13 +27,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import cogsym
+from cogsym.bench import machine
 
 METHODS = (
     "cogsym all", "cogsym attention", "cogsym input", "cogsym nothing", "cogsym nothing, trained checkpointed",

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from cogsym.bench import report
+from cogsym.bench.report import markdown as table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,6 +62,8 @@ def chance(scores: dict[str, float]) -> str:
 
 def streamed() -> str:
     """A sweep with its layers read from disk one at a time, and with all of them in memory."""
+    if not (RESULTS / "streamed.json").exists():
+        return "(To be measured: `python benchmarks/streamed.py`.)"
     r = load("streamed")
     rows = [
         [name, f"{r[key]['peak_bytes'] / 1e9:.2f} GB", f"{r[key]['seconds']:.1f}", f"{r[key]['seconds_in_all']:.1f}"]
@@ -111,6 +117,14 @@ def longest() -> str:
     return table(head, rows)
 
 
+def suite(part: str) -> str:
+    """A table as `cogsym bench` prints it; of the operations, those in bfloat16."""
+    if not (RESULTS / f"{part}.json").exists():
+        return f"(To be measured: `cogsym bench {part} --full --out benchmarks/results`.)"
+    cases = load(part)["cases"]
+    return table(*report.rows([c for c in cases if part != "ops" or "bfloat16" in c["name"]]))
+
+
 ALTERNATIVES = ("transformers, frozen", "checkpointing", "torch.compile", "full fine-tuning")
 TABLES: dict[str, Callable[[], str]] = {
     "swahili": swahili,
@@ -118,18 +132,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "frozen": frozen,
     "longest": longest,
+    **{part: partial(suite, part) for part in ("ops", "train", "install")},
 }
 
 
 def load(name: str) -> dict[str, Any]:
     """A committed result."""
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rendered(readme: str) -> str:

@@ -18,9 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
-
 import cogsym
+from cogsym.bench import machine
 from cogsym.data import Source, pack, separator_id, tokenize
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.training.evaluate import bits_per_byte, option_log_probabilities

@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 import cogsym
+from cogsym.bench import machine, method
 from cogsym.data import Source, pack, separator_id, tokenize
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.training.trainer import OuterTrainer, RunCallback
@@ -124,7 +124,6 @@ def main() -> None:
         times["plain"].append(statistics.median(seconds[WARM_UP:]))
         print(times, flush=True)
     tokens = SETTINGS.batch_size * SETTINGS.length
-    ratios = [b / a for a, b in zip(times["cogsym"], times["plain"], strict=True)]
     differences = [abs(a - b) for a, b in zip(our_exact, their_exact, strict=True)]
     result = {
         "command": "python benchmarks/train_speed.py --model SMOLLM2_FOLDER --data TEXT_FOLDER",
@@ -135,7 +134,7 @@ def main() -> None:
         "seconds_per_step": {name: statistics.median(values) for name, values in times.items()},
         "seconds_per_step_of_each_round": times,
         "tokens_per_second": {name: tokens / statistics.median(values) for name, values in times.items()},
-        "speed_ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "speed_ratio": method.ratio(times["plain"], times["cogsym"]),
         "losses": {"cogsym": our_losses, "plain": their_losses},
         "float32_losses": {"cogsym": our_exact, "plain": their_exact},
         "largest_difference_of_float32_losses": max(differences),

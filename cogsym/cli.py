@@ -1,4 +1,4 @@
-"""The command line: `cogsym train`, `cogsym sweep`, `cogsym plot`, `cogsym demo`, `cogsym info`.
+"""The command line: `cogsym train`, `cogsym sweep`, `cogsym plot`, `cogsym demo`, `cogsym bench`, `cogsym info`.
 
 Each command checks its arguments, calls the function of the same name in Python and prints the outcome. torch and
 transformers are imported inside the commands, so that help appears at once.
@@ -7,6 +7,7 @@ transformers are imported inside the commands, so that help appears at once.
 from __future__ import annotations
 
 import enum
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -314,6 +315,48 @@ def demo(
     from cogsym.demo.run import run
 
     run(out, seed=seed)
+
+
+@app.command(
+    epilog="Examples: `cogsym bench --quick`, `cogsym bench train --full`, `cogsym bench compare A.json B.json`"
+)
+def bench(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[train|ops|install]... | compare A B",
+            help="The questions to measure, all of them where none is named; or two result files to compare.",
+        ),
+    ] = None,
+    model: Annotated[str | None, _option("A named model, with random weights, or a model folder.")] = None,
+    device: Annotated[str, _option("cpu or cuda.")] = "cpu",
+    full: Annotated[bool, _option("Three minutes, or everything.", "--full/--quick")] = False,
+    out: Annotated[Path, _option("Folder for the result files and pictures.")] = Path("cogsym-bench"),
+) -> None:
+    """Measure what cogsym gains on this machine, beside the alternatives; or compare two measurements.
+
+    A quick run takes three minutes on two cores. `compare` exits with status 1 where B is slower than A by more than
+    the noise.
+    """
+    _quiet_transformers()
+    from rich.console import Console
+
+    from cogsym.bench import compare, report
+    from cogsym.bench.run import PARTS, run
+
+    words = what or list(PARTS)
+    if words[0] != "compare":
+        command = shlex.join(["cogsym", "bench", *words, "--full" if full else "--quick", "--device", device])
+        command += f" --model {shlex.quote(Path(model).name)}" if model else ""
+        run(words, model=model, device=device, full=full, out=out, command=command)
+        return
+    if len(words) != 3:
+        raise CogsymError(
+            f"compare was given {len(words) - 1} files, expected two: cogsym bench compare A.json B.json."
+        )
+    a, b = (report.read(Path(word)) for word in words[1:])
+    if compare.show(compare.compare(a, b, (words[1], words[2])), Console()):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: `COGSYM_BACKEND=reference cogsym info`")

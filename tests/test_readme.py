@@ -39,7 +39,7 @@ def test_links_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", re.findall(r"^cogsym (?:train|sweep|plot|demo|info).*?(?<!\\)$", README, flags=re.M | re.S)
+    "command", re.findall(r"^cogsym (?:train|sweep|plot|demo|bench|info).*?(?<!\\)$", README, flags=re.M | re.S)
 )
 def test_the_commands_of_the_readme_are_understood(command: str) -> None:
     import typer

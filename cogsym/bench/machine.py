@@ -28,7 +28,7 @@ def describe() -> dict[str, str]:
         "processor": (names[0] if names else platform.processor()) + features,
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if torch.cuda.is_available() else "none",
         "cogsym": cogsym.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,0 +1,224 @@
+"""Whom training is compared with: each a way to get the loss of the same model, for a turn, without a trace after it.
+
+All share one model and its weights, so that the largest fits the device once and a verification compares like with
+like. A competitor enters its turn on transformers' plain model with the same parameters frozen, and leaves it so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cogsym
+from cogsym.bench.case import OURS
+
+Loss = Callable[[], Tensor]
+
+
+@dataclass
+class Job:
+    """What is trained.
+
+    Attributes:
+        model: from transformers, frozen as `plan` says; with peft's adapters in it where `adapters`.
+        plan: which layers are trained.
+        inputs: input_ids and labels.
+        autocast: enters the precision of the computation.
+        adapters: LoRA is trained, not the layers' own weights.
+        compiled: what torch.compile made of the model, kept from turn to turn.
+    """
+
+    model: Any
+    plan: cogsym.LayerPlan
+    inputs: dict[str, Tensor]
+    autocast: Callable[[], AbstractContextManager[object]]
+    adapters: bool
+    compiled: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch is."""
+        return self.inputs["input_ids"].device
+
+    def call(self, model: Any | None = None) -> Loss:
+        """The loss as a model with labels returns it."""
+        called = self.model if model is None else model
+
+        def loss() -> Tensor:
+            with self.autocast():
+                return called(**self.inputs, use_cache=False).loss
+
+        return loss
+
+    def with_head(self, head: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+        """The loss from the last hidden states and the head's weight."""
+        base = self.model.get_base_model() if self.adapters else self.model
+
+        def loss() -> Tensor:
+            with self.autocast():
+                hidden = base.model(input_ids=self.inputs["input_ids"], use_cache=False).last_hidden_state
+                return head(hidden, base.lm_head.weight)
+
+        return loss
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One way to train.
+
+    Attributes:
+        name: as tables show it.
+        turn: gives the loss; what it changes is undone when the turn ends.
+        needs: a package that must be there, or None.
+        gpu: runs on a GPU only.
+        full: only for a full run, and why.
+        refused: why it is never timed here, or the empty string.
+    """
+
+    name: str
+    turn: Callable[[Job], AbstractContextManager[Loss]]
+    needs: str | None = None
+    gpu: bool = False
+    full: str = ""
+    refused: str = ""
+
+    def unavailable(self, device: torch.device, full: bool) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        if self.gpu and device.type != "cuda":
+            return "it runs on a GPU only"
+        if self.refused:
+            return self.refused
+        return self.full if self.full and not full else None
+
+
+def _ours(keep: str) -> Callable[[Job], AbstractContextManager[Loss]]:
+    @contextlib.contextmanager
+    def turn(job: Job) -> Iterator[Loss]:
+        cogsym.prepare(job.model, job.plan, keep=keep)
+        try:
+            yield job.call()
+        finally:
+            cogsym.restore(job.model)
+
+    return turn
+
+
+def _attention(implementation: str) -> Callable[[Job], AbstractContextManager[Loss]]:
+    @contextlib.contextmanager
+    def turn(job: Job) -> Iterator[Loss]:
+        before = job.model.config._attn_implementation
+        job.model.set_attn_implementation(implementation)
+        try:
+            yield job.call()
+        finally:
+            job.model.set_attn_implementation(before)
+
+    return turn
+
+
+@contextlib.contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """What is set on modules inside is gone afterwards."""
+    modules = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, before in modules:
+            vars(module).clear()
+            vars(module).update(before)
+
+
+@contextlib.contextmanager
+def _checkpointed(job: Job) -> Iterator[Loss]:
+    with _as_it_was(job.model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its new name is not in the oldest transformers that is served
+        job.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # It makes the embeddings' output need a gradient, which only reentrant checkpointing wants, and would leave it.
+        job.model.disable_input_require_grads()
+        yield job.call()
+
+
+@contextlib.contextmanager
+def _compiled(job: Job) -> Iterator[Loss]:
+    if job.compiled is None:
+        job.compiled = torch.compile(job.model, dynamic=False)
+    yield job.call(job.compiled)
+
+
+@contextlib.contextmanager
+def _cut_cross_entropy(job: Job) -> Iterator[Loss]:
+    """Its Triton kernels on a GPU, its compiled form elsewhere."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    implementation = "cce" if job.device.type == "cuda" else "torch_compile"
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        loss: Tensor = linear_cross_entropy(
+            hidden.to(weight.dtype), weight, job.inputs["labels"], shift=True, impl=implementation
+        )
+        return loss
+
+    yield job.with_head(head)
+
+
+@contextlib.contextmanager
+def _quack(job: Job) -> Iterator[Loss]:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).to(weight.dtype)
+        loss: Tensor = chunked_linear_cross_entropy(rows, weight, job.inputs["labels"][:, 1:].reshape(-1))
+        return loss
+
+    yield job.with_head(head)
+
+
+@contextlib.contextmanager
+def _liger(job: Job) -> Iterator[Loss]:
+    """Liger patches a model's modules, and its family's rotary embedding for everybody: both are taken back."""
+    import liger_kernel.transformers as liger
+
+    base = job.model.get_base_model() if job.adapters else job.model
+    modeling = sys.modules[type(base).__module__]
+    names = dict(vars(modeling))
+    try:
+        with _as_it_was(base):
+            getattr(liger, f"apply_liger_kernel_to_{base.config.model_type}")(model=base)
+            yield job.call()
+    finally:
+        vars(modeling).update(names)
+
+
+@contextlib.contextmanager
+def _never(job: Job) -> Iterator[Loss]:
+    raise RuntimeError("not meant to run")
+    yield
+
+
+COMPETITORS = (
+    Competitor(OURS, _ours("auto")),
+    Competitor(f"{OURS}, keeps nothing", _ours("nothing"), full="a second setting of ours: --full"),
+    Competitor("transformers, eager", _attention("eager")),
+    Competitor("transformers, SDPA", _attention("sdpa")),
+    Competitor("transformers, checkpointing", _checkpointed),
+    Competitor("torch.compile", _compiled, full="compiling takes minutes: --full"),
+    Competitor("cut-cross-entropy", _cut_cross_entropy, needs="cut_cross_entropy"),
+    Competitor("Liger-Kernel", _liger, needs="liger_kernel", gpu=True),
+    Competitor("quack", _quack, needs="quack", gpu=True),
+    Competitor("FlashAttention", _attention("flash_attention_2"), needs="flash_attn", gpu=True),
+    Competitor(
+        "Unsloth", _never, needs="unsloth", gpu=True,
+        refused="importing it patches transformers for the whole process, which would change the others",
+    ),
+)  # fmt: skip

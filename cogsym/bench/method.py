@@ -1,0 +1,185 @@
+"""How everything is timed and counted.
+
+Variants take turns, A B A B, so that what else the machine does falls on all alike; a turn begins with a call that is
+not timed. A ratio is that of two variants' times in the same round, and its spread is what the rounds say of it. On a
+CPU a call is timed by the clock, on a GPU by events, with the cache overwritten between calls, so that each finds its
+inputs in memory; and `launch_bound` says whether the GPU waited for Python.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST_ROUNDS = 5  # fewer say nothing of the spread
+CACHE_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of those that take turns.
+
+    Attributes:
+        run: what is timed.
+        turn: entered before its turn and left after it.
+        warm: whether a turn begins with an untimed call.
+    """
+
+    run: Callable[[], object]
+    turn: Callable[[], AbstractContextManager[object]] = nullcontext
+    warm: bool = True
+
+
+def first_calls(variants: dict[str, Variant], device: torch.device) -> dict[str, float]:
+    """Seconds of one call of each variant that is warmed up: what it is warmed up with."""
+    seconds = {}
+    for label, variant in variants.items():
+        if variant.warm:
+            with variant.turn():
+                start = time.perf_counter()
+                variant.run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds[label] = time.perf_counter() - start
+    return seconds
+
+
+def interleaved(
+    variants: dict[str, Variant],
+    device: torch.device,
+    *,
+    rounds: int,
+    seconds: float = 0.05,
+    deadline: float | None = None,
+) -> dict[str, list[float]]:
+    """Seconds a call of each variant in each round.
+
+    Args:
+        variants: in the order of their turns; each has been called once (`first_calls`).
+        device: whose time it is.
+        rounds: how many.
+        seconds: how long a turn lasts at least.
+        deadline: of `time.perf_counter`; no round begins after it, but `LEAST_ROUNDS` are made.
+    """
+    times: dict[str, list[float]] = {label: [] for label in variants}
+    for i in range(rounds):
+        if i >= LEAST_ROUNDS and deadline is not None and time.perf_counter() > deadline:
+            break
+        for label, variant in variants.items():
+            with variant.turn():
+                if variant.warm:
+                    variant.run()
+                times[label].append(sample(variant.run, device, seconds))
+    return times
+
+
+def sample(run: Callable[[], object], device: torch.device, seconds: float = 0.05) -> float:
+    """Median seconds over as many calls as fit in `seconds`, at least one."""
+    if device.type == "cuda":
+        return _sample_cuda(run, device, seconds)
+    times: list[float] = []
+    while not times or sum(times) < seconds:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _sample_cuda(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
+    times: list[float] = []
+    count = 1  # enough of a long call
+    while not times or sum(times) < seconds:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for begin, end in events:
+            flush.zero_()
+            begin.record()
+            run()
+            end.record()
+        torch.cuda.synchronize(device)
+        measured = [begin.elapsed_time(end) / 1000 for begin, end in events]
+        if count == 1 and measured[0] < seconds:
+            count = 5  # of a short one several at once: the queue is never empty while Python prepares the next
+            continue
+        times += measured
+    return statistics.median(times)
+
+
+def launch_bound(run: Callable[[], object], device: torch.device) -> bool:
+    """Whether a GPU is done with `run` as soon as Python has queued it: its time is then Python's."""
+    if device.type != "cuda":
+        return False
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    queued = time.perf_counter() - start
+    torch.cuda.synchronize(device)
+    return queued > 0.9 * (time.perf_counter() - start)
+
+
+def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
+    """Of the times in the same rounds: the median, the extremes and the quartiles between which its spread lies."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"median": median, "min": min(ratios), "max": max(ratios), "lower": lower, "upper": upper}
+
+
+def saved_bytes(forward: Callable[[], Tensor], left_out: Iterable[Tensor] = ()) -> int:
+    """Bytes that a forward pass saves for the backward pass, storages once, without those of the tensors left out."""
+    known = {t.untyped_storage().data_ptr() for t in left_out}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(storages.values())
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most that `run` holds at once above what was there before, by torch's allocators."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with _silent_stderr(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        run()
+    recorded: Any = profile.profiler
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler announces itself there, and no setting keeps it from it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

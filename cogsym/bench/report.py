@@ -1,0 +1,167 @@
+"""Result files, tables and pictures. The README's tables are these, written as Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
+from rich.console import Console
+from rich.table import Table
+
+from cogsym import plotting
+from cogsym.bench.case import OURS
+from cogsym.errors import CogsymError
+
+FORMAT = "cogsym bench 1"
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """The result file, and its picture beside it."""
+    try:
+        path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        draw(result, path.with_suffix(".png"))
+    except OSError as error:
+        raise CogsymError(f"'{path}' cannot be written: {error.strerror}; choose another --out.") from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        CogsymError: it is not there, or is something else.
+    """
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CogsymError(f"'{path}' cannot be read: {error.strerror}; name a file that cogsym bench wrote.") from None
+    except ValueError:
+        result = None
+    if not isinstance(result, dict) or result.get("format") != FORMAT:
+        raise CogsymError(f"'{path}' is no result file of this version ({FORMAT}); measure again with cogsym bench.")
+    return result
+
+
+def rows(cases: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of one part's cases."""
+    part = cases[0]["part"]
+    if part == "ops":
+        others = list(dict.fromkeys(n for case in cases for n in case["variants"] if n != OURS))
+        return [*_OPS, *(f"{name} / cogsym" for name in others)], [_ops_row(case, others) for case in cases]
+    head, line = (_TRAIN, _train_rows) if part == "train" else (_TIMES, _times_rows)
+    return head, [row for case in cases for row in line(case)]
+
+
+_OPS = ["operation", "cogsym, ms", "rate", "of the floor's"]
+_TRAIN = ["job", "", "ms a step", "tokens/s", "over the floor", "time / cogsym", "kept, B a token", "peak, MB"]
+_TIMES = ["", "", "seconds", "time / cogsym"]
+
+
+def _ops_row(case: dict[str, Any], others: list[str]) -> list[str]:
+    unit, scale = {"B": ("GB/s", 1e9), "FLOP": ("TFLOP/s", 1e12)}[case["unit"]]
+    ours = case["variants"][OURS]
+    return [
+        case["name"],
+        f"{ours['seconds'] * 1e3:.3g}",
+        f"{ours['rate'] / scale:.3g} {unit}",
+        f"{1 / ours['over_floor']['median']:.0%}",
+        *(spread(case["variants"].get(name, {}).get("over_cogsym")) for name in others),
+    ]
+
+
+def _train_rows(case: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            case["name"] if label == OURS else "",
+            label,
+            f"{v['seconds'] * 1e3:,.0f}",
+            f"{case['facts']['tokens'] / v['seconds']:,.0f}",
+            f"{v['over_floor']['median']:.2f}",
+            spread(v.get("over_cogsym")),
+            f"{v['kept_bytes_a_token']:,.0f}",
+            f"{v['peak_bytes'] / 1e6:,.0f}",
+        ]
+        for label, v in case["variants"].items()
+    ]
+
+
+def _times_rows(case: dict[str, Any]) -> list[list[str]]:
+    lines = [
+        [case["name"] if i == 0 else "", label, f"{v['seconds']:.2f}", spread(v.get("over_cogsym"))]
+        for i, (label, v) in enumerate(case["variants"].items())
+    ]
+    facts = case["facts"]
+    if "install_seconds" in facts:
+        size = f"{facts['installed_bytes'] / 1e6:,.0f} MB"
+        lines.append([case["name"], f"with all it needs, {size}", f"{facts['install_seconds']:.0f}", ""])
+    return lines
+
+
+def spread(ratio: dict[str, float] | None) -> str:
+    """A ratio with the quartiles of its rounds."""
+    return f"{ratio['median']:.2f} ({ratio['lower']:.2f} to {ratio['upper']:.2f})" if ratio else ""
+
+
+def notes(cases: list[dict[str, Any]]) -> list[str]:
+    """What was not timed, why, and in which cases where not in all."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        for label, reason in case["skipped"].items():
+            found.setdefault((label, reason), []).append(case["name"].rpartition(": ")[2])
+        for label, reason in case["different"].items():
+            found.setdefault((label, f"it computes something else, {reason}"), []).append(case["name"])
+    return [
+        f"{label} not timed{'' if len(names) == len(cases) else ' in ' + '; '.join(names)}: {reason}"
+        for (label, reason), names in found.items()
+    ]
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print a result file's tables, one for each model and precision."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case in result["cases"]:
+        groups.setdefault((case["part"], case["name"].rpartition(": ")[0]), []).append(case)
+    for (part, title), cases in groups.items():
+        head, lines = rows(cases)
+        table = Table(title=f"{part}: {title}" if title else part, title_justify="left")
+        for i, name in enumerate(head):
+            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        for line in lines:
+            table.add_row(line[0].rpartition(": ")[2], *line[1:])
+        console.print(table)
+        for note in notes(cases):
+            console.print(f"  {note}", highlight=False, markup=False)
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """The same for the README."""
+    every = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in every)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Each variant's time over ours, with the quartiles of its rounds."""
+    bars = [
+        (f"{case['name']}\n{label}", variant["over_cogsym"])
+        for case in result["cases"]
+        for label, variant in case["variants"].items()
+        if "over_cogsym" in variant
+    ]
+    if not bars:
+        return
+    figure = Figure(figsize=(9, 1.2 + 0.42 * len(bars)))
+    axis = figure.add_subplot()
+    for i, (_, ratio) in enumerate(reversed(bars)):
+        axis.barh(i, ratio["median"] - 1, left=1, color=plotting.GREY, height=0.6)
+        axis.plot([ratio["lower"], ratio["upper"]], [i, i], color=plotting.BLACK, linewidth=1.5)
+    axis.axvline(1, color=plotting.BLUE)
+    axis.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)], fontsize=7)
+    axis.set_xscale("log")
+    axis.xaxis.set(major_locator=LogLocator(10, (1, 2, 5)), major_formatter=ScalarFormatter())
+    axis.minorticks_off()
+    axis.set(xlabel="time over cogsym's (blue line); a black line spans half of the rounds", ylim=(-0.6, len(bars)))
+    figure.tight_layout()
+    plotting.strip(axis)
+    plotting.save(figure, [path])

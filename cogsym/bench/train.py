@@ -1,0 +1,175 @@
+"""How fast is a training step, and what does it hold? Ours beside every alternative, on the same weights and batch.
+
+Two jobs: the outer quarter of the layers is trained, and LoRA adapters on those layers are. Frozen weights are
+bfloat16, trained ones float32, the computation bfloat16 by autocast, as `cogsym train` has it. A step is forward,
+backward and AdamW. The floor is the matrix products of the linear maps and the head that no method can do without.
+Before any timing each competitor's loss and gradients are compared with ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cogsym
+from cogsym.bench import floor, method
+from cogsym.bench.case import ROUNDING, Case, Pending, Setting, difference, one_line
+from cogsym.bench.competitors import COMPETITORS, Competitor, Job, Loss
+from cogsym.bench.method import Variant
+from cogsym.bench.models import build, shape_of
+from cogsym.models import read_block
+
+LORA_RANK = 16
+LENGTH = 512
+QUICK_LAYERS = 8  # of a model in a quick run
+
+
+def pending(setting: Setting) -> list[Pending]:
+    """Both jobs, for each model."""
+    found = []
+    for model in setting.models:
+        shape = shape_of(model)
+        layers = shape.layers if setting.full else min(QUICK_LAYERS, shape.layers)
+        rows = 4 if setting.full else 2
+        part = "" if layers == shape.layers else f"{layers} of {shape.layers} layers, "
+        for job in ("outer layers", "LoRA on the outer layers"):
+            title = f"{shape.name}, {part}{rows} x {LENGTH} tokens: {job}"
+            found.append(Pending(title, partial(case, title, model, layers, rows, job, setting)))
+    return found
+
+
+def case(title: str, model: str, layers: int, rows: int, kind: str, setting: Setting) -> Case:
+    """One job with all its competitors, verified."""
+    job = make_job(model, layers, rows, kind != "outer layers", setting.device)
+    trained = [p for p in job.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-6, fused=True)
+    products = _floor(job, rows * LENGTH)
+    result = Case("train", title, {}, floor=products, unit=None)
+    result.facts = {
+        "tokens": rows * LENGTH,
+        "layers": layers,
+        "trained_parameters": sum(p.numel() for p in trained),
+        "flops_of_the_floor": products.flops,
+    }
+    truth: tuple[Tensor, list[Tensor]] | None = None
+    for competitor in COMPETITORS:
+        if reason := competitor.unavailable(setting.device, setting.full):
+            result.skipped[competitor.name] = reason
+            continue
+        try:
+            loss, gradients = _verified(competitor, job, trained)
+        except Exception as error:  # another library's: whatever it raises is its reason
+            result.skipped[competitor.name] = one_line(error)
+            continue
+        if truth is None:
+            truth = loss, gradients
+        if reason := _differs(loss, gradients, *truth):
+            result.different[competitor.name] = reason
+            continue
+        turn = _Turn(competitor, job, optimizer)
+        result.variants[competitor.name] = Variant(turn.step, turn.entered)
+        result.counts[competitor.name] = turn.counts()
+        result.counts[competitor.name]["difference"] = difference(gradients, truth[1])
+    return result
+
+
+def make_job(model: str, layers: int, rows: int, adapters: bool, device: torch.device) -> Job:
+    """A model frozen but for its outer quarter, or with adapters there, and a batch."""
+    plan = cogsym.LayerPlan.outer(layers)
+    net: Any = build(model, layers, torch.bfloat16, device).train().requires_grad_(False)
+    if adapters:
+        from peft import LoraConfig, get_peft_model
+
+        block = read_block(net.model.layers[0])
+        names = [name for projections in block.projections() for name in projections.names]
+        config = LoraConfig(r=LORA_RANK, target_modules=names, layers_to_transform=list(plan.trained))
+        net = get_peft_model(net, config)
+        for name, p in net.named_parameters():
+            if "lora_B" in name:  # zero, which would make the gradients of lora_A zero
+                torch.nn.init.normal_(p, std=0.02)
+    else:
+        for part in plan.parts(net):
+            for p in part.parameters:
+                p.requires_grad_(part.trained)
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    generator = torch.Generator(device).manual_seed(0)
+    vocabulary = net.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (rows, LENGTH), generator=generator, device=device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16)
+    return Job(net, plan, {"input_ids": ids, "labels": ids}, autocast, adapters)
+
+
+class _Turn:
+    """A competitor's turn."""
+
+    def __init__(self, competitor: Competitor, job: Job, optimizer: torch.optim.Optimizer) -> None:
+        self._competitor, self._job, self._optimizer = competitor, job, optimizer
+        self._loss: Loss | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with self._competitor.turn(self._job) as self._loss:
+            yield
+
+    def step(self) -> None:
+        """Forward, backward, AdamW."""
+        assert self._loss is not None
+        self._loss().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def counts(self) -> dict[str, float]:
+        """Bytes kept for the backward pass, a token's share, and the most that a step holds."""
+        model, tokens = self._job.model, self._job.inputs["input_ids"].numel()
+        with self.entered():
+            assert self._loss is not None
+            self.step()  # the optimizer's own state is there from now on
+            kept = method.saved_bytes(self._loss, [*model.parameters(), *model.buffers()])
+            peak = method.peak_bytes(self.step, self._job.device)
+        return {"kept_bytes_a_token": kept / tokens, "peak_bytes": peak}
+
+
+def _verified(competitor: Competitor, job: Job, trained: list[Any]) -> tuple[Tensor, list[Tensor]]:
+    """The loss and the gradients that a competitor computes."""
+    with competitor.turn(job) as compute:
+        loss = compute()
+        loss.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    for p in trained:
+        p.grad = None
+    return loss.detach(), gradients
+
+
+def _differs(loss: Tensor, gradients: list[Tensor], true_loss: Tensor, true_gradients: list[Tensor]) -> str | None:
+    """How a result is something else than ours, or None."""
+    for what, off in (
+        ("its loss is", difference([loss], [true_loss])),
+        ("its gradients are", difference(gradients, true_gradients)),
+    ):
+        if not off <= ROUNDING[torch.bfloat16]:
+            return f"{what} {off:.1e} away from ours"
+    return None
+
+
+def _floor(job: Job, rows: int) -> floor.Products:
+    """The products of a step. Nothing below the lowest trained layer needs a gradient, and no adapter is counted."""
+    products = floor.Products(torch.bfloat16, job.device)
+    base = job.model.get_base_model() if job.adapters else job.model
+    lowest = min(job.plan.trained)
+    for i, layer in enumerate(base.model.layers):
+        products.add_block(
+            read_block(layer),
+            rows,
+            input_gradient=i >= lowest,
+            weight_gradient=i in job.plan.trained and not job.adapters,
+            lowest=i == lowest and job.adapters,  # else its norm is trained, and needs the gradient
+        )
+    products.add_linear(rows, tuple(base.lm_head.weight.shape), input_gradient=True, weight_gradient=False)
+    return products

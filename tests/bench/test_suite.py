@@ -1,0 +1,240 @@
+"""The suite runs from end to end at a tiny shape, times nothing that computes something else, and leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cogsym import cli
+from cogsym.bench import competitors, install, ops, parity, report, run, train
+from cogsym.bench.case import OURS, Setting, measure
+from cogsym.bench.competitors import COMPETITORS, Competitor, Job
+
+CPU = torch.device("cpu")
+QUICK = Setting(("tiny",), CPU, full=False)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """`cogsym bench` in this process, with the fewest rounds."""
+    monkeypatch.setenv("COLUMNS", "300")
+    # Time enough for everybody, and one round.
+    monkeypatch.setattr(run, "QUICK_SECONDS", dict.fromkeys(run.PARTS, 600.0))
+    monkeypatch.setattr(run, "measure", lambda case, device, rounds, share: measure(case, device, 1, share))
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cogsym", "bench", *map(str, args)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_quick_run(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(competitors.importlib.util, "find_spec", lambda name: None)
+    status, out, err = command("ops", "train", "--model", "tiny", "--quick", "--out", tmp_path / "new")
+    assert status == 0, err
+    assert "1/13  tiny, 1024 tokens, bfloat16: rms_norm, forward, 20:00 left" in out
+    for part in ("ops", "train"):
+        result = report.read(tmp_path / "new" / f"{part}.json")
+        assert (tmp_path / "new" / f"{part}.png").stat().st_size > 5000
+        assert result["machine"]["torch"] == torch.__version__
+        assert result["command"] == "cogsym bench ops train --quick --device cpu --model tiny"
+        for case in result["cases"]:
+            assert OURS in case["variants"] and not case["different"], case
+            head, rows = report.rows([case])
+            assert all(len(row) == len(head) for row in rows)
+    names = {tuple(case["variants"]) for case in result["cases"]}
+    plain = {"transformers, eager", "transformers, SDPA", "transformers, checkpointing"}
+    assert all(plain <= set(n) for n in names)
+    outer, lora = result["cases"]
+    kept = {n: v["kept_bytes_a_token"] for n, v in outer["variants"].items()}
+    assert kept[OURS] < kept["transformers, SDPA"] < kept["transformers, eager"]
+    for case in (outer, lora):
+        assert case["skipped"]["torch.compile"] == "compiling takes minutes: --full"
+        assert {"Liger-Kernel", "quack", "FlashAttention", "Unsloth"} <= case["skipped"].keys()
+    assert "compiling takes minutes" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["sing"], "The part is 'sing', expected one of ops, train, install"),
+        (["--model", "GPT-5"], "--model is 'GPT-5', expected one of SmolLM2-135M"),
+        (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
+        (["--device", "cuda"], "torch finds no GPU here"),
+        (["ops", "--out", "/dev/null/x"], "cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_sentence(command: Callable[..., tuple[int, str, str]], args: list[str], message: str) -> None:
+    if torch.cuda.is_available() and "cuda" in args:
+        pytest.skip("there is a GPU here")
+    status, _, err = command(*args)
+    assert status == 2 and len(err.splitlines()) == 1 and message in err
+
+
+def competitor(name: str, loss: Callable[[Job], Any]) -> Competitor:
+    @contextlib.contextmanager
+    def turn(job: Job) -> Iterator[Any]:
+        yield lambda: loss(job)
+
+    return Competitor(name, turn)
+
+
+def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(job: Job) -> Any:
+        raise ValueError("no kernel for\nthis machine")
+
+    added = (
+        competitor("half", lambda job: job.call()() / 2),
+        # The right loss, but the gradient of half of it.
+        competitor("detached", lambda job: job.call()() / 2 + job.call()().detach() / 2),
+        competitor("broken", broken),
+        competitor("right", lambda job: job.call()()),
+    )
+    monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:1] + added)
+    case = train.case("a", "tiny", 4, 1, "outer layers", QUICK)
+    assert case.variants.keys() == {OURS, "right"}
+    assert case.different["half"].startswith("its loss is 5.0e-01 away")
+    assert case.different["detached"].startswith("its gradients are 5.0e-01 away")
+    assert case.skipped == {"broken": "ValueError: no kernel for this machine"}
+
+
+def test_an_operation_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> Any:
+        made = ops._rms_norm(*args)
+        return dataclasses.replace(made, plain=lambda x, **_: (x, x + _["residual"]))
+
+    case = ops.case("a: rms_norm, forward", wrong, "forward", ops.shape_of("tiny"), 1, torch.float32, CPU)
+    assert ops.PLAIN not in case.variants and "away from ours" in case.different[ops.PLAIN]
+
+
+@pytest.mark.parametrize("kind", ["outer layers", "LoRA on the outer layers"])
+def test_a_turn_leaves_no_trace(kind: str) -> None:
+    """After every competitor's turn the plain model computes exactly what it did before."""
+    job = train.make_job("tiny", 4, 1, kind != "outer layers", CPU)
+    trained = [p for p in job.model.parameters() if p.requires_grad]
+
+    def state() -> list[tuple[set[str], int, int]]:
+        return [(set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in job.model.modules()]
+
+    def plain() -> tuple[list[torch.Tensor], int]:
+        with FlopCounterMode(display=False) as counter:
+            loss, gradients = train._verified(competitor("plain", lambda job: job.call()()), job, trained)
+        return [loss, *gradients], counter.get_total_flops()
+
+    before, values = state(), plain()
+    ran = []
+    for c in COMPETITORS:
+        if c.unavailable(CPU, full=False) is None:
+            train._verified(c, job, trained)
+            ran.append(c.name)
+            assert state() == before, c.name
+            assert plain()[1] == values[1], c.name
+    assert len(ran) >= 4
+    assert [p for p in job.model.parameters() if p.requires_grad] == trained
+    assert all(torch.equal(a, b) for a, b in zip(plain()[0], values[0], strict=True))
+
+
+def test_the_floor_is_every_product_of_a_step() -> None:
+    """All linear maps and the head: what the plain step computes besides is attention."""
+    job = train.make_job("tiny", 4, 1, False, CPU)
+    products = train._floor(job, train.LENGTH)
+    with FlopCounterMode(display=False) as counter:
+        job.call()().backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm")) == products.flops
+
+
+def test_liger_and_the_others_are_skipped_with_their_reason() -> None:
+    reasons = {c.name: c.unavailable(CPU, full=True) for c in COMPETITORS}
+    for name in ("Liger-Kernel", "quack", "FlashAttention", "Unsloth"):
+        assert reasons[name] is not None
+        assert "not installed" in reasons[name] or "GPU" in reasons[name]
+    assert reasons["torch.compile"] is None
+
+
+def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(competitors.importlib.util, "find_spec", lambda name: None)
+    (cce,) = [c for c in COMPETITORS if c.name == "cut-cross-entropy"]
+    assert cce.unavailable(CPU, full=True) == "cut_cross_entropy is not installed"
+
+
+def test_parity_at_a_tiny_shape() -> None:
+    lines = list(parity.check(("tiny",), CPU))
+    assert len(lines) == 3 * (6 + 4)
+    assert not [line for line in lines if not line["right"]]
+
+
+def test_parity_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = ops._rotary
+
+    def wrong(*args: Any) -> Any:
+        it = made(*args)
+        return dataclasses.replace(it, ours=lambda q, cos, sin: (it.ours(q, cos, sin)[0] + 1e-3 * q,))
+
+    # The truth is computed by the same function in float64, so the plain way is what is off.
+    monkeypatch.setitem(parity.OPERATIONS, "rotary", (wrong, ("forward",)))
+    ours, theirs = parity.operation("rotary", "tiny", torch.float32, CPU)["gradient of q"]
+    assert ours < 1e-6 < 1e-4 < theirs
+
+
+def test_an_install_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    assert "no source tree" in install._install().skipped[OURS]
+    (tmp_path / "pyproject.toml").write_text("nothing")
+    monkeypatch.setattr(install, "_run", lambda command, **_: (_ for _ in ()).throw(install.CogsymError("no network")))
+    assert install._install().skipped[OURS] == "pip did not install it: no network"
+
+
+def test_the_cases_of_a_full_run() -> None:
+    full = Setting(run.FULL_MODELS["cpu"], CPU, full=True)
+    assert len(ops.pending(full)) == 2 * 2 * 11
+    assert len({p.name for p in ops.pending(full)}) == 44
+    assert [p.name for p in install.pending(full)][-1] == "fresh install"
+
+
+def test_pytest_benchmark_modules() -> None:
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_ops.py",
+        "--model", "tiny", "--benchmark-disable",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "11 passed" in done.stdout
+
+
+def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "SECONDS", {"ops": 0.0, "train": 0.0})
+    monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:3])
+    monkeypatch.setattr(run, "measure", lambda case, device, rounds, share: measure(case, device, 1, share))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(result["parity"]) == 30 and len(result["cases"]) == 13

@@ -1,0 +1,216 @@
+"""What the guard measures: numbers that do not depend on a clock.
+
+    python tests/guard/measures.py
+
+measures them here and writes `expected.json` anew, on purpose, when a change is meant; the diff shows what it cost.
+Counts of instructions and of Triton's resources belong to a compiler, and are kept for each compiler apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+HERE = Path(__file__).parent
+EXPECTED = HERE / "expected.json"
+ISA = "avx2"  # valgrind runs nothing above it
+ROWS = 120
+# What a count may rise before it is red; Python's own instructions around a call vary a little.
+TOLERANCE = {"steps": 0.0, "instructions": 0.02, "triton": 0.0}
+CHIPS = ("sm_90", "gfx942")
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
+
+Counts = dict[str, float]
+
+
+class Launches(TorchDispatchMode):
+    """Counts calls of cogsym's operations, of matrix products, and of all other operations that compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function).rpartition(".")[0]
+        if name in PRODUCTS:
+            self.counts["products"] += 1
+        elif name.startswith("cogsym."):
+            self.counts[name] += 1
+        elif not function.is_view:
+            self.counts["others"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def steps() -> Counts:
+    """FLOPs, saved bytes and launches of a training step, for each choice of what frozen layers keep."""
+    import cogsym
+    from cogsym.bench.method import saved_bytes
+    from cogsym.bench.models import Shape
+
+    torch.manual_seed(0)
+    shape = Shape("guarded", "Llama", 96, 256, 6, 6, 2, 16, 512, True)
+    from transformers import LlamaForCausalLM
+
+    model: Any = LlamaForCausalLM(shape.config()).train()
+    ids = torch.randint(shape.vocabulary, (2, 64))
+    found: Counts = {}
+    for keep in ("all", "attention", "input", "nothing"):
+        cogsym.prepare(model, cogsym.LayerPlan.outer(shape.layers, front=1, back=1), keep=keep)
+
+        def forward() -> torch.Tensor:
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+        left_out = [*model.parameters(), *model.buffers()]
+        found[f"{keep}: saved bytes"] = saved_bytes(forward, left_out)
+        with FlopCounterMode(display=False) as flops:
+            forward().backward()
+        found[f"{keep}: FLOPs"] = flops.get_total_flops()
+        with Launches() as launches:
+            forward().backward()
+        found |= {f"{keep}: {name}": count for name, count in sorted(launches.counts.items())}
+        found[f"{keep}: launches"] = sum(launches.counts.values())
+    return found
+
+
+def instructions(rows: int = ROWS) -> Counts:
+    """Of each C++ kernel, by callgrind."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            "valgrind", "--tool=callgrind", "--dump-after=pybind11::cpp_function::dispatcher*",
+            f"--callgrind-out-file={folder}/out",
+            sys.executable, "-S", str(HERE / "callgrind.py"), extension(), ISA, str(rows),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONHASHSEED": "0"})
+        if done.returncode:
+            raise RuntimeError(f"callgrind ended with status {done.returncode}: {done.stderr[-2000:]}")
+        found = {}
+        for i, kernel in enumerate(done.stdout.splitlines()):
+            totals = re.search(r"^totals: (\d+)", Path(f"{folder}/out.{2 * i + 3}").read_text(), re.M)
+            assert totals
+            found[kernel] = int(totals[1])
+    return found
+
+
+def why_no_instructions() -> str | None:
+    """Why they cannot be counted here, or None."""
+    if not extension():
+        return "the C++ extension is not built"
+    if not shutil.which("valgrind"):
+        return "valgrind is not installed"
+    from cogsym import _C
+
+    return None if ISA in _C.isas() else f"the extension has no {ISA} kernels here"
+
+
+def triton_resources() -> Counts:
+    """Registers, spilled bytes and shared bytes of every kernel, in bfloat16, for a chip of each maker."""
+    aot = _aot()
+    found: Counts = {}
+    for case in aot.CASES:
+        for i, launch in enumerate(aot.launches(case, torch.bfloat16)):
+            for target in CHIPS:
+                r = aot.resources(aot.compile_for(aot.TARGETS[target], launch))
+                name = f"{case[0]} {case[1]}, launch {i}, {launch.kernel.__name__}, {target}"
+                found |= {f"{name}: {what}": value for what, value in vars(r).items()}
+    return found
+
+
+def why_no_triton() -> str | None:
+    """Why kernels cannot be compiled here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    from cogsym.kernels.common import INTERPRETED
+
+    return "TRITON_INTERPRET is set, and interpreted kernels cannot be compiled" if INTERPRETED else None
+
+
+@functools.cache
+def _aot() -> Any:
+    spec = importlib.util.spec_from_file_location("guarded_aot", HERE.parent / "kernels" / "aot.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def extension() -> str:
+    """The path of the C++ extension, or the empty string."""
+    from cogsym.ops import backend
+
+    if backend.unavailable("cpp"):
+        return ""
+    from cogsym import _C
+
+    return str(_C.__file__)  # type: ignore[attr-defined]
+
+
+def compiler() -> str:
+    """What compiled the extension, as its binary says."""
+    found = re.search(rb"(GCC: \(.*?\) [\d.]+|clang version [\d.]+)", Path(extension()).read_bytes())
+    return found[1].decode() if found else "unknown"
+
+
+def triton_version() -> str:
+    """What compiles the Triton kernels."""
+    import triton
+
+    return f"Triton {triton.__version__}"
+
+
+# kind -> (what measures it, what it belongs to, why it cannot be measured here)
+KINDS: dict[str, tuple[Callable[[], Counts], Callable[[], str], Callable[[], str | None]]] = {
+    "steps": (steps, lambda: "any", lambda: None),
+    "instructions": (instructions, compiler, why_no_instructions),
+    "triton": (triton_resources, triton_version, why_no_triton),
+}
+
+
+def expected(kind: str) -> Counts | None:
+    """The committed table for what is here; None where there is none for this compiler."""
+    table: Counts | None = json.loads(EXPECTED.read_text("utf-8"))[kind].get(KINDS[kind][1]())
+    return table
+
+
+def changes(kind: str, got: Counts, want: Counts) -> list[str]:
+    """What is not as committed; less than expected is a change too, to be written down."""
+    lines = [f"{name}: {got.get(name)} instead of {want.get(name)}" for name in sorted(got.keys() ^ want.keys())]
+    for name in sorted(got.keys() & want.keys()):
+        if abs(got[name] - want[name]) > TOLERANCE[kind] * want[name]:
+            lines.append(f"{name}: {got[name]:,} instead of {want[name]:,}")
+    return lines
+
+
+def main() -> None:
+    """Write the table anew for what is here, and say what changed."""
+    table = json.loads(EXPECTED.read_text("utf-8")) if EXPECTED.exists() else {}
+    for kind, (measure, owner, why_not) in KINDS.items():
+        if reason := why_not():
+            print(f"{kind}: left as it is, {reason}")
+            continue
+        got = measure()
+        before = table.setdefault(kind, {}).get(owner())
+        lines = changes(kind, got, before) if before else [f"{len(got)} numbers, new"]
+        print(*(f"{kind}: {line}" for line in lines or ["as committed"]), sep="\n")
+        # What is within the tolerance stays as it was, so that the diff shows what was meant.
+        same = {n: v for n, v in (before or {}).items() if n in got and not changes(kind, {n: got[n]}, {n: v})}
+        table[kind][owner()] = got | same
+    EXPECTED.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

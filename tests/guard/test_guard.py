@@ -1,0 +1,103 @@
+"""What a clock is not needed for: FLOPs, bytes, launches, instructions, registers. `python tests/guard/measures.py`
+writes a change that is meant into the table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import measures
+
+from cogsym.models import frozen
+
+
+def changed(kind: str, measure: Any = None) -> list[str]:
+    """What is not as committed; skips where that cannot be told here."""
+    if reason := measures.KINDS[kind][2]():
+        pytest.skip(reason)
+    want = measures.expected(kind)
+    if want is None:
+        pytest.skip(f"no counts are committed for {measures.KINDS[kind][1]()}; measures.py adds them")
+    return measures.changes(kind, (measure or measures.KINDS[kind][0])(), want)
+
+
+@pytest.mark.parametrize("kind", ["steps", "instructions"])
+def test_as_committed(kind: str) -> None:
+    assert changed(kind) == []
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes from, or goes to, the user's cache of compiled kernels."""
+    if not measures.why_no_triton():
+        import triton
+
+        monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+
+def test_triton_as_committed(fresh_cache: None) -> None:
+    assert changed("triton") == []
+
+
+def test_a_block_that_keeps_one_more_tensor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = frozen.forward
+
+    def hoarding(*args: Any) -> Any:
+        y, kept = forward(*args)
+        if args[3] == "attention":
+            kept.qkv = torch.empty(*kept.x.shape[:-1], 160)
+        return y, kept
+
+    monkeypatch.setattr(frozen, "forward", hoarding)
+    lines = changed("steps")
+    # Four frozen layers, 2 x 64 tokens, 160 numbers of 4 bytes; and no FLOP or launch besides, but for empty itself.
+    want = measures.expected("steps")["attention: saved bytes"]  # type: ignore[index]
+    assert f"attention: saved bytes: {want + 4 * 2 * 64 * 160 * 4:,} instead of {want:,}" in lines
+    assert not [line for line in lines if line.startswith(("all:", "input:", "nothing:"))]
+
+
+def test_a_product_that_is_repeated_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = frozen.forward
+    monkeypatch.setattr(frozen, "forward", lambda *args: (forward(*args), forward(*args))[1])
+    lines = changed("steps")
+    assert {line.split(":")[0] for line in lines} == {"all", "attention", "input", "nothing"}
+    assert any("FLOPs" in line for line in lines) and any("products" in line for line in lines)
+
+
+def test_a_fifth_more_instructions_are_seen() -> None:
+    """Rows stand for instructions: every kernel's work grows with them, attention's with their square."""
+    lines = changed("instructions", lambda: measures.instructions(rows=measures.ROWS * 6 // 5))
+    want = measures.expected("instructions")
+    assert want is not None and len(lines) == len(want)
+
+
+def test_other_registers_are_seen(fresh_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same kernel in float32 takes others."""
+    if measures.why_no_triton():
+        pytest.skip(measures.why_no_triton() or "")
+    aot = measures._aot()
+    case = ("gated_activation", 14336)
+    monkeypatch.setattr(aot, "CASES", {case: lambda F, dtype: aot._gated_activation(F, torch.float32)})
+    got = measures.triton_resources()
+    want = measures.expected("triton")
+    if want is None:
+        pytest.skip("no counts are committed for this Triton")
+    assert measures.changes("triton", got, {name: want[name] for name in got})
+
+
+def test_every_kernel_of_the_extension_is_counted() -> None:
+    if reason := measures.why_no_instructions():
+        pytest.skip(reason)
+    from cogsym import _C
+
+    functions = {name for name, value in vars(_C).items() if callable(value) and not name.startswith("_")}
+    counted = {name.split(",")[0] for name in measures.expected("instructions") or {}}
+    if not counted:
+        pytest.skip(f"no counts are committed for {measures.compiler()}")
+    assert functions - {"cpu_features", "isa", "isas", "set_isa", "rms_norm_cuda"} == counted
