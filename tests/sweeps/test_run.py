@@ -421,7 +421,7 @@ def test_greedy_removes_what_is_missed_least(
     told = sweep("greedy", [task], settings=SweepSettings(remove=3))
     said = sweep.said  # type: ignore[attr-defined]
     assert "10 configurations in 3 rounds" in said
-    # The whole model and those without one layer, 4 + 3 + 2 + 1; without two, 2 + 1 and 1 to where the paths part ...
+    # The whole model and those without one layer: 4 + 3 + 2 + 1. Then, of R left, (R - 1)(R + 2) / 2.
     assert sum(forwards) == planned(said) == 10 + 5 + 2
     gone: list[int] = []
     for _ in range(3):
