@@ -28,7 +28,7 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 WORDS = "habari ya leo mtoto anasoma kitabu shuleni mama anapika chakula kizuri sana".split()
-QUESTIONS, CONTEXT_WORDS, OPTION_WORDS, ROUNDS = 40, 36, 8, 2
+QUESTIONS, CONTEXT_WORDS, OPTION_WORDS, ROUNDS = 20, 36, 8, 2
 CONFIGS, BUDGET = "output", 500 * 10**6
 RESULT = Path(__file__).parent / "results" / "streamed.json"
 
