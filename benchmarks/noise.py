@@ -15,13 +15,14 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cogsym.bench import machine, report
-from cogsym.bench.case import OURS, Case, Pending, Setting
+from cogsym.bench.case import OURS, Case, Setting
 from cogsym.bench.compare import compare
 from cogsym.bench.run import PARTS, QUICK_MODELS, QUICK_SECONDS, measured
 
@@ -52,7 +53,7 @@ def quick_run(parts: list[str], models: tuple[str, ...], slower: bool) -> dict[s
     for part in parts:
         pending = PARTS[part](Setting(models, CPU, full=False))
         if slower:
-            pending = [Pending(p.name, lambda p=p: slowed(p.build), p.rounds) for p in pending]  # type: ignore[misc]
+            pending = [dataclasses.replace(p, build=partial(slowed, p.build)) for p in pending]
         cases += measured(pending, CPU, QUICK_SECONDS[part], print)
     return {"format": report.FORMAT, "machine": machine.describe(), "cases": cases}
 

@@ -31,7 +31,7 @@ def config(G: int, D: int, itemsize: int) -> dict[str, int]:
         "BLOCK_K": max(16, min(64 // itemsize, 8192 // (block_d * itemsize))),
         "BLOCK_D": block_d,
         "num_warps": 8,
-        "num_stages": 2,
+        "num_stages": 2 if block_d * itemsize <= 256 else 1,
     }
 
 
@@ -72,31 +72,28 @@ def decode_attention_kernel(
     own, head = query // G, kv * G + query % G
     row = first + own
     valid = (own < ROWS) & (row < N)
-    d = tl.arange(0, BLOCK_D)
+    key, d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (d < D)[None, :]
     q = tl.load(q_ptr + (row * q_row + head * q_head)[:, None] + d[None, :], mask, 0.0)
 
     sums = tl.zeros((BLOCK_Q, BLOCK_D), compute)
     top = tl.full((BLOCK_Q,), float("-inf"), compute)
     total = tl.zeros((BLOCK_Q,), compute)
-    ranges_seen = tl.zeros((BLOCK_Q,), tl.int32)
     for m in range(M):
         begins = tl.load(begins_ptr + row * M + m, valid, 0)
         ends = tl.load(ends_ptr + row * M + m, valid, 0)
-        ranges_seen += (begins < ends).to(tl.int32)
         for r in range(ROWS):
             here = first + r < N
             begin = tl.load(begins_ptr + (first + r) * M + m, here, 0)
             end = tl.load(ends_ptr + (first + r) * M + m, here, 0)
-            members = valid & (begins == begin) & (ends == end)
+            members = (begins == begin) & (ends == end)
             # The first row of those with this range takes them all along.
             taken = tl.min(tl.where(members, own, ROWS), 0) == r
             length = tl.where(taken, end - begin, 0).to(tl.int32)
             for start in range(split * BLOCK_K, length, SPLITS * BLOCK_K):
-                known = start + tl.arange(0, BLOCK_K) < length
-                key = begin + start + tl.arange(0, BLOCK_K)
-                place = k_ptr + (key * k_row + kv * k_head)[None, :] + d[:, None]
-                k = tl.load(place, known[None, :] & (d < D)[:, None], 0.0)
+                known = key < length - start
+                place = k_ptr + (begin + start) * k_row + kv * k_head + (key * k_row)[None, :] + d[:, None]
+                k = tl.load(place, known[None, :] & (d < D)[:, None] if D < BLOCK_D else known[None, :], 0.0)
                 x, _ = _logit(tl.dot(q, k, input_precision="ieee", out_dtype=compute), SCALE, SOFT_CAP)
                 x = tl.where(members[:, None] & known[None, :], x, float("-inf"))
                 new_top = tl.maximum(top, tl.max(x, 1))
@@ -104,8 +101,8 @@ def decode_attention_kernel(
                 shift = tl.where(new_top == float("-inf"), 0.0, new_top)
                 p = tl.exp(x - shift[:, None])
                 shrink = tl.exp(top - shift)
-                place = v_ptr + (key * v_row + kv * v_head)[:, None] + d[None, :]
-                v = tl.load(place, known[:, None] & (d < D)[None, :], 0.0)
+                place = v_ptr + (begin + start) * v_row + kv * v_head + (key * v_row)[:, None] + d[None, :]
+                v = tl.load(place, known[:, None] & (d < D)[None, :] if D < BLOCK_D else known[:, None], 0.0)
                 product = tl.dot(p.to(v.dtype), v, input_precision="ieee", out_dtype=compute)
                 # Rows that do not see these values have zeros for p, but 0 · NaN is NaN.
                 sums = tl.where(members[:, None], sums * shrink[:, None] + product, sums)
@@ -114,7 +111,10 @@ def decode_attention_kernel(
 
     place = row * H + head
     if SPLITS == 1:
-        o = tl.where((ranges_seen > 0)[:, None], sums / total[:, None], 0.0)
+        seen = row < 0
+        for m in range(M):
+            seen |= tl.load(begins_ptr + row * M + m, valid, 0) < tl.load(ends_ptr + row * M + m, valid, 0)
+        o = tl.where(seen[:, None], sums / total[:, None], 0.0)
         tl.store(o_ptr + place[:, None] * D + d[None, :], o.to(o_ptr.dtype.element_ty), mask)
     else:
         place += split.to(tl.int64) * N * H

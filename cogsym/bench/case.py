@@ -72,64 +72,100 @@ class Pending:
     Attributes:
         name: what is shown meanwhile.
         build: makes it.
-        rounds: at most.
+        rounds: at most, of a pass.
+        passes: how often it is made and measured anew, other cases in between: short cases see the machine in more than
+            one mood.
     """
 
     name: str
     build: Callable[[], Case]
     rounds: int = 15
+    passes: int = 1
 
 
-def measure(case: Case, device: torch.device, rounds: int, deadline: float | None = None) -> dict[str, Any]:
-    """Everything a result file says of a case.
+def measure(
+    case: Case,
+    device: torch.device,
+    rounds: int,
+    deadline: float | None = None,
+    least: int = method.LEAST_ROUNDS,
+) -> dict[str, Any]:
+    """Everything a result file says of a case, from one pass.
 
     Args:
         case: its variants are run.
         device: where.
         rounds: at most.
         deadline: of `time.perf_counter`, after which no round begins.
+        least: rounds that are made even so.
     """
     variants = dict(case.variants)
     if case.floor is not None:
         variants["floor"] = Variant(case.floor)
-    start = time.perf_counter()
     first = method.first_calls(variants, device)
+    skipped = dict(case.skipped)
     if deadline is not None:
         left = max(deadline - time.perf_counter(), 0.0)
         for label, once in first.items():
-            if label not in (OURS, "floor") and 2 * method.LEAST_ROUNDS * once > left:
-                case.skipped[label] = "a call takes too long for the time there is"
+            if label not in (OURS, "floor") and 2 * least * once > left:
+                skipped[label] = "a call takes too long for the time there is"
                 del variants[label]
-    times = method.interleaved(variants, device, rounds=rounds, deadline=deadline)
-    measured: dict[str, Any] = {}
+    times = method.interleaved(variants, device, rounds=rounds, deadline=deadline, least=least)
+    measured: dict[str, dict[str, Any]] = {}
     for label, seconds in times.items():
-        line: dict[str, Any] = {"seconds": statistics.median(seconds), "seconds_of_each_round": seconds}
-        work = case.floor_work if label == "floor" else case.work
-        if case.unit:
-            line["rate"] = work / line["seconds"]
-        if label != "floor":
-            if case.floor is not None:
-                scale = case.floor_work / case.work
-                line["over_floor"] = method.ratio([t * scale for t in seconds], times["floor"])
-            if label != OURS and OURS in times:
-                line["over_cogsym"] = method.ratio(seconds, times[OURS])
-        line |= case.counts.get(label, {})
+        measured[label] = {"seconds_of_each_round": seconds, **case.counts.get(label, {})}
         if device.type == "cuda":
             with variants[label].turn():
-                line["launch_bound"] = method.launch_bound(variants[label].run, device)
-        measured[label] = line
+                measured[label]["launch_bound"] = method.launch_bound(variants[label].run, device)
     floor = measured.pop("floor", None)
-    return {
+    line = {
         "part": case.part,
         "name": case.name,
-        **({"unit": case.unit, "work": case.work, "floor_work": case.floor_work} if case.unit else {}),
+        "unit": case.unit,
+        "work": case.work,
+        "floor_work": case.floor_work,
         "facts": case.facts,
         "variants": measured,
         "floor": floor,
-        "skipped": case.skipped,
+        "rounds_of_each_pass": [len(next(iter(times.values())))] if times else [],
+        "skipped": skipped,
         "different": case.different,
-        "seconds_spent": time.perf_counter() - start,
     }
+    return _with_ratios(line)
+
+
+def joined(passes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The passes of one case as one; a variant that was left out of some is left out."""
+    line = dict(passes[0])
+    line["rounds_of_each_pass"] = [n for p in passes for n in p["rounds_of_each_pass"]]
+    line["skipped"] = {label: reason for p in passes for label, reason in p["skipped"].items()}
+
+    def together(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+        return pieces[0] | {"seconds_of_each_round": [t for p in pieces for t in p["seconds_of_each_round"]]}
+
+    line["variants"] = {
+        label: together([p["variants"][label] for p in passes])
+        for label in line["variants"]
+        if all(label in p["variants"] for p in passes)
+    }
+    line["floor"] = together([p["floor"] for p in passes]) if line["floor"] else None
+    return _with_ratios(line)
+
+
+def _with_ratios(line: dict[str, Any]) -> dict[str, Any]:
+    """Medians, rates and ratios from the seconds of each round."""
+    variants, floor = line["variants"], line["floor"]
+    for label, it in [*variants.items(), *([("floor", floor)] if floor else [])]:
+        rounds = it["seconds_of_each_round"]
+        it["seconds"] = statistics.median(rounds)
+        if line["unit"]:
+            it["rate"] = line["floor_work" if label == "floor" else "work"] / it["seconds"]
+        if floor and label != "floor":
+            scale = line["floor_work"] / line["work"]
+            it["over_floor"] = method.ratio([t * scale for t in rounds], floor["seconds_of_each_round"])
+        if label not in (OURS, "floor") and OURS in variants:
+            it["over_cogsym"] = method.ratio(rounds, variants[OURS]["seconds_of_each_round"])
+    return line
 
 
 def difference(values: Iterable[Tensor], truth: Iterable[Tensor]) -> float:

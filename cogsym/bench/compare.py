@@ -9,7 +9,9 @@ called noise. Counted bytes have no noise: any more of them is a regression.
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from rich.console import Console
@@ -101,7 +103,7 @@ def _changes(name: str, label: str, before: dict[str, Any], after: dict[str, Any
     other = _other(label, before, after)
     if other is not None:
         was, now = (method.ratio(_rounds(case, label), _rounds(case, other)) for case in (before, after))
-        noise = _noise(was, now, len(_rounds(before, label)), len(_rounds(after, label)))
+        noise = _noise([(case, label, other) for case in (before, after)])
         found.append(Change(name, "time", was, now, noise, _verdict(now["median"] / was["median"] - 1, noise)))
     for what in COUNTED:
         a, b = before["variants"][label].get(what), after["variants"][label].get(what)
@@ -124,18 +126,24 @@ def _rounds(case: dict[str, Any], label: str) -> list[float]:
     return times
 
 
-def _noise(was: dict[str, float], now: dict[str, float], rounds_before: int, rounds_after: int) -> float:
+def _noise(sides: list[tuple[dict[str, Any], str, str]]) -> float:
     """What two medians of the same code differ by once in a thousand times, relative, and at least `LEAST`.
 
     A normal distribution's quartiles are 1.349 of its deviations apart, and the median of n values deviates by 1.253 /
-    √n of them. Three such deviations; more where few rounds say little of the spread, nearly as Student's t has it.
+    √n of them; where a case was measured in several passes, by no less than the medians of these tell. Three such
+    deviations; more where few rounds say little of the spread, nearly as Student's t has it.
     """
-    variance = sum(
-        (1.253 / 1.349 * (r["upper"] - r["lower"]) / r["median"]) ** 2 / n
-        for r, n in ((was, rounds_before), (now, rounds_after))
-    )
-    freedom = max(rounds_before + rounds_after - 2, 1)
-    return max(LEAST, 3 * (1 + 6 / freedom) * math.sqrt(variance))
+    variance, rounds = 0.0, 0
+    for case, label, other in sides:
+        ours, theirs = _rounds(case, label), _rounds(case, other)
+        whole = method.ratio(ours, theirs)
+        own = (1.253 / 1.349 * (whole["upper"] - whole["lower"])) ** 2 / len(ours)
+        ends = [0, *accumulate(case["rounds_of_each_pass"])]
+        medians = [method.ratio(ours[i:j], theirs[i:j])["median"] for i, j in pairwise(ends)]
+        between = statistics.variance(medians) / len(medians) if len(medians) > 1 else 0.0
+        variance += max(own, between) / whole["median"] ** 2
+        rounds += len(ours)
+    return max(LEAST, 3 * (1 + 6 / max(rounds - 2, 1)) * math.sqrt(variance))
 
 
 def _verdict(change: float, noise: float) -> str:

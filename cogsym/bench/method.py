@@ -60,6 +60,7 @@ def interleaved(
     rounds: int,
     seconds: float = 0.05,
     deadline: float | None = None,
+    least: int = LEAST_ROUNDS,
 ) -> dict[str, list[float]]:
     """Seconds a call of each variant in each round.
 
@@ -68,11 +69,12 @@ def interleaved(
         device: whose time it is.
         rounds: how many.
         seconds: how long a turn lasts at least.
-        deadline: of `time.perf_counter`; no round begins after it, but `LEAST_ROUNDS` are made.
+        deadline: of `time.perf_counter`; no round begins after it, but `least` are made.
+        least: rounds.
     """
     times: dict[str, list[float]] = {label: [] for label in variants}
     for i in range(rounds):
-        if i >= LEAST_ROUNDS and deadline is not None and time.perf_counter() > deadline:
+        if i >= least and deadline is not None and time.perf_counter() > deadline:
             break
         for label, variant in variants.items():
             with variant.turn():
@@ -87,7 +89,8 @@ def sample(run: Callable[[], object], device: torch.device, seconds: float = 0.0
     if device.type == "cuda":
         return _sample_cuda(run, device, seconds)
     times: list[float] = []
-    while not times or sum(times) < seconds:
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)

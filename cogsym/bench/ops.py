@@ -27,6 +27,7 @@ from cogsym.ops.attention import attention_pairs
 
 PLAIN = "PyTorch"
 LENGTH = 512
+ROUNDS, PASSES = 7, 3
 # The reference of attention holds several times its logits in float32; above so many bytes of them it is left out.
 REFERENCE_LOGITS = 2**30
 
@@ -86,7 +87,7 @@ def pending(setting: Setting) -> list[Pending]:
                 for direction in directions:
                     title = f"{shape.name}, {tokens} tokens, {_name(dtype)}: {name}, {direction}"
                     build = partial(case, title, make, direction, shape, tokens // LENGTH, dtype, setting.device)
-                    found.append(Pending(title, build))
+                    found.append(Pending(title, build, rounds=ROUNDS, passes=PASSES))
     return found
 
 

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from cogsym.bench import install, machine, ops, report, train
-from cogsym.bench.case import Pending, Setting, measure
+from cogsym.bench.case import Pending, Setting, joined, measure
+from cogsym.bench.method import LEAST_ROUNDS
 from cogsym.bench.models import shape_of
 from cogsym.errors import CogsymError
 
@@ -80,19 +81,22 @@ def measured(
     cases: list[Pending], device: torch.device, budget: float | None, begin: Callable[[str], object]
 ) -> list[dict[str, Any]]:
     """Each case in turn, announced to `begin`; of `budget` seconds each has its share of what those before it left."""
-    lines = []
+    lines: list[list[dict[str, Any]]] = [[] for _ in cases]
     deadline = None if budget is None else time.perf_counter() + budget
-    for i, pending in enumerate(cases):
+    turns = [i for turn in range(max(p.passes for p in cases)) for i, p in enumerate(cases) if turn < p.passes]
+    for done, i in enumerate(turns):
+        pending = cases[i]
         begin(pending.name)
         share = None
         if deadline is not None:
             now = time.perf_counter()
-            share = now + (deadline - now) / (len(cases) - i)
-        lines.append(measure(pending.build(), device, pending.rounds, share))
+            share = now + (deadline - now) / (len(turns) - done)
+        least = -(-LEAST_ROUNDS // pending.passes)
+        lines[i].append(measure(pending.build(), device, pending.rounds, share, least))
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return lines
+    return [joined(passes) for passes in lines]
 
 
 class _Progress:
@@ -100,7 +104,7 @@ class _Progress:
 
     def __init__(self, work: dict[str, list[Pending]], budget: float | None) -> None:
         self.console = Console()
-        self._total, self._done = sum(map(len, work.values())), 0
+        self._total, self._done = sum(p.passes for cases in work.values() for p in cases), 0
         self._start, self._budget = time.perf_counter(), budget
 
     def begin(self, name: str) -> None:

@@ -34,7 +34,8 @@ def result(seed: int, slowdown: float = 1.0, noise: float = 0.02, rounds: int = 
         variants = {n: {"seconds_of_each_round": t} for n, t in times.items() if n != "floor"}
         variants["cogsym"]["kept_bytes_a_token"] = 1152.0  # type: ignore[assignment]
         floor = {"seconds_of_each_round": times["floor"]}
-        lines.append({"part": "train", "name": f"case {i}", "variants": variants, "floor": floor})
+        line = {"part": "train", "name": f"case {i}", "variants": variants, "floor": floor}
+        lines.append(line | {"rounds_of_each_pass": [rounds]})
     return {"format": report.FORMAT, "machine": MACHINE, "cases": lines}
 
 
@@ -56,6 +57,22 @@ def test_a_tenth_slower_is_a_regression(seed: int) -> None:
 def test_a_tenth_within_the_spread_is_noise() -> None:
     changes = compare(result(1, noise=0.3), result(2, 1.1, noise=0.3))
     assert sum(c.verdict == "noise" for c in changes if c.what == "time") >= 10
+
+
+def test_passes_that_differ_are_noise() -> None:
+    """A machine that changes its mood between passes: within each the rounds agree."""
+
+    def moody(a: float, b: float, c: float) -> dict[str, Any]:
+        one = result(1, noise=0.001)
+        for line in one["cases"]:
+            times = [0.5 * x for x in (a, b, c) for _ in range(5)]
+            line["variants"]["cogsym"]["seconds_of_each_round"] = times
+            line["floor"]["seconds_of_each_round"] = [0.5] * 15
+            line["rounds_of_each_pass"] = [5, 5, 5]
+        return one
+
+    changes = compare(moody(1.0, 1.1, 0.9), moody(1.0, 1.2, 1.15))
+    assert {c.verdict for c in changes if c.what == "time"} == {"noise"}
 
 
 def test_a_faster_one_is_an_improvement() -> None:

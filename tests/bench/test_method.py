@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from cogsym.bench import floor, method
-from cogsym.bench.case import Case, Variant, difference, measure
+from cogsym.bench.case import Case, Variant, difference, joined, measure
 from cogsym.bench.models import SHAPES, build, shape_of
 from cogsym.errors import CogsymError
 from cogsym.models import read_block
@@ -105,6 +106,22 @@ def test_a_variant_that_takes_too_long_is_left_out_and_said_so() -> None:
     line = measure(case, CPU, rounds=3, deadline=0.0)
     assert line["variants"].keys() == {"cogsym"}
     assert "too long" in line["skipped"]["slow"]
+
+
+def test_passes_are_joined() -> None:
+    def one(times: dict[str, list[float]], **extra: Any) -> dict[str, Any]:
+        variants = {name: {"seconds_of_each_round": t} for name, t in times.items()}
+        floor = {"seconds_of_each_round": [1.0] * len(times["cogsym"])}
+        line = {"part": "ops", "name": "a", "unit": "B", "work": 10.0, "floor_work": 5.0, "variants": variants}
+        return line | {"floor": floor, "rounds_of_each_pass": [len(times["cogsym"])], "skipped": {}} | extra
+
+    first = one({"cogsym": [2.0, 2.0], "other": [4.0, 4.0], "third": [1.0, 1.0]})
+    line = joined([first, one({"cogsym": [3.0], "other": [3.0]}, skipped={"third": "slow"})])
+    assert line["rounds_of_each_pass"] == [2, 1] and line["skipped"] == {"third": "slow"}
+    assert line["variants"].keys() == {"cogsym", "other"}
+    ours, other = line["variants"]["cogsym"], line["variants"]["other"]
+    assert (ours["seconds"], ours["rate"], line["floor"]["rate"]) == (2.0, 5.0, 5.0)
+    assert (other["over_cogsym"]["median"], ours["over_floor"]["median"]) == (2.0, 1.0)
 
 
 def test_difference_is_relative() -> None:

@@ -33,7 +33,8 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("COLUMNS", "300")
     # Time enough for everybody, and one round.
     monkeypatch.setattr(run, "QUICK_SECONDS", dict.fromkeys(run.PARTS, 600.0))
-    monkeypatch.setattr(run, "measure", lambda case, device, rounds, share: measure(case, device, 1, share))
+    monkeypatch.setattr(run, "measure", lambda case, device, *_: measure(case, device, 1))
+    monkeypatch.setattr(ops, "PASSES", 1)
 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["cogsym", "bench", *map(str, args)])
@@ -231,7 +232,8 @@ def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monk
     spec.loader.exec_module(script)
     monkeypatch.setattr(script, "SECONDS", {"ops": 0.0, "train": 0.0})
     monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:3])
-    monkeypatch.setattr(run, "measure", lambda case, device, rounds, share: measure(case, device, 1, share))
+    monkeypatch.setattr(run, "measure", lambda case, device, *_: measure(case, device, 1))
+    monkeypatch.setattr(ops, "PASSES", 1)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path / "gpu.json")])
     with pytest.raises(SystemExit) as end:
         script.main()
