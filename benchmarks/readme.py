@@ -128,19 +128,11 @@ def suite(part: str) -> str:
 ALTERNATIVES = ("transformers, frozen", "checkpointing", "torch.compile", "full fine-tuning")
 TABLES: dict[str, Callable[[], str]] = {
     "swahili": swahili,
-<<<<<<< HEAD
-    "streamed": streamed,
-    "speed": speed,
-    "frozen": frozen,
-    "longest": longest,
-    **{part: partial(suite, part) for part in ("ops", "train", "install")},
-=======
     "speed": speed,
     "frozen": frozen,
     "longest": longest,
     **{part: partial(suite, part) for part in ("ops", "train", "install")},
     "streamed": streamed,
->>>>>>> main
 }
 
 

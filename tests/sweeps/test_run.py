@@ -276,10 +276,12 @@ def test_killed_at_20_random_moments(sweep: Callable[..., Any], tasks: Any, tmp_
     finished, kills, parts = 0, 0, []
     while kills < 20:
         out = tmp_path / f"killed-{finished}"
-        if in_child(partial(whole, out), chance.uniform(0.05, 0.9) * seconds) == 0:
+        status = in_child(partial(whole, out), chance.uniform(0.05, 0.9) * seconds)
+        if status == 0:
             assert_same_rows(out, undisturbed)
             finished += 1
         else:
+            assert status == -signal.SIGKILL
             kills += 1
             parts.append(len(list(out.rglob("part-*"))))
     print("parts at each kill:", parts)
