@@ -33,6 +33,7 @@ KERNEL_SOURCES = (
     "attention_backward.cpp",
     "decode_attention.cpp",
     "linear_cross_entropy.cpp",
+    "token_scores.cpp",
 )
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -99,6 +99,47 @@ def frozen() -> str:
     return table(["shape, rows x tokens", "cogsym", "over the floor", *(f"{k} /" for k in ALTERNATIVES)], rows)
 
 
+def sweep() -> str:
+    """Scoring many configurations beside a plain loop."""
+    rows = []
+    for case in load("sweep")["cases"]:
+        s, counts = case["seconds"], case["counts"]
+        rows.append(
+            [
+                f"{case['configurations'].replace(',', ' + ')}, {case['task']}, {case['dtype']}",
+                f"{counts['configurations']}",
+                f"{counts['kept_layers'] / counts['layer_forwards']:.1f}",
+                f"{1000 * s['cogsym'] / case['documents']:,.0f} ms",
+                f"{1000 * s['loop'] / case['documents']:,.0f} ms",
+                f"{case['loop_over_cogsym']['median']:.1f}x",
+                f"{case['cogsym_over_floor']['median']:.2f}",
+            ]
+        )
+    head = [
+        "configurations, task, dtype", "distinct", "layers shared", "cogsym, a document", "loop, a document", "faster",
+        "over the floor",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def generation() -> str:
+    """Writing under many configurations beside a plain loop."""
+    rows = []
+    for case in load("generate")["cases"]:
+        s, written = case["seconds"], case["distinct_configurations"] * case["prompts"] * case["new_tokens"]
+        rows.append(
+            [
+                f"{case['prompts']} prompts, {case['dtype']}".replace("1 prompts", "1 prompt"),
+                f"{written / s['cogsym']:,.0f}",
+                f"{written / s['loop']:,.0f}",
+                f"{case['loop_over_cogsym']['median']:.1f}x",
+                f"{case['cogsym_over_floor']['median']:.2f}",
+            ]
+        )
+    head = ["60 configurations", "cogsym, tokens a second", "loop, tokens a second", "faster", "over the floor"]
+    return table(head, rows)
+
+
 def longest() -> str:
     """Tokens and models that fit, by method; computed from counted bytes."""
     r = load("longest")
@@ -130,6 +171,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "swahili": swahili,
     "speed": speed,
     "frozen": frozen,
+    "sweep": sweep,
+    "generation": generation,
     "longest": longest,
     **{part: partial(suite, part) for part in ("ops", "train", "install")},
     "streamed": streamed,

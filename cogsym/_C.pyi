@@ -162,6 +162,20 @@ def online_softmax(
     dtype: int,
     num_threads: int,
 ) -> None: ...
+def token_scores(
+    hidden: int,
+    hidden_stride: int,
+    weight: int,
+    weight_stride: int,
+    targets: int,
+    maximum: int,
+    total: int,
+    target_logit: int,
+    argmax: int,
+    shape: tuple[int, int, int],
+    scale: float,
+    num_threads: int,
+) -> bool: ...
 def add_rescaled(total: int, product: int, rescale: int, rows: int, D: int, dtype: int, num_threads: int) -> None: ...
 def logits_gradient(
     logits: int,

@@ -138,6 +138,19 @@ struct OnlineSoftmax {
     int num_threads;
 };
 
+// All columns of the logits of bfloat16 tokens; statistics as above, the target's logit and the largest's place besides.
+struct TokenScores {
+    const void* hidden;      // [N, D]
+    const void* weight;      // [V, D]
+    const int64_t* targets;  // [N]
+    float *maximum, *total, *target_logit;  // [N]
+    int64_t* argmax;                        // [N]
+    int64_t N, V, D, hidden_stride, weight_stride;
+    double scale;
+    void* scratch;  // as for attention
+    int num_threads;
+};
+
 struct AddRescaled {
     DType dtype;
     void* total;          // [rows, D] contiguous, of the compute type: total * rescale + product
@@ -171,6 +184,7 @@ struct LogitsGradient {
     int64_t attention_backward(const AttentionBackward&);           \
     int64_t decode_attention(const DecodeAttention&);               \
     void online_softmax(const OnlineSoftmax&);                      \
+    int64_t token_scores(const TokenScores&);                       \
     void add_rescaled(const AddRescaled&);                          \
     void logits_gradient(const LogitsGradient&);                    \
     }

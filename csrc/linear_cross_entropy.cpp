@@ -1,7 +1,9 @@
 // Linear cross-entropy: contract and formulas in cogsym/ops/linear_cross_entropy.py. The products are the library's;
 // this is what happens to a block of logits between them, while it lies in cache.
 
-#include "scalar.h"
+#include <type_traits>
+
+#include "vector.h"
 
 namespace cogsym {
 namespace COGSYM_ISA {
@@ -49,14 +51,57 @@ void with_logit(double scale, double soft_cap, F f) {
     f(Capped<C>{C(scale), C(soft_cap)});
 }
 
+// f(i, x), i = 0 or 1, for the vectors of a row in pairs; how many elements were in them.
+template <class F>
+inline int64_t for_vectors(const float* z, int64_t n, F f) {
+    constexpr int64_t step = 2 * lanes<float>;
+    int64_t i = 0;
+    for (; i + step <= n; i += step) {
+        f(0, load<floats>(z + i));
+        f(1, load<floats>(z + i + lanes<float>));
+    }
+    return i;
+}
+template <class F>
+inline int64_t for_vectors(const bfloat16* z, int64_t n, F f) {
+    constexpr int64_t step = 2 * lanes<float>;
+    int64_t i = 0;
+    for (; i + step <= n; i += step) {
+        const auto pairs = load<vector_t<uint32_t>>(z + i);
+        f(0, (floats)(pairs << 16));
+        f(1, (floats)(pairs & 0xffff0000u));
+    }
+    return i;
+}
+
+template <class T>
+constexpr bool in_vectors = std::is_same<T, float>::value || std::is_same<T, bfloat16>::value;
+
 template <class T, class C = compute_t<T>>
-C largest(const T* z, int64_t n) {
+C largest_of(const T* z, int64_t n) {
     C result = -C(__builtin_inf());
+    int64_t begin = 0;
+    if constexpr (in_vectors<T>) {
+        floats top[2] = {floats{} + result, floats{} + result};
+        begin = for_vectors(z, n, [&](int i, floats x) { top[i] = x > top[i] ? x : top[i]; });
+        result = largest<C>(top[0] > top[1] ? top[0] : top[1], result);
+    }
 #pragma omp simd reduction(max : result)
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = begin; i < n; ++i) {
         const C x = widen(z[i]);
         result = x > result ? x : result;
     }
+    return result;
+}
+
+// The sum of e^(scale z - shift), where each is wanted for nothing else: scoring, and the loss without a gradient.
+template <class T>
+float sum_of_exponentials(const T* z, int64_t n, float shift, float scale) {
+    floats sums[2] = {};
+    const int64_t begin = for_vectors(
+        z, n, [&](int i, floats x) { sums[i] += exponential2((x * scale - shift) * 1.44269504f); });
+    float result = sum_of<float>(sums[0] + sums[1]);
+    for (int64_t i = begin; i < n; ++i) result += exponential(scale * widen(z[i]) - shift);
     return result;
 }
 
@@ -85,7 +130,7 @@ void forward(const OnlineSoftmax& a, Value value) {
         C& maximum = static_cast<C*>(a.maximum)[row];
         C& total = static_cast<C*>(a.total)[row];
 
-        const C block_maximum = largest(z, a.width);
+        const C block_maximum = largest_of(z, a.width);
         C rescale = 1;
         if (block_maximum > maximum) {  // seldom, once a few blocks are seen: a scan for the place costs nothing
             rescale = exponential(value(maximum).value - value(block_maximum).value);
@@ -105,6 +150,11 @@ void forward(const OnlineSoftmax& a, Value value) {
         // Where all are -inf so far, any finite shift makes the exponentials 0.
         C shift = value(maximum).value;
         if (shift == -C(__builtin_inf())) shift = 0;
+        if constexpr (in_vectors<T> && std::is_same<Value, Linear<C>>::value)
+            if (!a.exponentials && !a.logit_sum) {
+                total = total * rescale + sum_of_exponentials(z, a.width, shift, value.scale);
+                return;
+            }
         C sum = 0, logit_sum = 0;
         C exponentials[tile];
         for (int64_t begin = 0; begin < a.width; begin += tile) {

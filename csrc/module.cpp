@@ -37,6 +37,7 @@ struct Variant {
     decltype(&baseline::attention_backward) attention_backward;
     decltype(&baseline::decode_attention) decode_attention;
     decltype(&baseline::online_softmax) online_softmax;
+    decltype(&baseline::token_scores) token_scores;
     decltype(&baseline::add_rescaled) add_rescaled;
     decltype(&baseline::logits_gradient) logits_gradient;
 };
@@ -53,6 +54,7 @@ struct Variant {
      isa::attention_backward,                    \
      isa::decode_attention,                      \
      isa::online_softmax,                        \
+     isa::token_scores,                          \
      isa::add_rescaled,                          \
      isa::logits_gradient},
 const Variant variants[] = {COGSYM_VARIANTS(COGSYM_ENTRY)};  // from the slowest to the fastest
@@ -268,6 +270,23 @@ void online_softmax(Address logits, Address targets, Address maximum, Address to
     active->online_softmax(a);
 }
 
+bool token_scores(Address hidden, int64_t hidden_stride, Address weight, int64_t weight_stride, Address targets,
+                  Address maximum, Address total, Address target_logit, Address argmax,
+                  const std::tuple<int64_t, int64_t, int64_t>& shape, double scale, int num_threads) {
+    TokenScores a{};
+    a.hidden = pointer(hidden), a.hidden_stride = hidden_stride;
+    a.weight = pointer(weight), a.weight_stride = weight_stride;
+    a.targets = static_cast<const int64_t*>(pointer(targets));
+    a.maximum = static_cast<float*>(pointer(maximum)), a.total = static_cast<float*>(pointer(total));
+    a.target_logit = static_cast<float*>(pointer(target_logit));
+    a.argmax = static_cast<int64_t*>(pointer(argmax));
+    std::tie(a.N, a.V, a.D) = shape;
+    a.scale = scale, a.num_threads = num_threads;
+    if (active->token_scores(a) < 0) return false;
+    run_with_scratch(active->token_scores, a);
+    return true;
+}
+
 void add_rescaled(Address total, Address product, Address rescale, int64_t rows, int64_t D, int dtype,
                   int num_threads) {
     AddRescaled a{};
@@ -338,6 +357,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           arg("target_logit"), arg("rescale"), arg("logit_sum"), arg("argmax"), arg("rows"), arg("width"),
           arg("first"), arg("scale"), arg("soft_cap"), arg("exponentials"), arg("dtype"), arg("num_threads"),
           "One block of columns into the running statistics, and its exponentials in its place.");
+    m.def("token_scores", &token_scores, no_gil, arg("hidden"), arg("hidden_stride"), arg("weight"),
+          arg("weight_stride"), arg("targets"), arg("maximum"), arg("total"), arg("target_logit"), arg("argmax"),
+          arg("shape"), arg("scale"), arg("num_threads"),
+          "All columns at once, in bfloat16; shape is (N, V, D). False where this processor has no instruction for it.");
     m.def("add_rescaled", &add_rescaled, no_gil, arg("total"), arg("product"), arg("rescale"), arg("rows"), arg("D"),
           arg("dtype"), arg("num_threads"), "total = total * rescale + product.");
     m.def("logits_gradient", &logits_gradient, no_gil, arg("logits"), arg("targets"), arg("logsumexp"), arg("dloss"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def _forwards(layers: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
 
 
 def _recorder(layer: Any, embedded: list[Tensor], calls: list[dict[str, Any]]) -> Any:
-    signature = inspect.signature(type(layer).forward)
+    signature = _signature(type(layer).forward)
 
     def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         bound = signature.bind(layer, hidden_states, *args, **kwargs).arguments
@@ -79,3 +80,8 @@ def _recorder(layer: Any, embedded: list[Tensor], calls: list[dict[str, Any]]) -
         return hidden_states
 
     return record
+
+
+@functools.cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)

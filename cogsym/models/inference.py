@@ -31,7 +31,13 @@ def add_attention(block: Block, x: Tensor, cos: Tensor, sin: Tensor, attend: Att
         attend: attention.
     """
     q, k, v = _outputs(block.qkv, _normed(block.attention_norm, x), _ALL)
-    o = attend(*block.heads(q, k, v, cos, sin))
+    if block.rotated and block.q_norm is block.k_norm is None and _beside(q, k):
+        both = q.as_strided((*q.shape[:-1], q.shape[-1] + k.shape[-1]), q.stride(), q.storage_offset())
+        heads = q.shape[-1] // block.attention.head_dim
+        q, k = block.rotate(both, None, cos, sin).tensor_split([heads], dim=-2)
+        o = attend(q, k, v.unflatten(-1, (-1, block.attention.head_dim)))
+    else:
+        o = attend(*block.heads(q, k, v, cos, sin))
     _add(block, x, block.output, o.flatten(-2), block.attention_output_norm)
 
 
@@ -72,6 +78,13 @@ def _outputs(projections: Projections, x: Tensor, chosen: slice) -> tuple[Tensor
     if not projections.plain():
         return projections(x)[chosen]
     return projections.product(x, x.dtype, chosen).split(projections.sizes[chosen], dim=-1)
+
+
+def _beside(q: Tensor, k: Tensor) -> bool:
+    """Whether k lies behind q in one product, so that both can be rotated at once."""
+    return q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() and (
+        k.storage_offset() == q.storage_offset() + q.shape[-1] and k.stride() == q.stride()
+    )
 
 
 def _add(block: Block, x: Tensor, projections: Projections, y: Tensor, norm: Norm | None) -> None:

@@ -8,13 +8,16 @@ call, so that moving or sharding the model merely makes the products several aga
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# Up to so many rows oneDNN's own layout of the weights pays: the time is that of reading them.
+_PACKED_ROWS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,7 @@ class Projections:
     owner: Any
     names: tuple[str, ...]
     sizes: tuple[int, ...]
+    _packed: list[Tensor] = field(default_factory=list, init=False, repr=False)  # none, or all weights as one
 
     @property
     def modules(self) -> list[Any]:
@@ -55,6 +59,13 @@ class Projections:
         """
         weights, biases = self._parameters()
         x = x.to(dtype)
+        if (
+            self._packed
+            and outputs in (slice(None), slice(0, len(self.sizes)))
+            and x.numel() <= _PACKED_ROWS * x.shape[-1]
+        ):
+            bias = None if biases is None else torch.cat(biases).to(dtype)
+            return packed_linear(x, self._packed[0], bias)
         weight = _joined(weights)
         if weight is not None:
             ends = [0, *accumulate(self.sizes)]
@@ -93,6 +104,18 @@ class Projections:
             for weight in weights:
                 weight.data = weight.data.clone()
 
+    def pack(self) -> None:
+        """Keep a second copy of the weights in the layout that products of few rows are fastest in, where there is
+        one; for weights that do not change until `unpack`. They must be plain and joined."""
+        weights, _ = self._parameters()
+        weight = _joined(weights)
+        if not self._packed and weight is not None and (packed := pack_linear(weight)) is not None:
+            self._packed.append(packed)
+
+    def unpack(self) -> None:
+        """Drop the copy that `pack` made."""
+        self._packed.clear()
+
     def _rows(self) -> list[int]:
         return [module.weight.shape[0] for module in self.modules]
 
@@ -100,6 +123,22 @@ class Projections:
         modules = self.modules
         biases = None if modules[0].bias is None else [module.bias for module in modules]
         return [module.weight for module in modules], biases
+
+
+def pack_linear(weight: Tensor) -> Tensor | None:
+    """A weight, [out, in], in oneDNN's own layout, for `packed_linear`; None where it has none for it."""
+    known = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    bfloat16 = weight.dtype == torch.bfloat16 and known and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not bfloat16 and not (known and weight.dtype == torch.float32):
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32)
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `torch.nn.functional.linear` with the weight that was packed, bit for bit."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
 
 
 def _joined(weights: list[Tensor]) -> Tensor | None:

@@ -11,16 +11,13 @@ environment variable ``COGSYM_CPU_ISA`` names a slower one, to compare them or t
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cogsym import _C
 from cogsym.errors import CogsymError
-
-if TYPE_CHECKING:
-    from cogsym.ops.logit_blocks import OnlineState
+from cogsym.ops.logit_blocks import OnlineState
 
 _DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(_C.DTYPES)}
 _ACTIVATION_CODES = {name: code for code, name in enumerate(_C.ACTIVATIONS)}
@@ -237,6 +234,21 @@ def online_softmax(
         logits.shape[0], logits.shape[1], first, scale, soft_cap, exponentials,
         _DTYPE_CODES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
+
+
+def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> OnlineState | None:
+    """The statistics of every row, [N, D], over all columns in one pass; None where this processor has none for it."""
+    if hidden.dtype != torch.bfloat16 or not len(hidden):
+        return None
+    hidden, weight, targets = _contiguous_rows(hidden), _contiguous_rows(weight), targets.contiguous()
+    maximum, total, target_logit = hidden.new_empty(3, len(hidden), dtype=torch.float32)
+    argmax = targets.new_zeros(len(targets))
+    done = _C.token_scores(
+        hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), targets.data_ptr(),
+        maximum.data_ptr(), total.data_ptr(), target_logit.data_ptr(), argmax.data_ptr(),
+        (len(hidden), *weight.shape), scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return OnlineState(maximum, total, target_logit, None, argmax) if done else None
 
 
 def add_rescaled(total: Tensor, product: Tensor, rescale: Tensor) -> None:

@@ -39,7 +39,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from cogsym.ops.logit_blocks import backward_pass, capped, compute_dtype, forward_pass
+from cogsym.ops.logit_blocks import (
+    backward_pass,
+    capped,
+    compute_dtype,
+    forward_pass,
+    statistics_at_once,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -292,9 +298,11 @@ def _token_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(target_logit, logsumexp, argmax)."""
     rows = _counted(hidden, targets, ignore_index, len(weight))
-    state, _ = forward_pass(
-        rows.hidden, rows.targets, weight, soft_cap, scale, logit_sum=False, argmax=True, dhidden=False
-    )
+    state = statistics_at_once(rows.hidden, rows.targets, weight, soft_cap, scale)
+    if state is None:
+        state, _ = forward_pass(
+            rows.hidden, rows.targets, weight, soft_cap, scale, logit_sum=False, argmax=True, dhidden=False
+        )
     assert state.argmax is not None
     return (
         rows.spread(state.target_logit, 0, targets.shape),

@@ -52,6 +52,36 @@ class _Division(NamedTuple):
     rows: np.ndarray
 
 
+class _Keys(NamedTuple):
+    """Which keys the cells of an attention unit see.
+
+    Attributes:
+        history: of each cell, int64 [cells].
+        chains: as in `Layout`, of the prompt and last of what was written, int64 [cells, M + 1, 3].
+        positions: of the token after the prompt, int64 [cells].
+        own: the first place of what is written, int64 [cells].
+    """
+
+    history: Tensor
+    chains: Tensor
+    positions: Tensor
+    own: Tensor
+
+
+class _Plan(NamedTuple):
+    """What a unit does in a step, the same for as long as no row leaves and no history divides.
+
+    Attributes:
+        unit: the unit.
+        division: of the states before it.
+        keys: what its cells see; None for an MLP.
+    """
+
+    unit: Unit
+    division: _Division
+    keys: _Keys | None
+
+
 @dataclass
 class _Store:
     """Keys and values of one layer: first the prompts', for each node; then regions of `max_new` tokens.
@@ -126,6 +156,8 @@ class _Decoder:
         self._tokens = len(self._batch.layout.tokens)
         self._stores: dict[int, _Store] = {}
         self._steps = self._node_tables()
+        self._plans: list[list[_Plan]] = []  # by layer; empty where they must be made anew
+        engine.layers.pack()
 
     def run(self) -> list[list[Generated]]:
         hidden = self._prefill()
@@ -226,7 +258,11 @@ class _Decoder:
         self._chance = [stream for stream, stay in zip(self._chance, stays, strict=True) if stay]
         old, chosen = self._history[stays], chosen[stays]
         pairs, self._history = np.unique(np.stack([old, chosen]), axis=1, return_inverse=True)
+        same = bool(stays.all()) and len(pairs.T) == len(self._written)
         self._written = [[*self._written[h], int(token)] for h, token in pairs.T]
+        if same:  # each history has gone on, and keeps its number
+            return
+        self._plans = []
         for store in self._stores.values():
             store.regions = store.regions[stays]
             rows = np.flatnonzero(store.regions >= 0)
@@ -256,24 +292,19 @@ class _Decoder:
         )
         states = x.new_empty(len(self._history), x.shape[-1])
         states[self._index(first)] = x[:, 0]
-        by_layer: dict[int, list[tuple[Unit, np.ndarray, np.ndarray]]] = {}
-        for unit, node_of, before in self._steps:
-            by_layer.setdefault(unit.layer, []).append((unit, node_of, before))
-        needed = [(layer, {unit.weights for unit, _, _ in units}) for layer, units in by_layer.items()]
-        walk = self._engine.layers.walk(needed)
-        for (layer, units), loaded in zip(by_layer.items(), walk, strict=True):
-            for unit, node_of, before in units:
-                division = self._division(node_of, before)
-                if not len(division.rows):
-                    continue
+        self._plans = self._plans or self._new_plans()
+        needed = [(plans[0].unit.layer, {plan.unit.weights for plan in plans}) for plans in self._plans]
+        for plans, loaded in zip(self._plans, self._engine.layers.walk(needed), strict=True):
+            for unit, division, keys in plans:
                 block = loaded[unit.weights].block
                 assert block is not None
-                states[division.rest_to] = states[division.rest_at]
+                if len(division.rest_at):
+                    states[division.rest_to] = states[division.rest_at]
                 cells = states[division.at]
-                if unit.part == "mlp":
+                if keys is None:
                     add_mlp(block, cells)
                 else:
-                    self._attend(block, cells, division.rows, node_of, calls[layer]["position_embeddings"], step, layer)
+                    self._attend(block, cells, keys, calls[unit.layer]["position_embeddings"], step, unit.layer)
                 states[division.to] = cells
                 self._engine.on_forwards(0.5 * len(cells))
         last = np.asarray(self._trie.last)[self._configuration]
@@ -282,6 +313,27 @@ class _Decoder:
 
     def _index(self, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(indices).to(self._device)
+
+    def _new_plans(self) -> list[list[_Plan]]:
+        plans: dict[int, list[_Plan]] = {}
+        for unit, node_of, before in self._steps:
+            division = self._division(node_of, before)
+            if len(division.rows):
+                keys = self._keys(division.rows, node_of, unit.layer) if unit.part == "attention" else None
+                plans.setdefault(unit.layer, []).append(_Plan(unit, division, keys))
+        return list(plans.values())
+
+    def _keys(self, rows: np.ndarray, node_of: np.ndarray, layer: int) -> _Keys:
+        store = self._stores[layer]
+        places = self._batch.places[self._request[rows]]
+        nodes = torch.tensor([store.order[int(n)] for n in node_of[self._configuration[rows]]])
+        chains = self._batch.layout.chains_at(places)
+        chains[..., :2] += (nodes * self._tokens)[:, None, None]
+        own = len(store.order) * self._tokens + torch.from_numpy(store.regions[rows]) * self._max_new
+        positions = self._batch.layout.positions[places] + 1
+        written = torch.stack([own, own, positions], dim=-1)
+        chains = torch.cat([chains, written[:, None]], dim=1)
+        return _Keys(self._index(self._history[rows]), chains, positions, own)
 
     def _division(self, node_of: np.ndarray, before: np.ndarray) -> _Division:
         """What a unit does to the states that rows share."""
@@ -306,26 +358,18 @@ class _Decoder:
         self,
         block: Block,
         cells: Tensor,
-        rows: np.ndarray,
-        node_of: np.ndarray,
+        keys: _Keys,
         position_embeddings: tuple[Tensor, Tensor],
         step: int,
         layer: int,
     ) -> None:
         """Add attention's contribution to cells, [cells, D], each at its own place and over its own keys."""
         store = self._stores[layer]
-        history = self._index(self._history[rows])
-        cos, sin = (t[history, 0, : t.shape[-1] // 2][None] for t in position_embeddings)
-        request = self._request[rows]
-        places = self._batch.places[request]
-        positions = self._batch.layout.positions[places] + 1 + step
-        nodes = torch.tensor([store.order[int(n)] for n in node_of[self._configuration[rows]]])
-        chains = self._batch.layout.chains_at(places)
-        chains[..., :2] += (nodes * self._tokens)[:, None, None]
-        own = len(store.order) * self._tokens + torch.from_numpy(store.regions[rows]) * self._max_new
-        written = torch.stack([own, own + step + 1, self._batch.layout.positions[places] + 1], dim=-1)
-        begins, ends = windowed(torch.cat([chains, written[:, None]], dim=1), positions, block.sliding_window)
-        here = (own + step).to(self._device)
+        cos, sin = (t[keys.history, 0, : t.shape[-1] // 2][None] for t in position_embeddings)
+        here = keys.own + step
+        keys.chains[:, -1, 1] = here + 1
+        begins, ends = windowed(keys.chains, keys.positions + step, block.sliding_window)
+        here = here.to(self._device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             store.k[here], store.v[here] = k[0], v[0]

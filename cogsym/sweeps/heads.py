@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cogsym import ops
-from cogsym.models import find_head
+from cogsym.models import UnknownLayerError, find_head, read_block
+from cogsym.models.block import Norm
 from cogsym.models.calls import own_logits
 from cogsym.ops.linear_cross_entropy import TokenScores
 
@@ -25,6 +26,7 @@ class SweepHead:
         known = find_head(model)
         plain = type(model.get_output_embeddings()) is nn.Linear and model.get_output_embeddings().bias is None
         self._known = known if plain else None
+        self._norm: Any = _final_norm(model.get_decoder()) if self._known else None
 
     def scores(self, hidden: Tensor, targets: Tensor) -> TokenScores:
         """Of each target: its logit, the logsumexp, and the most likely token instead; float32, [states, P] each.
@@ -35,7 +37,7 @@ class SweepHead:
         """
         targets = targets.expand(hidden.shape[:-1])
         if self._known:
-            normed = self._model.get_decoder().norm(hidden)
+            normed = self._norm(hidden)
             weight = self._model.get_output_embeddings().weight
             return ops.token_scores(normed, weight, targets, soft_cap=self._known.soft_cap, scale=self._known.scale)
         pieces = zip(hidden.flatten(0, -2).split(_ROWS), targets.flatten().split(_ROWS), strict=True)
@@ -46,7 +48,7 @@ class SweepHead:
         """All of them, float32, [..., V]."""
         if self._known is None:
             return own_logits(self._model, hidden).float()
-        normed = self._model.get_decoder().norm(hidden)
+        normed = self._norm(hidden)
         logits = self._model.get_output_embeddings()(normed).float() * self._known.scale
         cap = self._known.soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -54,3 +56,14 @@ class SweepHead:
     def _own(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.logits(hidden)
         return logits.gather(-1, targets[:, None])[:, 0], logits.logsumexp(-1), logits.argmax(-1)
+
+
+def _final_norm(decoder: Any) -> Any:
+    """The norm before the head: ours where it is the module that the decoder's known layers have."""
+    try:
+        like = read_block(decoder.layers[0]).norms()[0]
+    except UnknownLayerError:
+        return decoder.norm
+    same = type(decoder.norm) is type(like.module) and "forward" not in vars(decoder.norm)
+    hooked = decoder.norm._forward_hooks or decoder.norm._forward_pre_hooks
+    return Norm(decoder, "norm", like.offset) if same and not hooked else decoder.norm

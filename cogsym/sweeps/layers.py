@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import psutil
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
@@ -53,6 +54,9 @@ class Layers(Protocol):
     def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
         """Layers in the order they are needed, each there until the next is asked for."""
 
+    def pack(self) -> None:
+        """Products of few rows are about to come."""
+
     def revisions(self) -> dict[Weights, str]:
         """SHA-256 of the weights, as a key of results: the same in memory and streamed."""
 
@@ -89,6 +93,14 @@ class ResidentLayers:
         for layer, _ in needed:
             yield {weights: layers[layer] for weights, layers in self._layers.items()}
 
+    def pack(self) -> None:
+        """See `Layers`. A second copy of the weights is made where there is plenty of room for it."""
+        plain = self._plain()
+        needed = sum(m.weight.nbytes for projections in plain for m in projections.modules)
+        if self.device.type == "cpu" and 4 * needed < psutil.virtual_memory().available:
+            for projections in plain:
+                projections.pack()
+
     def revisions(self) -> dict[Weights, str]:
         """See `Layers`."""
         named = {which: dict(model.named_parameters()) for which, model in self._models.items()}
@@ -97,6 +109,7 @@ class ResidentLayers:
     def close(self) -> None:
         """Give the weights storage of their own again, and modules that were in training mode that mode."""
         for projections in self._plain():
+            projections.unpack()
             projections.part()
         for module in self._training:
             module.training = True
@@ -144,6 +157,9 @@ class StreamedLayers:
         self._load_rest()
         for layer in self._layers:
             _block(layer, self.reasons)
+
+    def pack(self) -> None:
+        """See `Layers`. Each layer is there too shortly for it."""
 
     def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
         """See `Layers`. The next layer is read while one computes."""
