@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import sentences
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sweeps.plain import greedy_tokens, log_probabilities, plain_model
+from texts import sentences
 from tiny_models import tiny_model
 
 import cogsym
