@@ -62,6 +62,8 @@ def chance(scores: dict[str, float]) -> str:
 
 def streamed() -> str:
     """A sweep with its layers read from disk one at a time, and with all of them in memory."""
+    if not (RESULTS / "streamed.json").exists():
+        return "(To be measured: `python benchmarks/streamed.py`.)"
     r = load("streamed")
     rows = [
         [name, f"{r[key]['peak_bytes'] / 1e9:.2f} GB", f"{r[key]['seconds']:.1f}", f"{r[key]['seconds_in_all']:.1f}"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 from pathlib import Path
 
@@ -13,38 +12,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from texts import sentences
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import cogsym
 
-_WORDS = (
-    "habari",
-    "ya",
-    "leo",
-    "mtoto",
-    "anasoma",
-    "kitabu",
-    "shuleni",
-    "mama",
-    "anapika",
-    "chakula",
-    "kizuri",
-    "sana",
-)
-
 
 def pytest_report_header() -> str:
     from cogsym.ops import backend
 
     return f"cogsym: {Path(cogsym.__file__).parent}, C++ extension: {backend.unavailable('cpp') or 'built'}"
-
-
-def sentences(number: int, seed: int = 0) -> list[str]:
-    """Made-up sentences of two to eight words."""
-    chance = random.Random(seed)
-    return [" ".join(chance.choices(_WORDS, k=chance.randint(2, 8))) + "." for _ in range(number)]
 
 
 @pytest.fixture(scope="session")

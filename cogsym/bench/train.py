@@ -24,20 +24,21 @@ from cogsym.bench.method import Variant
 from cogsym.bench.models import build, shape_of
 from cogsym.models import read_block
 
+JOBS = ("outer layers", "LoRA on the outer layers")
 LORA_RANK = 16
 LENGTH = 512
 QUICK_LAYERS = 8  # of a model in a quick run
 
 
 def pending(setting: Setting) -> list[Pending]:
-    """Both jobs, for each model."""
+    """Both jobs for each model; the first in a quick run."""
     found = []
     for model in setting.models:
         shape = shape_of(model)
         layers = shape.layers if setting.full else min(QUICK_LAYERS, shape.layers)
         rows = 4 if setting.full else 2
         part = "" if layers == shape.layers else f"{layers} of {shape.layers} layers, "
-        for job in ("outer layers", "LoRA on the outer layers"):
+        for job in JOBS if setting.full else JOBS[:1]:
             title = f"{shape.name}, {part}{rows} x {LENGTH} tokens: {job}"
             found.append(Pending(title, partial(case, title, model, layers, rows, job, setting)))
     return found
@@ -45,7 +46,7 @@ def pending(setting: Setting) -> list[Pending]:
 
 def case(title: str, model: str, layers: int, rows: int, kind: str, setting: Setting) -> Case:
     """One job with all its competitors, verified."""
-    job = make_job(model, layers, rows, kind != "outer layers", setting.device)
+    job = make_job(model, layers, rows, kind != JOBS[0], setting.device)
     trained = [p for p in job.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-6, fused=True)
     products = _floor(job, rows * LENGTH)

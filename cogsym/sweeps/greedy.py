@@ -1,6 +1,9 @@
 """A greedy search for layers that can go: each round tries every layer that is left, and the one missed least goes.
 
-After the first layer's round a layer is tried again in each, for how much it is missed depends on what has gone.
+How much a layer is missed depends on what has gone, so each is tried anew in every round. The candidates of a round
+share their states as configurations always do: of R layers left they take (R - 1)(R + 2) / 2 forwards, R - 1 on a path
+that all of them share. Nothing is kept for the next round: of its shared path only the part before the layer that went
+would be the same, less than 2 / (R + 2) of its forwards, for R states of every document.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import sentences
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sweeps.plain import greedy_tokens, log_probabilities, plain_model
+from texts import sentences
 from tiny_models import tiny_model
 
 import cogsym
@@ -276,10 +276,12 @@ def test_killed_at_20_random_moments(sweep: Callable[..., Any], tasks: Any, tmp_
     finished, kills, parts = 0, 0, []
     while kills < 20:
         out = tmp_path / f"killed-{finished}"
-        if in_child(partial(whole, out), chance.uniform(0.05, 0.9) * seconds) == 0:
+        status = in_child(partial(whole, out), chance.uniform(0.05, 0.9) * seconds)
+        if status == 0:
             assert_same_rows(out, undisturbed)
             finished += 1
         else:
+            assert status == -signal.SIGKILL
             kills += 1
             parts.append(len(list(out.rglob("part-*"))))
     print("parts at each kill:", parts)
@@ -421,7 +423,7 @@ def test_greedy_removes_what_is_missed_least(
     told = sweep("greedy", [task], settings=SweepSettings(remove=3))
     said = sweep.said  # type: ignore[attr-defined]
     assert "10 configurations in 3 rounds" in said
-    # The whole model and those without one layer, 4 + 3 + 2 + 1; without two, 2 + 1 and 1 to where the paths part ...
+    # The whole model and those without one layer: 4 + 3 + 2 + 1. Then, of R left, (R - 1)(R + 2) / 2.
     assert sum(forwards) == planned(said) == 10 + 5 + 2
     gone: list[int] = []
     for _ in range(3):
