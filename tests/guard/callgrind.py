@@ -63,7 +63,7 @@ def kernels(extension: Any, m: Memory, dtype: int, rows: int) -> dict[str, Any]:
     cos, lse = m.wave(T * d // 2, FLOAT32), m.room(4 * H * T)
     logits, logits2, product = m.wave(rows * V, dtype), m.wave(rows * V, dtype), m.wave(rows * D, dtype)
     targets, sums = m.room(8 * rows), [m.room(4 * rows) for _ in range(6)]
-    total, words, places = m.room(4 * rows * D), m.wave(V * D, dtype), m.room(8 * rows)
+    total = m.room(4 * rows * D)
     heads, groups = (T * H * d, H * d, d), (T * KV * d, KV * d, d)
     attention = (q, heads, k, groups, v, groups, 0, (1, T, H, KV, d), d**-0.5, 0, 0.0, dtype, 1)
     begins, ends = m.integers([0, T // 2] * 8), m.integers([T // 3, T] * 8)
@@ -85,10 +85,6 @@ def kernels(extension: Any, m: Memory, dtype: int, rows: int) -> dict[str, Any]:
         "decode_attention": lambda: extension.decode_attention(*decode),
         "online_softmax": lambda: extension.online_softmax(
             logits, targets, *sums[:4], 0, 0, rows, V, 0, 1.0, 0.0, True, dtype, 1
-        ),
-        # Nothing without AMX, which valgrind does not have.
-        "token_scores": lambda: extension.token_scores(
-            x, D, words, D, targets, *sums[:3], places, (rows, V, D), 1.0, 1
         ),
         "add_rescaled": lambda: extension.add_rescaled(total, product, sums[3], rows, D, dtype, 1),
         "logits_gradient": lambda: extension.logits_gradient(
