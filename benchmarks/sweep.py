@@ -46,12 +46,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CASES = {
     ("bfloat16", "grid", "xcopa-sw"): 8,
     ("bfloat16", "grid", "ntrex-sw"): 4,
-    ("bfloat16", "input,output", "xcopa-sw"): 32,
-    ("bfloat16", "input,output", "ntrex-sw"): 16,
+    ("bfloat16", "input,output", "xcopa-sw"): 12,
+    ("bfloat16", "input,output", "ntrex-sw"): 8,
     ("float32", "grid", "xcopa-sw"): 2,
     ("float32", "grid", "ntrex-sw"): 1,
-    ("float32", "input,output", "xcopa-sw"): 8,
-    ("float32", "input,output", "ntrex-sw"): 4,
+    ("float32", "input,output", "xcopa-sw"): 4,
+    ("float32", "input,output", "ntrex-sw"): 2,
 }
 SAMPLE, ROUNDS, FLOOR_ROWS, FLOOR_COLUMNS = 6, 3, 2048, 2048
 CURVE = (1, 4, 16, 64, 128, 256, 466)
