@@ -11,7 +11,7 @@ loop. The floor is the matrix products of the rows that our engine computed (a s
 alone. Before any timing the texts of the sample are compared. Variants take turns, A B A B.
 
 Results: `benchmarks/results/generate.json`. A case that is there from the same machine and versions is not measured
-again; --cases ends after so many new ones.
+again; --cases ends after so many new ones. One during which other work took the processors is not kept.
 """
 
 from __future__ import annotations
@@ -147,6 +147,7 @@ def measure(bench: Bench, dtype: str, prompts: int) -> dict[str, Any]:
     # A model without layers has no cache, for which model.generate has no way: the line tells its time.
     trie, sample = Trie(every), loop.spaced([c for c in every if c.k < len(c.actions)], SAMPLE)
     settings, tried = bench.best()
+    watch = loop.Watch()
     print(settings, flush=True)
     ours = bench.ours(trie)  # warms up, too
     pairs = [pair for c in sample for pair in zip(ours[every.index(c)], bench.theirs(c, settings), strict=True)]
@@ -168,6 +169,7 @@ def measure(bench: Bench, dtype: str, prompts: int) -> dict[str, Any]:
         "prompt_tokens": sum(len(prompt.tokens) for prompt in bench.prompts),
         "new_tokens": NEW_TOKENS,
         "share_of_equal_texts": equal,
+        "share_of_processors_used_by_others": watch.others(),
         "loop": {
             "settings": asdict(settings),
             "seconds_of_settings_tried": [[asdict(s), t] for s, t in tried.items()],
@@ -208,9 +210,12 @@ def main() -> None:
     done = {(c["dtype"], c["prompts"]) for c in result["cases"]}
     for dtype, prompts in [case for case in CASES if case not in done][: args.cases]:
         case = measure(Bench(args.model, args.data, dtype, prompts), dtype, prompts)
-        result["cases"].append(case)
         summary = {k: case[k] for k in ("dtype", "prompts", "share_of_equal_texts", "seconds", "loop_over_cogsym")}
         print(json.dumps(summary | {"over_floor": case["cogsym_over_floor"]}), flush=True)
+        if (others := case["share_of_processors_used_by_others"]) > loop.MOST_OTHERS:
+            print(f"Not kept: other work took {others:.0%} of the processors.", flush=True)
+            continue
+        result["cases"].append(case)
         RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,6 +26,7 @@ from cogsym.sweeps.tasks import load_task
 
 SEPARATOR = "<|endoftext|>"
 CONTEXT = 2048
+MOST_OTHERS = 0.05  # of the processors that other work may take where a case is to count
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,23 @@ def timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+class Watch:
+    """How much of the processors other work takes: short products suffer more from it than large ones."""
+
+    def __init__(self) -> None:
+        self._before = self._times()
+
+    def others(self) -> float:
+        """Their share since this was made, of all processors."""
+        wall, busy, own = (now - before for now, before in zip(self._times(), self._before, strict=True))
+        return max(0.0, busy - own) / (wall * psutil.cpu_count())
+
+    @staticmethod
+    def _times() -> tuple[float, float, float]:
+        every, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        return time.perf_counter(), every.user + every.system + every.nice, own.user + own.system
 
 
 def turns(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

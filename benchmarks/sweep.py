@@ -12,7 +12,7 @@ where nothing attends any more, and the head's at scored positions; each timed o
 and scaled. Before any timing the log-likelihoods of the sample are compared. Variants take turns, A B A B.
 
 Results: `benchmarks/results/sweep.json` and `sweep.png`. A case that is there from the same machine and versions is
-not measured again; --cases ends after so many new ones.
+not measured again; --cases ends after so many new ones. One during which other work took the processors is not kept.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def measure(bench: Bench, dtype: str, what: str, task: str) -> dict[str, Any]:
     every = loop.chosen(what, len(bench.model.model.layers))
     trie, sample = Trie(every), loop.spaced(every, SAMPLE)
     settings, tried = bench.best()
+    watch = loop.Watch()
     print(settings, flush=True)
     ours, off = bench.ours(every), 0.0  # warms up, too
     for configuration in sample:
@@ -179,6 +180,7 @@ def measure(bench: Bench, dtype: str, what: str, task: str) -> dict[str, Any]:
         "scored_tokens": sum(len(r.tokens) - r.first for r in bench.requests),
         "counts": asdict(trie.counts()) | {"layer_forwards": trie.counts().layer_forwards},
         "largest_difference_nats_a_token": off,
+        "share_of_processors_used_by_others": watch.others(),
         "loop": {
             "settings": asdict(settings),
             "seconds_of_settings_tried": [[asdict(s), t] for s, t in tried.items()],
@@ -272,16 +274,19 @@ def main() -> None:
     for (dtype, what, task), documents in CASES.items():
         if (dtype, what, task) not in done and left:
             case = measure(Bench(args.model, args.data, dtype, task, documents), dtype, what, task)
-            result["cases"].append(case)
             summary = {k: case[k] for k in ("dtype", "configurations", "task", "seconds", "loop_over_cogsym")}
             print(json.dumps(summary | {"over_floor": case["cogsym_over_floor"]}), flush=True)
-            path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
             left -= 1
+            if (others := case["share_of_processors_used_by_others"]) > loop.MOST_OTHERS:
+                print(f"Not kept: other work took {others:.0%} of the processors.", flush=True)
+                continue
+            result["cases"].append(case)
+            path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     if result["curve"] is None and left:
         dtype, _, task = CURVE_CASE
         result["curve"] = measure_curve(Bench(args.model, args.data, dtype, task, CASES[CURVE_CASE]))
         path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    if result["curve"]:
+    if result["curve"] and len(result["cases"]) == len(CASES):
         plot(json.loads(path.read_text("utf-8")), RESULTS / "sweep.png")
 
 

@@ -100,4 +100,5 @@ def test_every_kernel_of_the_extension_is_counted() -> None:
     counted = {name.split(",")[0] for name in measures.expected("instructions") or {}}
     if not counted:
         pytest.skip(f"no counts are committed for {measures.compiler()}")
-    assert functions - {"cpu_features", "isa", "isas", "set_isa", "rms_norm_cuda"} == counted
+    needs_amx = {"token_scores"}  # which valgrind does not have
+    assert functions - {"cpu_features", "isa", "isas", "set_isa", "rms_norm_cuda"} - needs_amx == counted
