@@ -101,6 +101,8 @@ def frozen() -> str:
 
 def sweep() -> str:
     """Scoring many configurations beside a plain loop."""
+    if not (RESULTS / "sweep.json").exists():
+        return "(To be measured: `python benchmarks/sweep.py`.)"
     rows = []
     for case in load("sweep")["cases"]:
         s, counts = case["seconds"], case["counts"]
@@ -119,11 +121,14 @@ def sweep() -> str:
         "configurations, task, dtype", "distinct", "layers shared", "cogsym, a document", "loop, a document", "faster",
         "over the floor",
     ]  # fmt: skip
-    return table(head, rows)
+    picture = "\n\n![Cost against the number of configurations](benchmarks/results/sweep.png)"
+    return table(head, rows) + (picture if (RESULTS / "sweep.png").exists() else "")
 
 
 def generation() -> str:
     """Writing under many configurations beside a plain loop."""
+    if not (RESULTS / "generate.json").exists():
+        return "(To be measured: `python benchmarks/generate.py`.)"
     rows = []
     for case in load("generate")["cases"]:
         s, written = case["seconds"], case["distinct_configurations"] * case["prompts"] * case["new_tokens"]
