@@ -142,11 +142,13 @@ class _Decoder:
         self._stops, self._sampling = stops, sampling
         self._device = engine.layers.device
         configurations = len(trie.configurations)
-        self._configuration = np.repeat(np.arange(configurations), len(requests))
-        self._request = np.tile(np.arange(len(requests)), configurations)
+        # Rows that share a prompt's keys are neighbours, for attention reads these once for neighbours.
+        self._order = np.array(sorted(range(configurations), key=trie.path))
+        self._configuration = np.tile(self._order, len(requests))
+        self._request = np.repeat(np.arange(len(requests)), configurations)
         self._answers: list[list[Any]] = [[None] * len(requests) for _ in range(configurations)]
         self._chance = [
-            sampling.stream(trie.configurations[c].code, requests[r]) if sampling.temperature else None
+            sampling.stream(trie.configurations[int(c)].code, requests[int(r)]) if sampling.temperature else None
             for c, r in zip(self._configuration, self._request, strict=True)
         ]
         self._written: list[list[int]] = [[] for _ in requests]  # of each history
@@ -207,7 +209,7 @@ class _Decoder:
                     hidden[c] = state
 
         self._engine.run(self._trie, self._batch, on_ends, on_keys)
-        return torch.cat(hidden)
+        return torch.stack([hidden[c] for c in self._order], dim=1).flatten(0, 1)
 
     def _new_store(self, layer: int, tables: dict[Unit, np.ndarray], like: Tensor) -> _Store:
         both: tuple[Weights, ...] = ("model", "base")
