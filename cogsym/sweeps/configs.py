@@ -12,16 +12,14 @@ its name in results:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from cogsym.errors import CogsymError
+from cogsym.sweeps import written
 
 Action = Literal["keep", "skip", "skip_attention", "skip_mlp", "revert"]
 Direction = Literal["none", "input", "output", "all", "both", "single", "block", "other"]
@@ -182,10 +180,7 @@ def configurations(what: str | Path | Iterable[Any], num_layers: int, action: Ac
     """
     if isinstance(what, (str, Path)):
         path = Path(what).expanduser()
-        if path.suffix in (".json", ".yaml", ".yml"):
-            what = _read(path)
-        else:
-            what = [word.strip() for word in str(what).split(",")]
+        what = _read(path) if path.suffix in written.SUFFIXES else [word.strip() for word in str(what).split(",")]
     chosen: list[Configuration] = []
     for entry in what:
         if isinstance(entry, Configuration):
@@ -223,16 +218,10 @@ def _check_action(action: Any) -> None:
 
 
 def _read(path: Path) -> list[Any]:
-    try:
-        text = path.read_text("utf-8")
-        read = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise CogsymError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise CogsymError(f"{path} is not {path.suffix[1:]}: {str(error).splitlines()[0]}.") from error
-    if not isinstance(read, list):
-        raise CogsymError(f"{path} holds a {type(read).__name__}, expected a list of configurations.")
-    return read
+    entries = written.read(path)
+    if not isinstance(entries, list):
+        raise CogsymError(f"{path} holds a {type(entries).__name__}, expected a list of configurations.")
+    return entries
 
 
 def _listed(layers: Any) -> list[Any]:

@@ -41,7 +41,6 @@ Data in files that correspond line by line, as FLORES and NTREX come: `data: {en
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -53,6 +52,7 @@ import yaml
 from cogsym.data import Source, read_records
 from cogsym.data.sources import Record
 from cogsym.errors import CogsymError
+from cogsym.sweeps import written
 
 GENERATION_METRICS = ("chrf++", "bleu", "language", "empty", "repeated", "cut")
 
@@ -85,7 +85,6 @@ _KINDS = {
 _SIDES = ("perception", "production")
 _WAYS = ("without_full_stop", "lower_first")
 OPTION = "option"  # stands in a template for each of the options
-_SUFFIXES = (".yaml", ".yml", ".json")
 _BUILTIN = {path.stem: path for path in sorted((Path(__file__).parent / "builtin").glob("*.yaml"))}
 
 
@@ -165,10 +164,10 @@ def _named(text: str) -> tuple[_Given, Path]:
     task, *changes = re.split(r",(?=\w+=)", text)
     word, data = (task, "") if Path(task).exists() else task.partition(":")[::2]
     path = _BUILTIN.get(word, Path(word).expanduser())
-    if path.suffix not in _SUFFIXES:
+    if path.suffix not in written.SUFFIXES:
         raise CogsymError(
             f"The task {word!r} is unknown, expected one of {', '.join(_BUILTIN)}, or a file that ends in "
-            f"{', '.join(_SUFFIXES)}."
+            f"{', '.join(written.SUFFIXES)}."
         )
     given = _read(path)
     for change in changes:
@@ -182,16 +181,12 @@ def _named(text: str) -> tuple[_Given, Path]:
 
 
 def _read(path: Path) -> _Given:
-    try:
-        text = path.read_text("utf-8")
-        read = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise CogsymError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise CogsymError(f"{path} is not {path.suffix[1:]}: {' '.join(str(error).split())}.") from error
-    if not isinstance(read, dict):
-        raise CogsymError(f"{path} holds a {type(read).__name__}, expected the settings of a task, such as kind: text.")
-    return read
+    given = written.read(path)
+    if not isinstance(given, dict):
+        raise CogsymError(
+            f"{path} holds a {type(given).__name__}, expected the settings of a task, such as kind: text."
+        )
+    return given
 
 
 def _typed(name: str, value: str) -> Any:
