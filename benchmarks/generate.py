@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import loop
 import torch
 from loop import Settings
 
-from cogsym.bench import machine, method
+from cogsym.bench import machine
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.sweeps.choose import Stops
 from cogsym.sweeps.configs import Configuration
@@ -159,8 +158,6 @@ def measure(bench: Bench, dtype: str, prompts: int) -> dict[str, Any]:
     seconds = loop.turns(variants, ROUNDS)
     floor = bench.floor(trie)
     floors = [floor() for _ in range(ROUNDS)]
-    of_sample = [[seconds[c.code][i] for c in sample] for i in range(ROUNDS)]
-    loops = [loop.extrapolated(sample, times, every) for times in of_sample]
     return {
         "dtype": dtype,
         "prompts": prompts,
@@ -169,26 +166,7 @@ def measure(bench: Bench, dtype: str, prompts: int) -> dict[str, Any]:
         "prompt_tokens": sum(len(prompt.tokens) for prompt in bench.prompts),
         "new_tokens": NEW_TOKENS,
         "share_of_equal_texts": equal,
-        "share_of_processors_used_by_others": watch.others(),
-        "loop": {
-            "settings": asdict(settings),
-            "seconds_of_settings_tried": [[asdict(s), t] for s, t in tried.items()],
-            "configurations_timed": len(sample),
-            "largest_change_by_leaving_one_out": max(change for _, change in loops),
-        },
-        "seconds": {
-            "cogsym": statistics.median(seconds["cogsym"]),
-            "loop": statistics.median(total for total, _ in loops),
-            "floor": statistics.median(floors),
-        },
-        "seconds_of_each_round": {
-            "cogsym": seconds["cogsym"],
-            "loop": [total for total, _ in loops],
-            "loop_sample": of_sample,
-            "floor": floors,
-        },
-        "loop_over_cogsym": method.ratio([total for total, _ in loops], seconds["cogsym"]),
-        "cogsym_over_floor": method.ratio(seconds["cogsym"], floors),
+        **loop.outcome(settings, tried, sample, every, seconds, floors, watch),
     }
 
 

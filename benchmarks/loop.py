@@ -6,10 +6,11 @@ it. The loop gets its best settings: `fastest` tries them.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,31 @@ def extrapolated(sample: Sequence[Configuration], seconds: Sequence[float], ever
     total = line(everything)
     without = [line([j for j in everything if j != i]) for i in everything]
     return total, max(abs(other / total - 1) for other in without)
+
+
+def outcome(
+    settings: Settings,
+    tried: dict[Settings, float],
+    sample: Sequence[Configuration],
+    every: Sequence[Configuration],
+    seconds: dict[str, list[float]],
+    floors: list[float],
+    watch: Watch,
+) -> dict[str, Any]:
+    """What a case's result says of times: ours, the loop's from its sample, and the floor's, by round."""
+    of_sample = [[seconds[c.code][i] for c in sample] for i in range(len(floors))]
+    loops = [extrapolated(sample, times, every) for times in of_sample]
+    rounds = {"cogsym": seconds["cogsym"], "loop": [total for total, _ in loops], "floor": floors}
+    return {
+        "share_of_processors_used_by_others": watch.others(),
+        "loop": {
+            "settings": asdict(settings),
+            "seconds_of_settings_tried": [[asdict(s), t] for s, t in tried.items()],
+            "configurations_timed": len(sample),
+            "largest_change_by_leaving_one_out": max(change for _, change in loops),
+        },
+        "seconds": {name: statistics.median(times) for name, times in rounds.items()},
+        "seconds_of_each_round": {**rounds, "loop_sample": of_sample},
+        "loop_over_cogsym": method.ratio(rounds["loop"], rounds["cogsym"]),
+        "cogsym_over_floor": method.ratio(rounds["cogsym"], floors),
+    }

@@ -29,7 +29,7 @@ import loop
 import torch
 from loop import Settings
 
-from cogsym.bench import machine, method
+from cogsym.bench import machine
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.sweeps.batch import Batch
 from cogsym.sweeps.configs import Configuration
@@ -168,8 +168,6 @@ def measure(bench: Bench, dtype: str, what: str, task: str) -> dict[str, Any]:
         for label, times in loop.turns(variants, 1).items():
             seconds[label] += times
         floors.append(statistics.median(floor() for _ in range(5)))
-    of_sample = [[seconds[c.code][i] for c in sample] for i in range(len(floors))]
-    loops = [loop.extrapolated(sample, times, every) for times in of_sample]
     return {
         "dtype": dtype,
         "configurations": what,
@@ -180,26 +178,7 @@ def measure(bench: Bench, dtype: str, what: str, task: str) -> dict[str, Any]:
         "scored_tokens": sum(len(r.tokens) - r.first for r in bench.requests),
         "counts": asdict(trie.counts()) | {"layer_forwards": trie.counts().layer_forwards},
         "largest_difference_nats_a_token": off,
-        "share_of_processors_used_by_others": watch.others(),
-        "loop": {
-            "settings": asdict(settings),
-            "seconds_of_settings_tried": [[asdict(s), t] for s, t in tried.items()],
-            "configurations_timed": len(sample),
-            "largest_change_by_leaving_one_out": max(change for _, change in loops),
-        },
-        "seconds": {
-            "cogsym": statistics.median(seconds["cogsym"]),
-            "loop": statistics.median(total for total, _ in loops),
-            "floor": statistics.median(floors),
-        },
-        "seconds_of_each_round": {
-            "cogsym": seconds["cogsym"],
-            "loop": [total for total, _ in loops],
-            "loop_sample": of_sample,
-            "floor": floors,
-        },
-        "loop_over_cogsym": method.ratio([total for total, _ in loops], seconds["cogsym"]),
-        "cogsym_over_floor": method.ratio(seconds["cogsym"], floors),
+        **loop.outcome(settings, tried, sample, every, seconds, floors, watch),
     }
 
 
