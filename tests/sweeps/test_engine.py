@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from cogsym.sweeps.score import score
 from cogsym.sweeps.trie import Trie
 
 L = 4
+# Made once for the hundreds of sets that are tried.
+LLAMAS = cache(lambda seed: tiny_model("llama", seed=seed))
+PLAIN = cache(plain_model)
 
 
 def requests(seed: int) -> list[Score]:
@@ -48,9 +52,9 @@ def chosen(seed: int, number: int = 14) -> list[Configuration]:
     return distinct([Configuration(("keep",) * L), Configuration(("skip",) * L), *some])[0]
 
 
-def check(got, model, configurations, asked, base, tolerance):
+def check(got, model, configurations, asked, base, tolerance, plain_one=plain_model):
     for configuration, answers in zip(configurations, got, strict=True):
-        plain = plain_model(model, configuration, base)
+        plain = plain_one(model, configuration, base)
         for request, answer in zip(asked, answers, strict=True):
             told = all_log_probabilities(plain, request.tokens)[request.first - 1 :]
             targets = torch.tensor(request.tokens[request.first :])
@@ -84,10 +88,10 @@ def test_scores_are_exact_in_float64(variant):
     st.integers(0, 2**32),
 )
 def test_any_set_of_configurations(actions, seed):
-    model, base = tiny_model("llama"), tiny_model("llama", seed=1)
+    model, base = (LLAMAS(seed) for seed in (0, 1))
     configurations, asked = [Configuration(each) for each in actions], requests(seed)[1:4]
     with torch.no_grad():
-        check(swept(model, configurations, asked, base), model, configurations, asked, base, 2e-6)
+        check(swept(model, configurations, asked, base), model, configurations, asked, base, 2e-6, PLAIN)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gemma2", "phi3"])
