@@ -62,8 +62,6 @@ def chance(scores: dict[str, float]) -> str:
 
 def streamed() -> str:
     """A sweep with its layers read from disk one at a time, and with all of them in memory."""
-    if not (RESULTS / "streamed.json").exists():
-        return "(To be measured: `python benchmarks/streamed.py`.)"
     r = load("streamed")
     rows = [
         [name, f"{r[key]['peak_bytes'] / 1e9:.2f} GB", f"{r[key]['seconds']:.1f}", f"{r[key]['seconds_in_all']:.1f}"]
@@ -101,8 +99,6 @@ def frozen() -> str:
 
 def sweep() -> str:
     """Scoring many configurations beside a plain loop."""
-    if not (RESULTS / "sweep.json").exists():
-        return "(To be measured: `python benchmarks/sweep.py`.)"
     rows = []
     for case in load("sweep")["cases"]:
         s, counts = case["seconds"], case["counts"]
@@ -127,8 +123,6 @@ def sweep() -> str:
 
 def generation() -> str:
     """Writing under many configurations beside a plain loop."""
-    if not (RESULTS / "generate.json").exists():
-        return "(To be measured: `python benchmarks/generate.py`.)"
     rows = []
     for case in load("generate")["cases"]:
         s, written = case["seconds"], case["distinct_configurations"] * case["prompts"] * case["new_tokens"]

@@ -208,8 +208,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     from cogsym import plotting
 
-    curve = result["curve"]
-    case = next(c for c in result["cases"] if [c["dtype"], c["configurations"], c["task"]] == list(curve["case"]))
+    # Without the first, which is the model without layers: no forward has no logarithm.
+    curve = {name: values[1:] for name, values in result["curve"].items() if name not in ("case", "documents")}
+    case = next(c for c in result["cases"] if (c["dtype"], c["configurations"], c["task"]) == CURVE_CASE)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     xs, whole = curve["configurations"], case["counts"]
     times = case["seconds_of_each_round"]["loop_sample"]
@@ -218,7 +219,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.plot(xs, [rest * n for n in xs], "--", color=plotting.VERMILION, label="loop over transformers models")
     left.set(
         ylabel="seconds",
-        title=f"{len(times)} rounds, {curve['documents']} questions of {case['task']}, {case['dtype']}",
+        title=f"{len(times)} rounds, {case['documents']} questions of {case['task']}, {case['dtype']}",
     )
     right.plot(xs, curve["layer_forwards"], "o-", color=plotting.BLUE, label="layers computed, shared")
     right.plot(xs, curve["kept_layers"], "--", color=plotting.VERMILION, label="layers computed by the loop")
@@ -237,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "data"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--cases", type=int, default=len(CASES) + 1, help="end after so many new ones")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="end after so many new ones")
     args = parser.parse_args()
     path = RESULTS / "sweep.json"
     here: dict[str, Any] = {
@@ -249,6 +250,10 @@ def main() -> None:
     known = before if all(before.get(key) == value for key, value in here.items()) else {}
     result = here | {"cases": known.get("cases", []), "curve": known.get("curve")}
     done = {(c["dtype"], c["configurations"], c["task"]) for c in result["cases"]}
+    if result["curve"] is None:
+        dtype, _, task = CURVE_CASE
+        result["curve"] = measure_curve(Bench(args.model, args.data, dtype, task, CASES[CURVE_CASE]))
+        path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     left = args.cases
     for (dtype, what, task), documents in CASES.items():
         if (dtype, what, task) not in done and left:
@@ -261,11 +266,7 @@ def main() -> None:
                 continue
             result["cases"].append(case)
             path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    if result["curve"] is None and left:
-        dtype, _, task = CURVE_CASE
-        result["curve"] = measure_curve(Bench(args.model, args.data, dtype, task, CASES[CURVE_CASE]))
-        path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    if result["curve"] and len(result["cases"]) == len(CASES):
+    if any((c["dtype"], c["configurations"], c["task"]) == CURVE_CASE for c in result["cases"]):
         plot(json.loads(path.read_text("utf-8")), RESULTS / "sweep.png")
 
 
