@@ -135,6 +135,9 @@ class _Run:
                 self._on_keys(unit, nodes, k, v)
             if only_scored:
                 return attend_ranges(block, q, k, v, *self._layout.ranges_at(self._places, block.sliding_window))
+            if not _on_tiles(q):
+                everywhere = torch.arange(q.shape[1])
+                return attend_ranges(block, q, k, v, *self._layout.ranges_at(everywhere, block.sliding_window))
             roots = self._starts.shape[1]
             o, _ = ops.attention(
                 q[:, :roots],
@@ -160,6 +163,12 @@ class _Run:
             slots = torch.tensor([end.slot for end in ends], device=buffer.device)
             hidden = buffer[slots] if step.narrow else buffer[slots[:, None], self._scored]
             self._on_ends([end.configurations for end in ends], hidden)
+
+
+def _on_tiles(q: Tensor) -> bool:
+    """Whether attention of packed sequences has a kernel on tiles here; elsewhere it would make all logits, and each
+    row reads its own range instead."""
+    return q.device.type == "cpu"
 
 
 def attend_ranges(block: Block, q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sweeps.plain import all_log_probabilities, log_probabilities, plain_model
 from tiny_models import VARIANTS, VOCABULARY, exact_float64, tiny_model
 
+from cogsym.sweeps import engine
 from cogsym.sweeps.configs import ACTIONS, Configuration, distinct, grid
 from cogsym.sweeps.engine import Engine
 from cogsym.sweeps.heads import SweepHead
@@ -123,6 +124,15 @@ def test_no_buffer_is_read_before_it_is_written(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     assert swept(model, configurations, asked, model) == expected
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "gemma2"])
+def test_attention_row_by_row_is_the_same(monkeypatch, variant):
+    """The way of a device that has no kernel on tiles for packed sequences."""
+    model, asked, configurations = tiny_model(variant), requests(4), chosen(6)
+    monkeypatch.setattr(engine, "_on_tiles", lambda q: False)
+    with torch.no_grad():
+        check(swept(model, configurations, asked, model), model, configurations, asked, model, 2e-6)
 
 
 def test_every_state_is_computed_once():
