@@ -47,7 +47,9 @@ def test_the_commands_of_the_readme_are_understood(command: str) -> None:
     from cogsym.cli import app
 
     name, *arguments = shlex.split(command.replace("\\\n", " "))[1:]
-    typer.main.get_command(app).commands[name].make_context(name, arguments)  # raises where an option is unknown
+    # Raises where an option is unknown.
+    context = typer.main.get_command(app).commands[name].make_context(name, arguments)
+    assert context.command.name == name
 
 
 def test_the_python_examples_run(

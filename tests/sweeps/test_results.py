@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from children import in_child
 
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.records import differences, write_whole
@@ -74,18 +74,6 @@ def sweep(
                 for document in (f"d{d}" for d in range(start, start + piece)):
                     rows += rows_of(task, document, [c for c in chosen if (c.code, document) not in done])
                 results.append(rows)
-
-
-def in_child(work: Callable[[], None], kill_after: float | None = None) -> int | None:
-    """Run in a forked process, which has everything imported; its exit status, negative for a signal."""
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    if kill_after is not None:
-        time.sleep(kill_after)
-        assert child.pid
-        os.kill(child.pid, signal.SIGKILL)
-    child.join(60)
-    return child.exitcode
 
 
 @pytest.fixture(scope="module")

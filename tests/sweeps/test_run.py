@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
-import os
 import random
 import signal
 import time
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from children import in_child
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -243,21 +242,6 @@ def test_adapters_are_merged_and_reverted(
     np.testing.assert_allclose(by_row(tmp_path / "one")["value"], rows.loc[["...."]], rtol=1e-5, atol=1e-5)
 
 
-# -- kills ------------------------------------------------------------------------------------------------------------
-
-
-def in_child(work: Callable[[], Any], kill_after: float | None = None) -> int | None:
-    """Run in a forked process, which has everything imported; its exit status, negative for a signal."""
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    if kill_after is not None:
-        time.sleep(kill_after)
-        assert child.pid
-        os.kill(child.pid, signal.SIGKILL)
-    child.join(60)
-    return child.exitcode
-
-
 def test_killed_at_20_random_moments(sweep: Callable[..., Any], tasks: Any, tmp_path: Path) -> None:
     """The whole sweep with SIGKILL, resumed, killed again; finished, the rows are those of an undisturbed run."""
     seed = random.randrange(10**6)
@@ -289,9 +273,6 @@ def test_killed_at_20_random_moments(sweep: Callable[..., Any], tasks: Any, tmp_
     out = tmp_path / f"killed-{finished}"
     whole(out)
     assert_same_rows(out, undisturbed)
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -407,9 +388,6 @@ def load_tokenizer_of(layers: Any) -> Any:
     return load_tokenizer(layers.model.config.name_or_path)
 
 
-# -- greedy -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("number", "better"), [(0, min), (1, max)])
 def test_greedy_removes_what_is_missed_least(
     sweep: Callable[..., Any], tasks: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -469,9 +447,6 @@ def test_greedy_goes_on_where_it_was_killed(
         sweep("greedy", tasks, settings=settings, out=tmp_path / str(number), resume=True)
         assert [line for line in sweep.said.splitlines() if "goes" in line] == want  # type: ignore[attr-defined]
         assert_same_rows(tmp_path / str(number), tmp_path / "whole")
-
-
-# -- what it cannot take ----------------------------------------------------------------------------------------------
 
 
 def test_a_model_and_a_tokenizer_that_disagree(sweep: Callable[..., Any], tasks: Any, model_folder: Path) -> None:
