@@ -1,15 +1,13 @@
-"""A whole sweep against plain transformers models, resumed, killed, short of memory, and given what it cannot take."""
+"""A whole sweep against plain transformers models, resumed, killed, and given what it cannot take."""
 
 from __future__ import annotations
 
 import copy
-import json
 import random
 import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,114 +16,14 @@ import pytest
 import torch
 from children import in_child
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from safetensors.torch import load_file, save_file
-from sweeps.plain import greedy_tokens, log_probabilities, plain_model
-from texts import sentences
+from sweeps.runs import SMALL, L, asked, assert_same_rows, by_row, plain_rows
 from tiny_models import tiny_model
 
 import cogsym
-from cogsym import CogsymError, Configuration, RunStopped, SweepSettings
+from cogsym import CogsymError, Configuration, SweepSettings
 from cogsym.models.loading import load_model, load_tokenizer
-from cogsym.sweeps import run as module
-from cogsym.sweeps.choose import Stops
 from cogsym.sweeps.configs import configurations, distinct
-from cogsym.sweeps.engine import Engine
-from cogsym.sweeps.requests import Score, Scored
-from cogsym.sweeps.results import frame
-from cogsym.sweeps.tasks import load_task
-
-L, CONTEXT = 4, 64
-SMALL = SweepSettings(memory_budget=1)  # a document a piece
-
-
-@pytest.fixture
-def tasks(tmp_path: Path) -> list[dict[str, Any]]:
-    """One of each kind, on a few made-up documents."""
-    chance, lines = random.Random(0), sentences(60, seed=3)
-    rows = [
-        {"sw": a, "en": " ".join(b.split()[:3]), "wrong": c, "label": chance.randrange(2)}
-        for a, b, c in zip(lines[:20], lines[20:40], lines[40:], strict=True)
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    text = {"name": "text", "kind": "text", "data": f"{file}#sw", "language": "sw", "limit": 7}
-    choice = {
-        "name": "choice", "kind": "choice", "data": str(file), "template": "{en} {option}",
-        "options": ["{sw}", "{wrong}"], "label": "label", "limit": 6,
-    }  # fmt: skip
-    translation = {
-        "name": "translation", "kind": "translation", "side": "production", "data": str(file), "language": "sw",
-        "template": "{en} = {sw}", "max_new_tokens": 6, "limit": 5, "stops": ["a"],
-    }  # fmt: skip
-    return [text, choice, translation]
-
-
-@pytest.fixture
-def sweep(model_folder: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`cogsym.sweep` of the tiny model into tmp_path/out; what it says is kept at `.said`."""
-
-    def run(configs: Any, tasks: Any, model: Any = model_folder, out: Path = tmp_path / "out", **more: Any) -> Any:
-        console = Console(file=StringIO(), width=80)
-        try:
-            return cogsym.sweep(model, configs, tasks, out, console=console, **more)
-        finally:
-            run.said = console.file.getvalue()  # type: ignore[attr-defined]
-
-    return run
-
-
-def by_row(folder: Path) -> Any:
-    told = frame(folder)
-    names = ["configuration", "task", "document", "metric"]
-    assert not told.duplicated(names).any()
-    return told.fillna({"text": ""}).set_index(names).sort_index()
-
-
-def assert_same_rows(a: Path, b: Path) -> None:
-    one, other = by_row(a), by_row(b)
-    assert one.index.equals(other.index)
-    assert one["value"].to_numpy().tobytes() == other["value"].to_numpy().tobytes()
-    assert [tuple(s) for s in one["statistics"]] == [tuple(s) for s in other["statistics"]]
-    assert one["text"].tolist() == other["text"].tolist()
-
-
-def asked(sweep: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, *args: Any, **more: Any) -> set[Any]:
-    """The (task, document, configuration) that a sweep computes."""
-    pairs: list[Any] = []
-    rows = module._Sweep._rows
-
-    def watched(self: Any, task: Any, piece: Any, trie: Any) -> Any:
-        pairs.extend((task.name, d.key, c.code) for d in piece for c in trie.configurations)
-        return rows(self, task, piece, trie)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Sweep, "_rows", watched)
-        sweep(*args, **more)
-    assert len(pairs) == len(set(pairs))
-    return set(pairs)
-
-
-def plain_rows(folder: Path, chosen: list[Configuration], tasks: Any, base: Any = None) -> dict[Any, Any]:
-    """(configuration, task, document, metric) -> Measure, from a model of its own for each configuration."""
-    whole, tokenizer = load_model(folder), load_tokenizer(folder)
-    stops, rows = Stops(tokenizer, [tokenizer.eos_token_id]), {}
-    for configuration in chosen:
-        model = plain_model(whole, configuration, base).eval()
-        for task in map(load_task, tasks):
-            for document in task.documents(tokenizer, CONTEXT):
-                outcomes: list[Any] = []
-                for request in document.requests:
-                    if isinstance(request, Score):
-                        log_p = log_probabilities(model, request.tokens)[request.first - 1 :]
-                        outcomes.append(Scored(float(log_p.sum()), False, len(log_p)))
-                        continue
-                    tokens = greedy_tokens(model, request.tokens, request.max_new_tokens, tokenizer.eos_token_id)
-                    ends = (stops.ended(request, tokens[: i + 1]) for i in range(len(tokens)))
-                    outcomes.append(next(end for end in ends if end is not None))
-                for measure in task.measure(document, outcomes):
-                    rows[configuration.code, task.name, document.key, measure.metric] = measure
-    return rows
 
 
 def test_rows_are_those_of_plain_models(
@@ -273,180 +171,6 @@ def test_killed_at_20_random_moments(sweep: Callable[..., Any], tasks: Any, tmp_
     out = tmp_path / f"killed-{finished}"
     whole(out)
     assert_same_rows(out, undisturbed)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
-    ],
-)
-def test_pieces_that_do_not_fit_are_halved(
-    sweep: Callable[..., Any], tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    run, sizes = Engine.run, []
-
-    def small(self: Any, trie: Any, batch: Any, *more: Any) -> None:
-        if len(batch.layout.tokens) > 40:
-            raise error
-        sizes.append(len(batch.layout.tokens))
-        run(self, trie, batch, *more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "run", small)
-        sweep("input", tasks)
-    assert "Out of memory with 7 documents; going on with 3 at a time." in sweep.said  # type: ignore[attr-defined]
-    assert len(sizes) > 6
-    sweep("input", tasks, out=tmp_path / "at once")
-    one, other = by_row(tmp_path / "out"), by_row(tmp_path / "at once")
-    assert one.index.equals(other.index)
-    # Other products of matrices, so the last bits differ; what is written does not.
-    np.testing.assert_allclose(one["value"], other["value"], rtol=1e-5, atol=1e-5)
-    assert one["text"].tolist() == other["text"].tolist()
-
-
-def test_a_document_that_does_not_fit(
-    sweep: Callable[..., Any], tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Engine.run
-    documents = load_task(tasks[0]).documents(load_tokenizer(tmp_path / "base"), CONTEXT)
-    lengths = [len(d.requests[0].tokens) - 1 for d in documents]
-    bad = max(range(1, 7), key=lengths.__getitem__)
-
-    def small(self: Any, trie: Any, batch: Any, *more: Any) -> None:
-        if max(map(len, batch.sequences)) >= lengths[bad]:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        run(self, trie, batch, *more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "run", small)
-        with pytest.raises(RunStopped, match="does not fit into memory under 5 configurations") as caught:
-            sweep("input", tasks[:1])
-    assert documents[bad].key in str(caught.value) and "task text" in str(caught.value)
-    kept = set(by_row(tmp_path / "out").index.get_level_values("document"))
-    assert kept == {d.key for d in documents[:bad]}
-    sweep("input", tasks[:1], resume=True)
-    assert len(by_row(tmp_path / "out")) == 7 * 5
-
-
-def test_another_error_is_not_taken_for_one_of_memory(
-    sweep: Callable[..., Any], tasks: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> None:
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(Engine, "run", broken)
-    with pytest.raises(RuntimeError, match="mat1"):
-        sweep("input", tasks)
-
-
-def test_budgets_are_kept(sweep: Callable[..., Any], tasks: Any, model_folder: Path) -> None:
-    """What pieces are said to take is at least what their states, keys and values are."""
-    from cogsym.sweeps.costs import Costs, Sizes
-    from cogsym.sweeps.layers import ResidentLayers
-    from cogsym.sweeps.trie import Trie
-
-    layers = ResidentLayers(load_model(model_folder))
-    trie = Trie(configurations("grid", L))
-    costs, tokenizer = Costs(Sizes.of(layers), trie), load_tokenizer(model_folder)
-    documents = [d for task in tasks for d in load_task(task).documents(tokenizer, CONTEXT)]
-    sizes = []
-    for budget in (1, costs.of(documents[:3]), costs.of(documents[:9]), 10**12):
-        left, pieces = documents, []
-        while left:
-            number = costs.piece(left, budget, large=True)
-            pieces.append(left[:number])
-            assert number == 1 or costs.of(left[:number]) <= budget
-            assert number == len(left) or costs.of(left[: number + 1]) > budget
-            left = left[number:]
-        assert [d for piece in pieces for d in piece] == documents
-        sizes.append(len(pieces))
-    assert sizes[0] == len(documents) and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
-    prompts = documents[-2:]
-    held = sum(t.numel() * t.element_size() for t in stores(layers, trie, prompts))
-    assert 0 < held <= costs.of(prompts)
-
-
-def stores(layers: Any, trie: Any, documents: Any) -> list[torch.Tensor]:
-    """The keys and values that generation allocates."""
-    from cogsym.sweeps import generate as generating
-    from cogsym.sweeps.choose import Sampling
-    from cogsym.sweeps.heads import SweepHead
-    from cogsym.sweeps.requests import Generate
-
-    requests = [r for d in documents for r in d.requests if isinstance(r, Generate)]
-    stops = Stops(load_tokenizer_of(layers), [])
-    decoder = generating._Decoder(Engine(layers), SweepHead(layers.model), trie, requests, stops, Sampling())
-    with torch.inference_mode():
-        decoder.run()
-    return [t for store in decoder._stores.values() for t in (store.k, store.v)]
-
-
-def load_tokenizer_of(layers: Any) -> Any:
-    return load_tokenizer(layers.model.config.name_or_path)
-
-
-@pytest.mark.parametrize(("number", "better"), [(0, min), (1, max)])
-def test_greedy_removes_what_is_missed_least(
-    sweep: Callable[..., Any], tasks: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    number: int, better: Any,
-) -> None:  # fmt: skip
-    """Bits per byte are to stay low, a margin high; the choice of each round is that of plain models."""
-    task = {**tasks[number], "metrics": ["bits_per_byte" if better is min else "margin"]}
-    forwards: list[float] = []
-    progress = module.SweepProgress.forwards
-    monkeypatch.setattr(module.SweepProgress, "forwards", lambda s, n: (forwards.append(n), progress(s, n))[0])
-    told = sweep("greedy", [task], settings=SweepSettings(remove=3))
-    said = sweep.said  # type: ignore[attr-defined]
-    assert "10 configurations in 3 rounds" in said
-    # The whole model and those without one layer: 4 + 3 + 2 + 1. Then, of R left, (R - 1)(R + 2) / 2.
-    assert sum(forwards) == planned(said) == 10 + 5 + 2
-    gone: list[int] = []
-    for _ in range(3):
-        tried = {i: Configuration.of(L, {"skip": [*gone, i]}) for i in range(L) if i not in gone}
-        rows = plain_rows(model_folder, list(tried.values()), [task])
-        sums: dict[str, Any] = {}
-        for (code, *_), measure in rows.items():
-            sums[code] = sums.get(code, 0) + np.array(measure.statistics)
-        best = better(tried, key=lambda i: sums[tried[i].code][0] / sums[tried[i].code][1])
-        gone.append(best)
-        assert f"layer {best} goes: " in said
-    assert f"{told['configuration'].nunique()}" == "10"
-    assert not asked(sweep, monkeypatch, "greedy", [task], settings=SweepSettings(remove=3), resume=True)
-    fourth = asked(sweep, monkeypatch, "greedy", [task], settings=SweepSettings(remove=4), resume=True)
-    assert {code for _, _, code in fourth} == {"ssss"}
-
-
-def planned(said: str) -> float:
-    return float(said.partition("layer-forwards: ")[2].partition(",")[0])
-
-
-def test_greedy_goes_on_where_it_was_killed(
-    sweep: Callable[..., Any], tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of the layers go by default, and halves of layers may."""
-    settings = SweepSettings(action="skip_mlp", memory_budget=1)
-    sweep("greedy", tasks, settings=settings, out=tmp_path / "whole")
-    want = [line for line in sweep.said.splitlines() if "goes" in line]  # type: ignore[attr-defined]
-    assert len(want) == 2
-    parts = len(list((tmp_path / "whole").rglob("part-*")))
-    assert parts == 2 * 18
-    for number in (3, 20):
-        append, left = module.Results.append, iter(range(number))
-
-        def dying(self: Any, rows: Any, append: Any = append, left: Any = left) -> None:
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            append(self, rows)
-
-        with monkeypatch.context() as patch, pytest.raises(RunStopped, match="--resume"):
-            patch.setattr(module.Results, "append", dying)
-            sweep("greedy", tasks, settings=settings, out=tmp_path / str(number))
-        sweep("greedy", tasks, settings=settings, out=tmp_path / str(number), resume=True)
-        assert [line for line in sweep.said.splitlines() if "goes" in line] == want  # type: ignore[attr-defined]
-        assert_same_rows(tmp_path / str(number), tmp_path / "whole")
 
 
 def test_a_model_and_a_tokenizer_that_disagree(sweep: Callable[..., Any], tasks: Any, model_folder: Path) -> None:
