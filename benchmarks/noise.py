@@ -61,7 +61,7 @@ def quick_run(parts: list[str], models: tuple[str, ...], slower: bool) -> dict[s
 def main() -> None:
     """Run, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["ops", "train"], choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=["ops", "train", "sweep", "generate"], choices=PARTS)
     parser.add_argument("--model", default=QUICK_MODELS[0])
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()

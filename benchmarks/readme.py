@@ -1,4 +1,4 @@
-"""Write the README's tables from the committed results: `python benchmarks/readme.py`.
+"""Write the tables of the README and of the page of results from the committed results: `python benchmarks/readme.py`.
 
 Each table stands between <!-- table: NAME --> and <!-- end -->. A test compares them, so that a number in the README is
 always that of a result file.
@@ -18,6 +18,7 @@ from cogsym.bench.report import markdown as table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", RESULTS / "README.md")
 
 
 def swahili() -> str:
@@ -97,48 +98,6 @@ def frozen() -> str:
     return table(["shape, rows x tokens", "cogsym", "over the floor", *(f"{k} /" for k in ALTERNATIVES)], rows)
 
 
-def sweep() -> str:
-    """Scoring many configurations beside a plain loop."""
-    rows = []
-    for case in load("sweep")["cases"]:
-        s, counts = case["seconds"], case["counts"]
-        rows.append(
-            [
-                f"{case['configurations'].replace(',', ' + ')}, {case['task']}, {case['dtype']}",
-                f"{counts['configurations']}",
-                f"{counts['kept_layers'] / counts['layer_forwards']:.1f}",
-                f"{1000 * s['cogsym'] / case['documents']:,.0f} ms",
-                f"{1000 * s['loop'] / case['documents']:,.0f} ms",
-                f"{case['loop_over_cogsym']['median']:.1f}x",
-                f"{case['cogsym_over_floor']['median']:.2f}",
-            ]
-        )
-    head = [
-        "configurations, task, dtype", "distinct", "layers shared", "cogsym, a document", "loop, a document", "faster",
-        "over the floor",
-    ]  # fmt: skip
-    picture = "\n\n![Cost against the number of configurations](benchmarks/results/sweep.png)"
-    return table(head, rows) + (picture if (RESULTS / "sweep.png").exists() else "")
-
-
-def generation() -> str:
-    """Writing under many configurations beside a plain loop."""
-    rows = []
-    for case in load("generate")["cases"]:
-        s, written = case["seconds"], case["distinct_configurations"] * case["prompts"] * case["new_tokens"]
-        rows.append(
-            [
-                f"{case['prompts']} prompts, {case['dtype']}".replace("1 prompts", "1 prompt"),
-                f"{written / s['cogsym']:,.0f}",
-                f"{written / s['loop']:,.0f}",
-                f"{case['loop_over_cogsym']['median']:.1f}x",
-                f"{case['cogsym_over_floor']['median']:.2f}",
-            ]
-        )
-    head = ["60 configurations", "cogsym, tokens a second", "loop, tokens a second", "faster", "over the floor"]
-    return table(head, rows)
-
-
 def longest() -> str:
     """Tokens and models that fit, by method; computed from counted bytes."""
     r = load("longest")
@@ -157,10 +116,30 @@ def longest() -> str:
     return table(head, rows)
 
 
-def suite(part: str) -> str:
-    """A table as `cogsym bench` prints it; of the operations, those in bfloat16."""
-    cases = load(part)["cases"]
-    return table(*report.rows([c for c in cases if part != "ops" or "bfloat16" in c["name"]]))
+def chosen(part: str, words: str) -> str:
+    """Of a table as `cogsym bench` prints it the cases whose names match."""
+    cases = [case for case in load(part)["cases"] if re.search(words, case["name"])]
+    return table(*report.rows(cases))
+
+
+def whole(part: str) -> str:
+    """All of a table as `cogsym bench` prints it, what was not timed and why, and the pictures."""
+    result = load(part)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for case in result["cases"]:
+        groups.setdefault(case["name"].rpartition(": ")[0], []).append(case)
+    machine = result["machine"]
+    pieces = [
+        f"`{result['command']}`, {machine['cores']} cores of {machine['processor'].partition(' (')[0]}, "
+        f"{machine['threads']} threads, GPU: {machine['gpu']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, Python {machine['python']}"
+    ]
+    for cases in groups.values():
+        pieces.append(table(*report.rows(cases)))
+        pieces += ["\n".join(f"- {note}" for note in report.notes(cases))]
+    pictures = [f"{part}.png", f"{part}_curve.png"]
+    pieces += [f"![{part}]({name})" for name in pictures if (RESULTS / name).exists()]
+    return "\n\n".join(filter(None, pieces))
 
 
 ALTERNATIVES = ("transformers, frozen", "checkpointing", "torch.compile", "full fine-tuning")
@@ -168,10 +147,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "swahili": swahili,
     "speed": speed,
     "frozen": frozen,
-    "sweep": sweep,
-    "generation": generation,
     "longest": longest,
-    **{part: partial(suite, part) for part in ("ops", "train", "install")},
+    "ops": partial(chosen, "ops", "SmolLM2.*bfloat16"),
+    "train": partial(chosen, "train", "SmolLM2.*: outer"),
+    "sweep": partial(chosen, "sweep", r"SmolLM2.*: (grid|input)"),
+    "generate": partial(chosen, "generate", "SmolLM2"),
+    "install": partial(chosen, "install", ""),
+    **{f"whole_{part}": partial(whole, part) for part in ("ops", "train", "sweep", "generate", "install")},
     "streamed": streamed,
 }
 
@@ -181,15 +163,15 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def rendered(readme: str) -> str:
-    """The README with its tables made anew."""
+def rendered(page: str) -> str:
+    """A page with its tables made anew."""
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, readme, flags=re.S)
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, page, flags=re.S)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text("utf-8")), "utf-8")
+    for path in PAGES:
+        path.write_text(rendered(path.read_text("utf-8")), "utf-8")

@@ -324,7 +324,7 @@ def bench(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[train|ops|install]... | compare A B",
+            metavar="[train|sweep|generate|ops|install]... | compare A B",
             help="The questions to measure, all of them where none is named; or two result files to compare.",
         ),
     ] = None,

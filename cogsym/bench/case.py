@@ -40,14 +40,14 @@ class Case:
     """What is measured together.
 
     Attributes:
-        part: the question it belongs to: "ops", "train", "install".
+        part: the question it belongs to, as `cogsym bench` takes it.
         name: unique in its part.
         variants: those that take turns; ours is called "cogsym", and starts with it where there are several.
         floor: what no method can do without, or None.
         work: of one call, and `floor_work` of one call of the floor; in `unit`.
         unit: "B" or "FLOP", of which rates are told; None where only time is.
         facts: counted numbers and settings, by name.
-        counts: exact numbers of each variant, by label: bytes kept, peak bytes.
+        counts: what else is known of each variant, by label: bytes kept, peak bytes, its settings.
         skipped: why others were not measured, by label.
         different: others that compute something else, by label, and how far off they are.
     """
@@ -60,7 +60,7 @@ class Case:
     floor_work: float = 1.0
     unit: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    counts: dict[str, dict[str, float]] = field(default_factory=dict)
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     different: dict[str, str] = field(default_factory=dict)
 
@@ -110,7 +110,8 @@ def measure(
             if label not in (OURS, "floor") and 2 * least * once > left:
                 skipped[label] = "a call takes too long for the time there is"
                 del variants[label]
-    times = method.interleaved(variants, device, rounds=rounds, deadline=deadline, least=least)
+    warm = min(first.values(), default=0.0) < method.LONG
+    times = method.interleaved(variants, device, rounds=rounds, deadline=deadline, least=least, warm=warm)
     measured: dict[str, dict[str, Any]] = {}
     for label, seconds in times.items():
         measured[label] = {"seconds_of_each_round": seconds, **case.counts.get(label, {})}
@@ -181,3 +182,8 @@ def one_line(error: BaseException) -> str:
     """What an error says, in a line that a table can hold."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

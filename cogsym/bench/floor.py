@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cogsym.models import Block
 
+ROWS = COLUMNS = 2048  # of a product's outcome at a time, where there are many: they stay in cache
+
 
 class Products:
     """Matrix products into memory that is there. Equal shapes share their operands."""
@@ -28,6 +30,14 @@ class Products:
             self._add(y, w, rows * K)
         if weight_gradient:
             self._add(y.t(), x, N * K)
+
+    def add_many(self, rows: int, weight: tuple[int, int]) -> None:
+        """A linear map of many rows, forward, in pieces whose outcome stays in cache."""
+        N, K = weight
+        columns = [COLUMNS] * (N // COLUMNS) + [N % COLUMNS] * (N % COLUMNS > 0) if N > 2 * COLUMNS else [N]
+        for many in [ROWS] * (rows // ROWS) + [rows % ROWS] * (rows % ROWS > 0):
+            for n in columns:
+                self.add_linear(many, (n, K), input_gradient=False, weight_gradient=False)
 
     def add_block(
         self, block: Block, rows: int, *, input_gradient: bool, weight_gradient: bool = False, lowest: bool = False

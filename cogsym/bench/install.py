@@ -25,7 +25,7 @@ MINUTES = 20  # that an install may take
 _STEP = """
 import torch
 from cogsym.bench.train import make_job
-from cogsym.bench.competitors import COMPETITORS
+from cogsym.bench.trainers import COMPETITORS
 (competitor,) = [c for c in COMPETITORS if c.name == {name!r}]
 job = make_job("SmolLM2-135M", 4, 1, False, torch.device({device!r}))
 with competitor.turn(job) as loss:

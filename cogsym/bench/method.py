@@ -1,9 +1,9 @@
 """How everything is timed and counted.
 
 Variants take turns, A B A B, so that what else the machine does falls on all alike; a turn begins with a call that is
-not timed. A ratio is that of two variants' times in the same round, and its spread is what the rounds say of it. On a
-CPU a call is timed by the clock, on a GPU by events, with the cache overwritten between calls, so that each finds its
-inputs in memory; and `launch_bound` says whether the GPU waited for Python.
+not timed, unless the calls of all are long. A ratio is that of two variants' times in the same round, and its spread is
+what the rounds say of it. On a CPU a call is timed by the clock, on a GPU by events, with the cache overwritten between
+calls, so that each finds its inputs in memory; and `launch_bound` says whether the GPU waited for Python.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 LEAST_ROUNDS = 5  # fewer say nothing of the spread
+LONG = 0.5  # seconds of a call: what it finds in caches at its start no longer matters
 CACHE_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
@@ -31,12 +32,14 @@ class Variant:
     Attributes:
         run: what is timed.
         turn: entered before its turn and left after it.
-        warm: whether a turn begins with an untimed call.
+        warm: whether a turn may begin with an untimed call.
+        scale: how many calls one call stands for, which its time is multiplied with.
     """
 
     run: Callable[[], object]
     turn: Callable[[], AbstractContextManager[object]] = nullcontext
     warm: bool = True
+    scale: float = 1.0
 
 
 def first_calls(variants: dict[str, Variant], device: torch.device) -> dict[str, float]:
@@ -61,6 +64,7 @@ def interleaved(
     seconds: float = 0.05,
     deadline: float | None = None,
     least: int = LEAST_ROUNDS,
+    warm: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds a call of each variant in each round.
 
@@ -71,6 +75,7 @@ def interleaved(
         seconds: how long a turn lasts at least.
         deadline: of `time.perf_counter`; no round begins after it, but `least` are made.
         least: rounds.
+        warm: begin the turns of those that may with an untimed call.
     """
     times: dict[str, list[float]] = {label: [] for label in variants}
     for i in range(rounds):
@@ -78,9 +83,9 @@ def interleaved(
             break
         for label, variant in variants.items():
             with variant.turn():
-                if variant.warm:
+                if warm and variant.warm:
                     variant.run()
-                times[label].append(sample(variant.run, device, seconds))
+                times[label].append(variant.scale * sample(variant.run, device, seconds))
     return times
 
 

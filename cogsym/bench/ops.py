@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from cogsym import ops
 from cogsym.bench import floor
-from cogsym.bench.case import OURS, ROUNDING, Case, Pending, Setting, difference, one_line
+from cogsym.bench.case import OURS, ROUNDING, Case, Pending, Setting, difference, dtype_name, one_line
 from cogsym.bench.method import Variant
 from cogsym.bench.models import Shape, shape_of
 from cogsym.ops import backend
@@ -85,7 +85,7 @@ def pending(setting: Setting) -> list[Pending]:
         for dtype in dtypes:
             for name, (make, directions) in OPERATIONS.items():
                 for direction in directions:
-                    title = f"{shape.name}, {tokens} tokens, {_name(dtype)}: {name}, {direction}"
+                    title = f"{shape.name}, {tokens} tokens, {dtype_name(dtype)}: {name}, {direction}"
                     build = partial(case, title, make, direction, shape, tokens // LENGTH, dtype, setting.device)
                     found.append(Pending(title, build, rounds=ROUNDS, passes=PASSES))
     return found
@@ -105,7 +105,7 @@ def case(
     operation = make(shape, rows, dtype, device)
     truth, dout = operation.results(operation.ours)
     result = Case("ops", title, {}, unit=operation.unit, work=operation.work[direction])
-    result.facts = {"backend": backend.choose(device), "dtype": _name(dtype)}
+    result.facts = {"backend": backend.choose(device), "dtype": dtype_name(dtype)}
     for label, (function, forced) in _candidates(operation, device).items():
         name = title.rpartition(": ")[2].partition(",")[0]
         logits = rows * shape.heads * LENGTH**2 * 4
@@ -299,7 +299,3 @@ OPERATIONS: dict[str, tuple[Callable[..., Operation], tuple[str, ...]]] = {
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device).to(dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

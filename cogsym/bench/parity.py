@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cogsym
-from cogsym.bench.case import difference, one_line
+from cogsym.bench.case import difference, dtype_name, one_line
 from cogsym.bench.models import build, shape_of
 from cogsym.bench.ops import LENGTH, OPERATIONS, Operation, forced_backend
 from cogsym.training.frozen import KEEPS
@@ -37,7 +37,7 @@ def check(models: tuple[str, ...], device: torch.device) -> Iterator[dict[str, A
 
 
 def _line(name: str, model: str, dtype: torch.dtype, errors: Any) -> dict[str, Any]:
-    line: dict[str, Any] = {"what": name, "model": model, "dtype": str(dtype).removeprefix("torch.")}
+    line: dict[str, Any] = {"what": name, "model": model, "dtype": dtype_name(dtype)}
     try:
         found = errors()
     except (RuntimeError, NotImplementedError) as error:

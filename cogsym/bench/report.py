@@ -23,6 +23,7 @@ def write(result: dict[str, Any], path: Path) -> None:
     try:
         path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         draw(result, path.with_suffix(".png"))
+        draw_curve(result, path.with_name(f"{path.stem}_curve.png"))
     except OSError as error:
         raise CogsymError(f"'{path}' cannot be written: {error.strerror}; choose another --out.") from None
 
@@ -50,12 +51,13 @@ def rows(cases: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     if part == "ops":
         others = list(dict.fromkeys(n for case in cases for n in case["variants"] if n != OURS))
         return [*_OPS, *(f"{name} / cogsym" for name in others)], [_ops_row(case, others) for case in cases]
-    head, line = (_TRAIN, _train_rows) if part == "train" else (_TIMES, _times_rows)
+    head, line = _TABLES[part]
     return head, [row for case in cases for row in line(case)]
 
 
 _OPS = ["operation", "cogsym, ms", "rate", "of the floor's"]
 _TRAIN = ["job", "", "ms a step", "tokens/s", "over the floor", "time / cogsym", "kept, B a token", "peak, MB"]
+_LOOPS = ["", "", "seconds", "{} a second", "over the floor", "time / cogsym", "peak, MB"]
 _TIMES = ["", "", "seconds", "time / cogsym"]
 
 
@@ -87,6 +89,21 @@ def _train_rows(case: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def _loop_rows(case: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            case["name"] if i == 0 else "",
+            label,
+            f"{v['seconds']:.3g}",
+            f"{case['facts']['done'] / v['seconds']:,.0f}",
+            f"{v['over_floor']['median']:.2f}",
+            spread(v.get("over_cogsym")),
+            f"{v['peak_bytes'] / 1e6:,.0f}",
+        ]
+        for i, (label, v) in enumerate(case["variants"].items())
+    ]
+
+
 def _times_rows(case: dict[str, Any]) -> list[list[str]]:
     lines = [
         [case["name"] if i == 0 else "", label, f"{v['seconds']:.2f}", spread(v.get("over_cogsym"))]
@@ -97,6 +114,14 @@ def _times_rows(case: dict[str, Any]) -> list[list[str]]:
         size = f"{facts['installed_bytes'] / 1e6:,.0f} MB"
         lines.append([case["name"], f"with all it needs, {size}", f"{facts['install_seconds']:.0f}", ""])
     return lines
+
+
+_TABLES = {
+    "train": (_TRAIN, _train_rows),
+    "sweep": ([name.format("answers") for name in _LOOPS], _loop_rows),
+    "generate": ([name.format("tokens") for name in _LOOPS], _loop_rows),
+    "install": (_TIMES, _times_rows),
+}
 
 
 def spread(ratio: dict[str, float] | None) -> str:
@@ -164,4 +189,35 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axis.set(xlabel="time over cogsym's (blue line); a black line spans half of the rounds", ylim=(-0.6, len(bars)))
     figure.tight_layout()
     plotting.strip(axis)
+    plotting.save(figure, [path])
+
+
+def draw_curve(result: dict[str, Any], path: Path) -> None:
+    """What more and more configurations of the grid cost, where a run has measured that."""
+    parts = [case for case in result["cases"] if ": part of the grid" in case["name"]]
+    if not parts:
+        return
+    model, kind = parts[0]["name"].partition(": ")[0], parts[0]["name"].rpartition(", ")[2]
+    whole = [c for c in result["cases"] if c["name"].startswith(f"{model}: grid") and c["name"].endswith(f", {kind}")]
+    cases = [*parts, *whole]
+    figure = Figure(figsize=(10, 4))
+    left, right = figure.subplots(1, 2)
+    xs = [case["facts"]["configurations"] for case in cases]
+    styles = zip(("o-", "s--", "^:", "v:"), plotting.COLOURS, strict=False)
+    everywhere = [label for label in cases[0]["variants"] if all(label in case["variants"] for case in cases)]
+    for label, (line, colour) in zip(everywhere, styles, strict=False):
+        left.plot(xs, [case["variants"][label]["seconds"] for case in cases], line, color=colour, label=label)
+    counted = (
+        ("layer_forwards", "different states", "o-"),
+        ("layer_forwards_of_a_loop", "of the loop, kept layers", "s--"),
+    )
+    for (fact, label, line), colour in zip(counted, plotting.COLOURS, strict=False):
+        right.plot(xs, [case["facts"][fact] for case in cases], line, color=colour, label=label)
+    left.set(ylabel="seconds", title=f"{model}, {kind}")
+    right.set(ylabel="layers computed for all tokens", title="what the trie counts")
+    for axis in (left, right):
+        axis.set(xlabel="configurations of the grid", xscale="log", yscale="log")
+        plotting.strip(axis)
+        axis.legend(frameon=False)
+    figure.tight_layout()
     plotting.save(figure, [path])

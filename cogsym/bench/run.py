@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cogsym.bench import install, machine, ops, report, train
+from cogsym.bench import generate, install, machine, ops, report, sweep, train
 from cogsym.bench.case import Pending, Setting, joined, measure
 from cogsym.bench.method import LEAST_ROUNDS
 from cogsym.bench.models import shape_of
@@ -20,10 +20,12 @@ from cogsym.errors import CogsymError
 PARTS: dict[str, Callable[[Setting], list[Pending]]] = {
     "ops": ops.pending,
     "train": train.pending,
+    "sweep": sweep.pending,
+    "generate": generate.pending,
     "install": install.pending,
 }
 # What a quick run may take, in seconds; together less than three minutes, as a case ends with the round it is in.
-QUICK_SECONDS = {"ops": 40.0, "train": 80.0, "install": 25.0}
+QUICK_SECONDS = {"ops": 35.0, "train": 55.0, "sweep": 25.0, "generate": 25.0, "install": 20.0}
 QUICK_MODELS = ("SmolLM2-135M",)
 FULL_MODELS = {"cpu": ("SmolLM2-135M", "Qwen2.5-0.5B"), "cuda": ("Llama-3.2-1B", "Llama-3.1-8B")}
 

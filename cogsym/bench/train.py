@@ -19,9 +19,10 @@ from torch import Tensor
 import cogsym
 from cogsym.bench import floor, method
 from cogsym.bench.case import ROUNDING, Case, Pending, Setting, difference, one_line
-from cogsym.bench.competitors import COMPETITORS, Competitor, Job, Loss
+from cogsym.bench.competitor import Competitor
 from cogsym.bench.method import Variant
 from cogsym.bench.models import build, shape_of
+from cogsym.bench.trainers import COMPETITORS, Job, Loss
 from cogsym.models import read_block
 
 JOBS = ("outer layers", "LoRA on the outer layers")
@@ -36,11 +37,12 @@ def pending(setting: Setting) -> list[Pending]:
     for model in setting.models:
         shape = shape_of(model)
         layers = shape.layers if setting.full else min(QUICK_LAYERS, shape.layers)
-        rows = 4 if setting.full else 2
+        rows = 4 if setting.device.type == "cuda" else 2
         part = "" if layers == shape.layers else f"{layers} of {shape.layers} layers, "
         for job in JOBS if setting.full else JOBS[:1]:
             title = f"{shape.name}, {part}{rows} x {LENGTH} tokens: {job}"
-            found.append(Pending(title, partial(case, title, model, layers, rows, job, setting)))
+            make = partial(case, title, model, layers, rows, job, setting)
+            found.append(Pending(title, make, rounds=method.LEAST_ROUNDS if setting.full else 15))
     return found
 
 
@@ -110,7 +112,7 @@ def make_job(model: str, layers: int, rows: int, adapters: bool, device: torch.d
 class _Turn:
     """A competitor's turn."""
 
-    def __init__(self, competitor: Competitor, job: Job, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, competitor: Competitor[Job, Loss], job: Job, optimizer: torch.optim.Optimizer) -> None:
         self._competitor, self._job, self._optimizer = competitor, job, optimizer
         self._loss: Loss | None = None
 
@@ -137,7 +139,7 @@ class _Turn:
         return {"kept_bytes_a_token": kept / tokens, "peak_bytes": peak}
 
 
-def _verified(competitor: Competitor, job: Job, trained: list[Any]) -> tuple[Tensor, list[Tensor]]:
+def _verified(competitor: Competitor[Job, Loss], job: Job, trained: list[Any]) -> tuple[Tensor, list[Tensor]]:
     """The loss and the gradients that a competitor computes."""
     with competitor.turn(job) as compute:
         loss = compute()

@@ -18,9 +18,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogsym import cli
-from cogsym.bench import competitors, install, ops, parity, report, run, train
+from cogsym.bench import competitor as competitor_module
+from cogsym.bench import generate, install, ops, parity, report, run, sampled, sweep, train
 from cogsym.bench.case import OURS, Setting, measure
-from cogsym.bench.competitors import COMPETITORS, Competitor, Job
+from cogsym.bench.trainers import COMPETITORS, Competitor, Job
 
 CPU = torch.device("cpu")
 QUICK = Setting(("tiny",), CPU, full=False)
@@ -51,19 +52,24 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def test_quick_run(
     command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(competitors.importlib.util, "find_spec", lambda name: None)
-    status, out, err = command("ops", "train", "--model", "tiny", "--quick", "--out", tmp_path / "new")
+    monkeypatch.setattr(competitor_module.importlib.util, "find_spec", lambda name: None)
+    parts = ("ops", "sweep", "generate", "train")
+    status, out, err = command(*parts, "--model", "tiny", "--quick", "--out", tmp_path / "new")
     assert status == 0, err
-    assert "1/12  tiny, 1024 tokens, bfloat16: rms_norm, forward, 20:00 left" in out
-    for part in ("ops", "train"):
+    assert "1/14  tiny, 1024 tokens, bfloat16: rms_norm, forward, 40:00 left" in out
+    for part in parts:
         result = report.read(tmp_path / "new" / f"{part}.json")
         assert (tmp_path / "new" / f"{part}.png").stat().st_size > 5000
         assert result["machine"]["torch"] == torch.__version__
-        assert result["command"] == "cogsym bench ops train --quick --device cpu --model tiny"
+        assert result["command"] == "cogsym bench ops sweep generate train --quick --device cpu --model tiny"
         for case in result["cases"]:
             assert OURS in case["variants"] and not case["different"], case
             head, rows = report.rows([case])
             assert all(len(row) == len(head) for row in rows)
+        if part in ("sweep", "generate"):
+            assert list(case["variants"]) == [OURS, "loop, kept layers"]
+            assert case["skipped"]["TransformerLens"] == "transformer_lens is not installed"
+            assert f"{case['facts']['done'] / case['variants'][OURS]['seconds']:,.0f}" in rows[0]
     names = {tuple(case["variants"]) for case in result["cases"]}
     plain = {"transformers, eager", "transformers, SDPA", "transformers, checkpointing"}
     assert all(plain <= set(n) for n in names)
@@ -78,7 +84,7 @@ def test_quick_run(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["sing"], "The part is 'sing', expected one of ops, train, install"),
+        (["sing"], "The part is 'sing', expected one of ops, train, sweep, generate, install"),
         (["--model", "GPT-5"], "--model is 'GPT-5', expected one of SmolLM2-135M"),
         (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
         (["--device", "cuda"], "torch finds no GPU here"),
@@ -92,7 +98,7 @@ def test_a_mistake_is_one_sentence(command: Callable[..., tuple[int, str, str]],
     assert status == 2 and len(err.splitlines()) == 1 and message in err
 
 
-def competitor(name: str, loss: Callable[[Job], Any]) -> Competitor:
+def competitor(name: str, loss: Callable[[Job], Any]) -> Competitor[Job, Any]:
     @contextlib.contextmanager
     def turn(job: Job) -> Iterator[Any]:
         yield lambda: loss(job)
@@ -174,7 +180,7 @@ def test_liger_and_the_others_are_skipped_with_their_reason() -> None:
 
 
 def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(competitors.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(competitor_module.importlib.util, "find_spec", lambda name: None)
     (cce,) = [c for c in COMPETITORS if c.name == "cut-cross-entropy"]
     assert cce.unavailable(CPU, full=True) == "cut_cross_entropy is not installed"
 
@@ -221,17 +227,27 @@ def test_the_cases_of_a_full_run() -> None:
     assert len(ops.pending(full)) == 2 * 2 * 11
     assert len({p.name for p in ops.pending(full)}) == 44
     assert [p.name for p in install.pending(full)][-1] == "fresh install"
+    assert len(sweep.pending(full)) == 5 + 4 + 1 and len(generate.pending(full)) == 4 + 1
+
+
+def test_the_curve_of_a_sweep_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "CURVE", (2, 4))
+    monkeypatch.setattr(sampled, "LOOPS", sampled.LOOPS[:1])
+    cases = [p for p in sweep.pending(Setting(("tiny",), CPU, full=True)) if "grid" in p.name and "choices" in p.name]
+    lines = [measure(p.build(), CPU, 1) for p in cases]
+    assert [line["facts"]["configurations"] for line in lines] == [11, 2, 4]
+    report.write({"cases": lines}, tmp_path / "sweep.json")
+    assert (tmp_path / "sweep_curve.png").stat().st_size > 20_000
 
 
 def test_pytest_benchmark_modules() -> None:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-    command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_ops.py",
-        "--model", "tiny", "--benchmark-disable",
-    ]  # fmt: skip
+    modules = [f"benchmarks/bench_{name}.py" for name in ("ops", "sweep", "generate")]
+    options = ["-q", "-p", "no:cacheprovider", "--model", "tiny", "--benchmark-disable"]
+    command = [sys.executable, "-m", "pytest", *options, *modules]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "11 passed" in done.stdout
+    assert "13 passed" in done.stdout
 
 
 def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +255,7 @@ def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monk
     assert spec and spec.loader
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(script, "SECONDS", {"ops": 0.0, "train": 0.0})
+    monkeypatch.setattr(script, "SECONDS", dict.fromkeys(script.SECONDS, 0.0))
     monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:3])
     monkeypatch.setattr(run, "measure", lambda case, device, *_: measure(case, device, 1))
     monkeypatch.setattr(ops, "PASSES", 1)
@@ -248,4 +264,4 @@ def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monk
         script.main()
     assert end.value.code == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(result["parity"]) == 30 and len(result["cases"]) == 12
+    assert len(result["parity"]) == 30 and len(result["cases"]) == 14

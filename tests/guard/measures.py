@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).parent
 EXPECTED = HERE / "expected.json"
 ISA = "avx2"  # valgrind runs nothing above it
-ROWS = 120
+ROWS, LAYERS = 120, 6
 # What a count may rise before it is red; Python's own instructions around a call vary a little.
-TOLERANCE = {"steps": 0.0, "instructions": 0.02, "triton": 0.0}
+TOLERANCE = {"steps": 0.0, "sweeps": 0.0, "instructions": 0.02, "triton": 0.0}
 CHIPS = ("sm_90", "gfx942")
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 
@@ -55,21 +55,26 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def _model() -> Any:
+    """A small Llama of random weights."""
+    from transformers import LlamaForCausalLM
+
+    from cogsym.bench.models import Shape
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(Shape("guarded", "Llama", 96, 256, LAYERS, 6, 2, 16, 512, True).config())
+
+
 def steps() -> Counts:
     """FLOPs, saved bytes and launches of a training step, for each choice of what frozen layers keep."""
     import cogsym
     from cogsym.bench.method import saved_bytes
-    from cogsym.bench.models import Shape
 
-    torch.manual_seed(0)
-    shape = Shape("guarded", "Llama", 96, 256, 6, 6, 2, 16, 512, True)
-    from transformers import LlamaForCausalLM
-
-    model: Any = LlamaForCausalLM(shape.config()).train()
-    ids = torch.randint(shape.vocabulary, (2, 64))
+    model = _model().train()
+    ids = torch.randint(model.config.vocab_size, (2, 64))
     found: Counts = {}
     for keep in ("all", "attention", "input", "nothing"):
-        cogsym.prepare(model, cogsym.LayerPlan.outer(shape.layers, front=1, back=1), keep=keep)
+        cogsym.prepare(model, cogsym.LayerPlan.outer(LAYERS, front=1, back=1), keep=keep)
 
         def forward() -> torch.Tensor:
             return model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -84,6 +89,51 @@ def steps() -> Counts:
         found |= {f"{keep}: {name}": count for name, count in sorted(launches.counts.items())}
         found[f"{keep}: launches"] = sum(launches.counts.values())
     return found
+
+
+def sweeps() -> Counts:
+    """Layer-forwards, FLOPs and launches of sweeps that score, for each set of configurations; and of one that writes,
+    whose products go to another library under a name without a count of FLOPs."""
+    from cogsym.sweeps.choose import Stops
+    from cogsym.sweeps.configs import GENERATORS, configurations, distinct
+    from cogsym.sweeps.engine import Engine
+    from cogsym.sweeps.generate import generate
+    from cogsym.sweeps.heads import SweepHead
+    from cogsym.sweeps.layers import ResidentLayers
+    from cogsym.sweeps.requests import Generate, Score
+    from cogsym.sweeps.score import score
+    from cogsym.sweeps.trie import Trie
+
+    model = _model().eval()
+    layers, head = ResidentLayers(model), SweepHead(model)
+    engine, told = Engine(layers), [0.0]
+    engine.on_forwards = told.append
+    asked = [Score(tuple(range(2, 20)), 12), Score((*range(2, 14), *range(30, 40)), 12), Score(tuple(range(9)), 1)]
+    prompts = [Generate(tuple(range(first, first + 8)), 4) for first in (0, 100)]
+
+    class Words:
+        """Two texts never differ, so that all rows write to their end."""
+
+        def decode(self, tokens: Any, skip_special_tokens: bool) -> str:
+            return ""
+
+    def counted(what: str, run: Callable[[Trie], object]) -> Counts:
+        trie = Trie(distinct(configurations(what.partition(":")[0], LAYERS))[0])
+        told.clear()
+        with FlopCounterMode(display=False) as flops, Launches() as launches:
+            run(trie)
+        return {
+            f"{what}: layer-forwards": sum(told),
+            f"{what}: FLOPs": flops.get_total_flops(),
+            f"{what}: launches": sum(launches.counts.values()),
+        }
+
+    found: Counts = {}
+    for what in GENERATORS:
+        found |= counted(what, lambda trie: score(engine, head, trie, asked))
+    writing = counted("input,output: writing", lambda trie: generate(engine, head, trie, prompts, Stops(Words(), [])))
+    layers.close()
+    return found | {name: count for name, count in writing.items() if not name.endswith("FLOPs")}
 
 
 def instructions(rows: int = ROWS) -> Counts:
@@ -175,6 +225,7 @@ def triton_version() -> str:
 # kind -> (what measures it, what it belongs to, why it cannot be measured here)
 KINDS: dict[str, tuple[Callable[[], Counts], Callable[[], str], Callable[[], str | None]]] = {
     "steps": (steps, lambda: "any", lambda: None),
+    "sweeps": (sweeps, lambda: "any", lambda: None),
     "instructions": (instructions, compiler, why_no_instructions),
     "triton": (triton_resources, triton_version, why_no_triton),
 }

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measures
 
 from cogsym.models import frozen
+from cogsym.sweeps.engine import Engine
+from cogsym.sweeps.trie import Trie
 
 
 def changed(kind: str, measure: Any = None) -> list[str]:
@@ -27,7 +29,7 @@ def changed(kind: str, measure: Any = None) -> list[str]:
     return measures.changes(kind, (measure or measures.KINDS[kind][0])(), want)
 
 
-@pytest.mark.parametrize("kind", ["steps", "instructions"])
+@pytest.mark.parametrize("kind", ["steps", "sweeps", "instructions"])
 def test_as_committed(kind: str) -> None:
     assert changed(kind) == []
 
@@ -68,6 +70,31 @@ def test_a_product_that_is_repeated_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     lines = changed("steps")
     assert {line.split(":")[0] for line in lines} == {"all", "attention", "input", "nothing"}
     assert any("FLOPs" in line for line in lines) and any("products" in line for line in lines)
+
+
+def test_a_sweep_that_computes_a_shared_beginning_twice_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last configuration goes through the layers by itself: its answers are right, its beginning is repeated."""
+    run = Engine.run
+
+    def forgetful(self: Engine, trie: Trie, batch: Any, on_ends: Any, on_keys: Any = None) -> None:
+        most = len(trie.configurations) - 1
+
+        def of_the_last(configurations: Any, hidden: Any) -> None:
+            on_ends([(most,) for _ in configurations], hidden)
+
+        if on_keys:  # of a text that is written: left alone
+            run(self, trie, batch, on_ends, on_keys)
+            return
+        run(self, Trie(trie.configurations[:most]), batch, on_ends)
+        run(self, Trie(trie.configurations[most:]), batch, of_the_last)
+
+    monkeypatch.setattr(Engine, "run", forgetful)
+    lines = changed("sweeps")
+    want = measures.expected("sweeps")
+    assert want is not None
+    # The last of `single` keeps every layer but the last; the five before it are shared with the whole model.
+    assert f"single: layer-forwards: {want['single: layer-forwards'] + 5:,} instead of" in "\n".join(lines)
+    assert {line.split(":")[0] for line in lines} >= {"output", "single", "grid", "blocks"}
 
 
 def test_a_fifth_more_instructions_are_seen() -> None:

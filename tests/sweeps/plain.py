@@ -26,6 +26,8 @@ class _Nothing(nn.Module):
 def plain_model(model: Any, configuration: Configuration, base: Any | None = None) -> Any:
     """A fresh copy of `model` with layers removed, reverted, or without a half."""
     fresh = copy.deepcopy(model)
+    if getattr(fresh.config, "attn_logit_softcapping", None):  # which transformers 5.17 forgets with its default
+        fresh.set_attn_implementation("eager")
     decoder, config, layers = fresh.get_decoder(), fresh.get_decoder().config, []
     types = getattr(config, "layer_types", None)
     kept = [i for i, action in enumerate(configuration.actions) if action != "skip"]

@@ -7,7 +7,6 @@ like. A competitor enters its turn on transformers' plain model with the same pa
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import cogsym
 from cogsym.bench.case import OURS
+from cogsym.bench.competitor import Competitor
 
 Loss = Callable[[], Tensor]
 
@@ -69,37 +69,6 @@ class Job:
                 return head(hidden, base.lm_head.weight)
 
         return loss
-
-
-@dataclass(frozen=True)
-class Competitor:
-    """One way to train.
-
-    Attributes:
-        name: as tables show it.
-        turn: gives the loss; what it changes is undone when the turn ends.
-        needs: a package that must be there, or None.
-        gpu: runs on a GPU only.
-        full: only for a full run, and why.
-        refused: why it is never timed here, or the empty string.
-    """
-
-    name: str
-    turn: Callable[[Job], AbstractContextManager[Loss]]
-    needs: str | None = None
-    gpu: bool = False
-    full: str = ""
-    refused: str = ""
-
-    def unavailable(self, device: torch.device, full: bool) -> str | None:
-        """Why it cannot run here, or None."""
-        if self.needs and importlib.util.find_spec(self.needs) is None:
-            return f"{self.needs} is not installed"
-        if self.gpu and device.type != "cuda":
-            return "it runs on a GPU only"
-        if self.refused:
-            return self.refused
-        return self.full if self.full and not full else None
 
 
 def _ours(keep: str) -> Callable[[Job], AbstractContextManager[Loss]]:
@@ -206,7 +175,7 @@ def _never(job: Job) -> Iterator[Loss]:
     yield
 
 
-COMPETITORS = (
+COMPETITORS: tuple[Competitor[Job, Loss], ...] = (
     Competitor(OURS, _ours("auto")),
     Competitor(f"{OURS}, keeps nothing", _ours("nothing"), full="a second setting of ours: --full"),
     Competitor("transformers, eager", _attention("eager")),

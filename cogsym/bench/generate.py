@@ -1,0 +1,148 @@
+"""How fast do many layer configurations write? Ours together beside loops over them.
+
+Configurations skip the first k or the last k layers, all but the one without layers, for which model.generate has no
+way. Every text has the same number of tokens, chosen greedily. A loop is timed on some configurations that keep as many
+layers as all do on average, and its time is scaled to all. The floor is the matrix products of the rows that ours
+computed; rows that have written the same so far are one. Before any timing the loop's texts are judged: how far below
+the best token is each one that it wrote, by plain transformers?
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from cogsym.bench import floor, method
+from cogsym.bench.case import OURS, Case, Pending, Setting, dtype_name
+from cogsym.bench.loops import Probe, sliced, texts
+from cogsym.bench.method import Variant
+from cogsym.bench.models import build, shape_of
+from cogsym.bench.sampled import SAMPLE, add_loops, shares, spaced
+from cogsym.models import read_block
+from cogsym.sweeps.choose import Stops
+from cogsym.sweeps.configs import Configuration, configurations, distinct
+from cogsym.sweeps.engine import Engine
+from cogsym.sweeps.generate import generate
+from cogsym.sweeps.heads import SweepHead
+from cogsym.sweeps.layers import ResidentLayers
+from cogsym.sweeps.requests import Generate
+from cogsym.sweeps.trie import Trie
+
+PROMPT_TOKENS = 40
+NEW_TOKENS = {False: 8, True: 16}  # by whether the run is full
+# Deviations of the logits that a token written is below the best one; one drawn at random is some four below.
+AGREE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.2}
+
+
+def pending(setting: Setting) -> list[Pending]:
+    """One prompt; in a full run of the first model more of them, and float32, too."""
+    found = []
+    for model in setting.models:
+        chosen = [
+            c for c in distinct(configurations("input,output", shape_of(model).layers))[0] if c.k < len(c.actions)
+        ]
+        cases = [(1, torch.bfloat16)]
+        if setting.full and model == setting.models[0]:
+            cases += [(8, torch.bfloat16), (32, torch.bfloat16), (1, torch.float32)]
+        for prompts, dtype in cases:
+            many = "1 prompt" if prompts == 1 else f"{prompts} prompts"
+            title = f"{shape_of(model).name}, {dtype_name(dtype)}: input + output ({len(chosen)}), {many}"
+            make = partial(case, title, model, chosen, prompts, dtype, setting)
+            found.append(Pending(title, make, rounds=method.LEAST_ROUNDS))
+    return found
+
+
+def case(
+    title: str, model: str, chosen: Sequence[Configuration], prompts: int, dtype: torch.dtype, setting: Setting
+) -> Case:
+    """So many prompts with all loops, verified."""
+    probe = Probe(build(model, None, dtype, setting.device).eval())
+    vocabulary, new_tokens = probe.model.get_input_embeddings().weight.shape[0], NEW_TOKENS[setting.full]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(vocabulary, (prompts, PROMPT_TOKENS), generator=generator)
+    requests = [Generate(tuple(row), new_tokens) for row in drawn.tolist()]
+    own = ResidentLayers(probe.model)
+    engine, head, trie = Engine(own), SweepHead(probe.model), Trie(chosen)
+    stops = Stops(_Numbers(), [])
+
+    def ours() -> list[list[list[int]]]:
+        answers = generate(engine, head, Trie(chosen), requests, stops)
+        return [[[int(word) for word in written.text.split()] for written in row] for row in answers]
+
+    sample = spaced(chosen, SAMPLE)
+    lines = ours()
+    written = [lines[chosen.index(c)] for c in sample]
+    products, rows = generate_floor(engine, head, trie, requests, stops)
+    result = Case("generate", title, {OURS: Variant(ours)}, floor=products)
+    result.counts[OURS] = {"peak_bytes": method.peak_bytes(ours, setting.device)}
+    result.facts = {
+        "configurations": len(chosen),
+        "requests": len(requests),
+        "new_tokens": new_tokens,
+        # Of one token and one layer each, after the prompt.
+        "layer_forwards": rows,
+        "layer_forwards_of_a_loop": trie.counts().kept_layers * prompts * (new_tokens - 1),
+        "flops_of_the_floor": products.flops,
+        "done": len(chosen) * len(requests) * new_tokens,
+    } | shares(sample, chosen)
+    off = partial(regret, probe.model, sample, requests)
+    allowed = AGREE[dtype], "its tokens are up to {:.2g} deviations below the best"
+    result.counts[OURS]["difference"] = off(written)
+    if not result.counts[OURS]["difference"] <= allowed[0]:
+        result.different[OURS] = allowed[1].format(result.counts[OURS]["difference"])
+        del result.variants[OURS]
+    run = partial(texts, prompts=requests, device=setting.device)
+    add_loops(result, setting, probe, run, off, allowed, sample, len(chosen), (len(requests), (False,)))
+    return result
+
+
+@torch.inference_mode()
+def regret(
+    model: Any, sample: Sequence[Configuration], requests: Sequence[Generate], written: Sequence[list[list[int]]]
+) -> float:
+    """How far below the best token those written are at most, by plain transformers, in deviations of the logits."""
+    worst = 0.0
+    for configuration, answers in zip(sample, written, strict=True):
+        with sliced(model, configuration):
+            for request, tokens in zip(requests, answers, strict=True):
+                ids = torch.tensor([[*request.tokens, *tokens]], device=model.device)
+                logits = model(input_ids=ids, use_cache=False).logits[0, len(request.tokens) - 1 : -1].float()
+                got = logits.gather(1, ids[0, len(request.tokens) :, None])[:, 0]
+                worst = max(worst, ((logits.amax(1) - got) / logits.std(1)).max().item())
+    return worst
+
+
+def generate_floor(
+    engine: Engine, head: SweepHead, trie: Trie, requests: Sequence[Generate], stops: Stops
+) -> tuple[floor.Products, float]:
+    """The products of the rows that one run computes; and its layer-forwards after the prompt."""
+    told: list[float] = []
+    engine.on_forwards = told.append
+    generate(engine, head, trie, requests, stops)
+    engine.on_forwards = lambda number: None
+    model, prompt = engine.layers.model, sum(len(request.tokens) for request in requests)
+    halves: Counter[int] = Counter()  # rows that went through half a layer at a time -> how often
+    done, prefill = 0.0, trie.counts().layer_forwards
+    for number in told:
+        halves[round(2 * number) * (prompt if done < prefill else 1)] += 1
+        done += number
+    products = floor.Products(model.dtype, model.device)
+    for rows, times in halves.items():
+        for projections in read_block(model.model.layers[0]).projections():
+            weight = (sum(projections.sizes), projections.modules[0].weight.shape[1])
+            for _ in range(times // 2):  # there are as many halves of attention as of the MLP
+                products.add_many(rows, weight)
+    for _ in range(requests[0].max_new_tokens):
+        products.add_many(len(trie.configurations) * len(requests), tuple(model.lm_head.weight.shape))
+    return products, done - prefill
+
+
+class _Numbers:
+    """A tokenizer whose words are the ids."""
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, tokens))

@@ -1,0 +1,152 @@
+"""A loop at its best settings, timed on some of the configurations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from cogsym.bench import method
+from cogsym.bench.case import Case, Setting, one_line
+from cogsym.bench.competitor import Competitor
+from cogsym.bench.loops import LOOPS, Loop, Probe, Settings
+from cogsym.bench.method import Variant
+from cogsym.sweeps.configs import Configuration
+
+ATTENTIONS = ("sdpa", "eager")
+SAMPLE = 6  # configurations that a loop is timed on
+
+
+def fastest(run: Callable[[Settings], object], requests: int, ways: Sequence[bool]) -> dict[Settings, float]:
+    """Seconds of settings that were tried, the fastest first; one choice is varied after the other.
+
+    Args:
+        run: what is timed.
+        requests: how many there are to a batch at most.
+        ways: of taking logits, as `Settings.all_logits` has them.
+    """
+    batches = [b for b in sorted({1, 4, 16, min(requests, 64)}) if b <= requests]
+    seconds: dict[Settings, float] = {}
+    best = Settings(ATTENTIONS[0], min(requests, 16))
+    run(best)
+    for vary in (
+        lambda now: [replace(now, attention=a, all_logits=way) for a in ATTENTIONS for way in ways],
+        lambda now: [replace(now, batch=b) for b in batches],
+    ):
+        for settings in vary(best):
+            if settings not in seconds:
+                seconds[settings] = min(timed(partial(run, settings)) for _ in range(2))
+        best = min(seconds, key=seconds.__getitem__)
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of a call whose answer is on the host."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def spaced(items: Sequence[Configuration], number: int) -> list[Configuration]:
+    """So many of them, one from the middle of each of as many equal shares of those sorted by the layers they keep."""
+    ordered = sorted(items, key=lambda c: (-c.k, c.code))
+    number = min(number, len(ordered))
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * number)] for i in range(number)]
+
+
+def shares(sample: Sequence[Configuration], every: Sequence[Configuration]) -> dict[str, Any]:
+    """What a loop is timed on, and how many layers those configurations keep on average beside all of them."""
+
+    def kept(some: Sequence[Configuration]) -> float:
+        return sum(len(c.actions) - c.k for c in some) / len(some)
+
+    return {
+        "configurations_timed": len(sample),
+        "kept_layers_of_those": kept(sample),
+        "kept_layers_of_all": kept(every),
+    }
+
+
+def add_loops(
+    result: Case,
+    setting: Setting,
+    probe: Probe,
+    run: Callable[..., Any],
+    off: Callable[[list[Any]], float],
+    allowed: tuple[float, str],
+    sample: Sequence[Configuration],
+    configurations: int,
+    choices: tuple[int, Sequence[bool]],
+) -> None:
+    """Give a case the loops that compute the same, at their best settings.
+
+    Args:
+        result: the case.
+        setting: of the suite.
+        probe: the model.
+        run: (loop, configuration, settings=...) -> an answer.
+        off: how far the answers for the sample are from the truth.
+        allowed: how far they may be, and the sentence that says that they are further.
+        sample: the configurations that are timed.
+        configurations: how many there are in all.
+        choices: requests, and ways of taking logits, as `fastest` has them.
+    """
+    layers = len(sample[0].actions)
+    half = Configuration.of(layers, {"skip": range(layers - layers // 2)})
+    for competitor in LOOPS:
+        if reason := competitor.unavailable(setting.device, setting.full):
+            result.skipped[competitor.name] = reason
+            continue
+        try:
+            with competitor.turn(probe) as loop:
+                tried = fastest(partial(_asked, run, loop, half), *choices)
+                settings = next(iter(tried))
+                distance = off([run(loop, c, settings=settings) for c in sample])
+        except Exception as error:  # another library's: whatever it raises is its reason
+            result.skipped[competitor.name] = one_line(error)
+            continue
+        if not distance <= allowed[0]:
+            result.different[competitor.name] = allowed[1].format(distance)
+            continue
+        turn = _Turn(competitor, probe, partial(run, settings=settings), sample)
+        result.variants[competitor.name] = Variant(turn.ask, turn.entered, scale=configurations / len(sample))
+        with competitor.turn(probe) as loop:
+            peak = method.peak_bytes(partial(run, loop, sample[0], settings=settings), setting.device)
+        result.counts[competitor.name] = {
+            "peak_bytes": peak,
+            "difference": distance,
+            "settings": asdict(settings),
+            "seconds_of_settings_tried": [[asdict(s), t] for s, t in tried.items()],
+        }
+
+
+def _asked(run: Callable[..., Any], loop: Loop, configuration: Configuration, settings: Settings) -> object:
+    return run(loop, configuration, settings=settings)
+
+
+class _Turn:
+    """A loop's turn over the sample."""
+
+    def __init__(
+        self,
+        competitor: Competitor[Probe, Loop],
+        probe: Probe,
+        run: Callable[[Loop, Configuration], object],
+        sample: Sequence[Configuration],
+    ) -> None:
+        self._competitor, self._probe, self._run, self._sample = competitor, probe, run, sample
+        self._loop: Loop | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with self._competitor.turn(self._probe) as self._loop:
+            yield
+
+    def ask(self) -> None:
+        """Every configuration of the sample."""
+        assert self._loop is not None
+        for configuration in self._sample:
+            self._run(self._loop, configuration)

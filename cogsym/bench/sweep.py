@@ -1,0 +1,162 @@
+"""How fast are many layer configurations scored? Ours in one pass beside loops over them.
+
+Configurations skip the first a and the last b layers, for all a and b (`grid`), or the first k or the last k layers
+(`input,output`). Asked are choices between two endings of a question, or passages of which every token is scored, as
+long as those of XCOPA and NTREX in Swahili are for SmolLM2; their tokens are drawn at random, as costs do not depend on
+them. A loop is timed on some configurations that keep as many layers as all do on average, at its best settings for
+half of the layers, and its time is scaled to all. The floor is the matrix products of the different states and of the
+head at scored positions. Before any timing a loop's log-likelihoods are compared with ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from cogsym.bench import floor, method
+from cogsym.bench.case import OURS, Case, Pending, Setting, dtype_name
+from cogsym.bench.loops import Probe, likelihoods
+from cogsym.bench.method import Variant
+from cogsym.bench.models import build, shape_of
+from cogsym.bench.sampled import SAMPLE, add_loops, shares, spaced
+from cogsym.models import read_block
+from cogsym.sweeps.batch import Batch
+from cogsym.sweeps.configs import Configuration, configurations, distinct
+from cogsym.sweeps.engine import Engine
+from cogsym.sweeps.heads import SweepHead
+from cogsym.sweeps.layers import ResidentLayers
+from cogsym.sweeps.requests import Score
+from cogsym.sweeps.score import score
+from cogsym.sweeps.trie import Trie
+
+KINDS = ("choices", "passages")
+ASKED = {False: 4, True: 8}  # questions or passages, by whether the run is full
+CURVE = (4, 16, 64, 256)  # of the grid's configurations, in a full run of the first model
+# Norm of the difference of log-likelihoods a token over that of their spread; one layer more skipped makes it about 1.
+AGREE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+
+
+def pending(setting: Setting) -> list[Pending]:
+    """The grid's choices; in a full run of the first model every set, kind and precision, and parts of the grid."""
+    asked, found = ASKED[setting.full], []
+    for model in setting.models:
+        layers, name = shape_of(model).layers, shape_of(model).name
+        sets = {what: distinct(configurations(what, layers))[0] for what in ("grid", "input,output")}
+        cases = [(sets["grid"], "grid", "choices", torch.bfloat16)]
+        if setting.full and model == setting.models[0]:
+            cases += [
+                (sets["grid"], "grid", "passages", torch.bfloat16),
+                (sets["input,output"], "input + output", "choices", torch.bfloat16),
+                (sets["input,output"], "input + output", "passages", torch.bfloat16),
+                (sets["input,output"], "input + output", "choices", torch.float32),
+            ]
+            parts = [n for n in CURVE if n < len(sets["grid"])]
+            cases += [(spaced(sets["grid"], n), "part of the grid", "choices", torch.bfloat16) for n in parts]
+        for chosen, what, kind, dtype in cases:
+            title = f"{name}, {dtype_name(dtype)}: {what} ({len(chosen)}), {asked} {kind}"
+            make = partial(case, title, model, chosen, kind, asked, dtype, setting)
+            found.append(Pending(title, make, rounds=method.LEAST_ROUNDS))
+    return found
+
+
+def case(
+    title: str,
+    model: str,
+    chosen: Sequence[Configuration],
+    kind: str,
+    asked: int,
+    dtype: torch.dtype,
+    setting: Setting,
+) -> Case:
+    """One set of configurations with all loops, verified."""
+    probe = Probe(build(model, None, dtype, setting.device).eval())
+    requests = questions(kind, asked, probe.model.get_input_embeddings().weight.shape[0])
+    own = ResidentLayers(probe.model)
+    engine, head, trie = Engine(own), SweepHead(probe.model), Trie(chosen)
+
+    def ours() -> list[list[float]]:
+        answers = score(engine, head, Trie(chosen), requests)
+        return [[scored.log_likelihood for scored in row] for row in answers]
+
+    sample = spaced(chosen, SAMPLE)
+    lines = ours()
+    truth = [lines[chosen.index(c)] for c in sample]
+    counts, products = trie.counts(), sweep_floor(probe.model, trie, requests)
+    result = Case("sweep", title, {OURS: Variant(ours)}, floor=products)
+    result.counts[OURS] = {"peak_bytes": method.peak_bytes(ours, setting.device)}
+    result.facts = {
+        "configurations": len(chosen),
+        "requests": len(requests),
+        "tokens": sum(len(r.tokens) for r in requests),
+        "scored_tokens": sum(len(r.tokens) - r.first for r in requests),
+        "layer_forwards": counts.layer_forwards,
+        "layer_forwards_of_a_loop": counts.kept_layers,
+        "head_forwards": counts.head_forwards,
+        "flops_of_the_floor": products.flops,
+        "done": len(chosen) * len(requests),
+    } | shares(sample, chosen)
+    lengths = [len(r.tokens) - r.first for r in requests]
+    off = partial(apart, truth=truth, lengths=lengths)
+    allowed = AGREE[dtype], "its likelihoods are {:.1e} of their spread away from ours"
+    run = partial(likelihoods, requests=requests, device=setting.device)
+    add_loops(result, setting, probe, run, off, allowed, sample, len(chosen), (len(requests), (False, True)))
+    return result
+
+
+def questions(kind: str, number: int, vocabulary: int) -> list[Score]:
+    """So many choices of two endings, or passages, of tokens drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        return tuple(torch.randint(vocabulary, (length,), generator=generator).tolist())
+
+    if kind == "passages":
+        return [Score(tokens(30, 62), 1) for _ in range(number)]
+    found = []
+    for _ in range(number):
+        question = tokens(14, 24)
+        found += [Score(question + tokens(9, 16), len(question)) for _ in range(2)]
+    return found
+
+
+def sweep_floor(model: Any, trie: Trie, requests: Sequence[Score]) -> floor.Products:
+    """The products that a trie cannot do without: each layer's for each different state, at scored positions only where
+    nothing attends any more, and the head's at scored positions."""
+    wanted = [(r, i - 1) for r, request in enumerate(requests) for i in range(request.first, len(request.tokens))]
+    batch = Batch([request.tokens[:-1] for request in requests], wanted)
+    tokens, scored = len(batch.layout.tokens), len(batch.scored)
+    block = read_block(model.model.layers[0])
+    qkv, output, gate_up, down = (
+        (sum(projections.sizes), projections.modules[0].weight.shape[1]) for projections in block.projections()
+    )
+    q, kv = (block.qkv.sizes[0], qkv[1]), (sum(block.qkv.sizes[1:]), qkv[1])
+    head = tuple(model.lm_head.weight.shape)
+    rows = dict.fromkeys([qkv, q, kv, output, gate_up, down, head], 0)
+    for step in trie.schedule(batch.narrow).steps:
+        many = len(step.nodes) * (scored if step.narrow else tokens)
+        if step.unit.part == "mlp":
+            rows[gate_up] += many
+            rows[down] += many
+        elif step.narrow:
+            rows[kv] += len(step.nodes) * tokens
+            rows[q] += many
+            rows[output] += many
+        else:
+            rows[qkv] += many
+            rows[output] += many
+    rows[head] += trie.counts().head_forwards * scored
+    products = floor.Products(model.dtype, model.device)
+    for weight, many in rows.items():
+        products.add_many(many, weight)
+    return products
+
+
+def apart(values: Sequence[Sequence[float]], truth: Sequence[Sequence[float]], lengths: Sequence[int]) -> float:
+    """Norm of the difference of log-likelihoods a token, [configuration][request], over that of their spread."""
+    per = torch.tensor(lengths, dtype=torch.float64)
+    a, b = (torch.tensor(v, dtype=torch.float64) / per for v in (values, truth))
+    return float((a - b).norm() / (b - b.mean()).norm())
