@@ -1,4 +1,4 @@
-"""A tiny model with its tokenizer on disk, and a little text: what a user brings."""
+"""A tiny model with its tokenizer on disk, and a little text: what a user brings. Real data, where there are any."""
 
 from __future__ import annotations
 
@@ -57,3 +57,12 @@ def text_file(tmp_path: Path) -> Path:
     lines = [json.dumps({"sw": line, "en": line[::-1]}) for line in sentences(120, seed=1)]
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real text and small models."""
+    root = Path(os.environ.get("COGSYM_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not root.is_dir():
+        pytest.skip("no test data: COGSYM_TEST_DATA is not set and ../shared/data does not exist")
+    return root
