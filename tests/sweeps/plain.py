@@ -25,7 +25,7 @@ class _Nothing(nn.Module):
 
 def plain_model(model: Any, configuration: Configuration, base: Any | None = None) -> Any:
     """A fresh copy of `model` with layers removed, reverted, or without a half."""
-    fresh = copy.deepcopy(model)
+    fresh = copy.deepcopy(model, {id(model.get_decoder().layers): nn.ModuleList()})  # the layers one by one, below
     decoder, config, layers = fresh.get_decoder(), fresh.get_decoder().config, []
     types = getattr(config, "layer_types", None)
     kept = [i for i, action in enumerate(configuration.actions) if action != "skip"]
