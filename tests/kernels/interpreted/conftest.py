@@ -35,7 +35,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are patched to run interpreted, but not again in every function they call: a third of all time."""
+    """Kernels are patched to run interpreted, but not again in every function they call: a quarter of all time."""
     patch = triton_interpreter._patch_lang
 
     def once(function: Callable[..., Any]) -> Any:
