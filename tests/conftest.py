@@ -1,7 +1,8 @@
-"""A tiny model with its tokenizer on disk, and a little text: what a user brings."""
+"""A tiny model with its tokenizer on disk, and a little text: what a user brings. Real data, where there are any."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 from texts import sentences
-from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,8 +26,15 @@ def pytest_report_header() -> str:
     return f"cogsym: {Path(cogsym.__file__).parent}, C++ extension: {backend.unavailable('cpp') or 'built'}"
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays: collections of garbage need not look through it, a tenth of all time."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def _model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import tiny_model  # every family of transformers, which tests of kernels do without
+
     folder = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,10 +57,24 @@ def model_folder(_model_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(_model_folder, tmp_path / "base"))
 
 
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    """120 sentences as .jsonl, field "sw", with a made-up other side "en"."""
-    path = tmp_path / "news.jsonl"
+@pytest.fixture(scope="session")
+def _text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "news.jsonl"
     lines = [json.dumps({"sw": line, "en": line[::-1]}) for line in sentences(120, seed=1)]
     path.write_text("\n".join(lines) + "\n", "utf-8")
     return path
+
+
+@pytest.fixture
+def text_file(_text_file: Path, tmp_path: Path) -> Path:
+    """120 sentences as .jsonl, field "sw", with a made-up other side "en"; a copy that a test may change."""
+    return Path(shutil.copy(_text_file, tmp_path))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real text and small models."""
+    root = Path(os.environ.get("COGSYM_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not root.is_dir():
+        pytest.skip("no test data: COGSYM_TEST_DATA is not set and ../shared/data does not exist")
+    return root

@@ -118,7 +118,7 @@ def test_ctrl_c_then_resume_gives_the_same_weights(
     cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     def args(out: Path) -> list[str]:
-        return ["train", str(model_folder), "--data", f"{text_file}#sw", "--out", str(out), "--steps", "150", *BIG]
+        return ["train", str(model_folder), "--data", f"{text_file}#sw", "--out", str(out), "--steps", "60", *BIG]
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cogsym(*args(whole)).returncode == 0

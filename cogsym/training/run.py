@@ -25,7 +25,6 @@ from cogsym.errors import CogsymError, RunStopped
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.records import differences
-from cogsym.training.curves import plot_curves
 from cogsym.training.explain import explain
 from cogsym.training.memory import Memory
 from cogsym.training.prepare import prepare, restore
@@ -176,6 +175,8 @@ def train(
         CogsymError: input that cannot be used, each with its reason.
         RunStopped: ended early, by Ctrl-C, a full disk or a loss that is not finite; the message says what was saved.
     """
+    from cogsym.training.curves import plot_curves  # matplotlib, which `import cogsym` does not wait for
+
     out, console = Path(out), console or Console(stderr=True)
     Memory(settings.keep, settings.memory_budget).check("cuda" if torch.cuda.is_available() else "cpu")
     network, tokenizer = _loaded(model, tokenizer, settings.dtype)

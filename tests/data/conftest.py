@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -27,14 +26,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator([f"English: {en}\nSwahili: {sw}" for en, sw in SENTENCES[:3]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|turn|>", eos_token="<|endoftext|>")
-
-
-@pytest.fixture(scope="session")
-def data_folder() -> Path:
-    root = os.environ.get("COGSYM_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data"
-    if not Path(root).is_dir():
-        pytest.skip("no test data: COGSYM_TEST_DATA is not set and ../shared/data does not exist")
-    return Path(root)
 
 
 @pytest.fixture(scope="session")

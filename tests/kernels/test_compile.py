@@ -1,6 +1,6 @@
 """Every kernel, as its launch function launches it, compiles for every target with no register spilled."""
 
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,10 +17,12 @@ import aot
 import triton.language as tl
 
 
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing comes from, or goes to, the user's cache of compiled kernels."""
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+@pytest.fixture(autouse=True, scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing comes from, or goes to, the user's cache; what two cases launch alike is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("compiled")))
+        yield
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)

@@ -1,4 +1,4 @@
-"""A task of each kind, and sweeps of the tiny model."""
+"""Rows, tokenizers and tasks on disk, and sweeps of the tiny model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,47 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from sweeps.task_rows import PAIRS, XCOPA, write_rows
 from texts import sentences
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import cogsym
+
+
+def trained(pre_tokenizer: Any, size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    texts = [" ".join(map(str, row.values())) for row in XCOPA + PAIRS] + sentences(100)
+    texts += ["A: Answer B: Answer: A = Moja = Tatu = Nne: B"] * 9
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return trained(pre_tokenizers.ByteLevel(add_prefix_space=False), 400)
+
+
+@pytest.fixture(scope="module")
+def merging() -> PreTrainedTokenizerFast:
+    """Merges across blanks and words, so that a token may reach from the question into an option."""
+    return trained(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), 600)
+
+
+@pytest.fixture
+def xcopa(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "xcopa.jsonl", [row | {"label": i} for i, row in enumerate(XCOPA)])
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "pairs.jsonl", PAIRS)
 
 
 @pytest.fixture

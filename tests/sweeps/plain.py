@@ -25,7 +25,7 @@ class _Nothing(nn.Module):
 
 def plain_model(model: Any, configuration: Configuration, base: Any | None = None) -> Any:
     """A fresh copy of `model` with layers removed, reverted, or without a half."""
-    fresh = copy.deepcopy(model)
+    fresh = copy.deepcopy(model, {id(model.get_decoder().layers): nn.ModuleList()})  # the layers one by one, below
     if getattr(fresh.config, "attn_logit_softcapping", None):  # which transformers 5.17 forgets with its default
         fresh.set_attn_implementation("eager")
     decoder, config, layers = fresh.get_decoder(), fresh.get_decoder().config, []
@@ -33,7 +33,8 @@ def plain_model(model: Any, configuration: Configuration, base: Any | None = Non
     kept = [i for i, action in enumerate(configuration.actions) if action != "skip"]
     for place, i in enumerate(kept):
         action = configuration.actions[i]
-        layer = copy.deepcopy((base if action == "revert" else model).get_decoder().layers[i])
+        source = (base if action == "revert" else model).get_decoder()
+        layer = copy.deepcopy(source.layers[i], {id(source.config): config})
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place

@@ -36,40 +36,44 @@ def weights(result: cogsym.TrainResult) -> dict[str, torch.Tensor]:
     return load_file(result.folder / "model.safetensors")
 
 
-def test_it_learns_and_writes_what_it_promises(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    result = run(model_folder, text_file, tmp_path / "out")
-    before, after = result.bits_per_byte("sw")
+@pytest.fixture(scope="module")
+def whole(_model_folder: Path, _text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> cogsym.TrainResult:
+    """A run that nothing disturbs."""
+    return run(_model_folder, _text_file, tmp_path_factory.mktemp("whole") / "out")
+
+
+def test_it_learns_and_writes_what_it_promises(whole: cogsym.TrainResult) -> None:
+    before, after = whole.bits_per_byte("sw")
     assert after < 0.8 * before
-    assert result.steps == 8
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+    assert whole.steps == 8
+    out = whole.folder.parent
+    assert sorted(p.name for p in out.iterdir()) == [
         "checkpoints", "loss.png", "metrics.jsonl", "model", "settings.json",
     ]  # fmt: skip
-    assert (tmp_path / "out" / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
-    assert lines == result.history
-    assert [p.name for p in checkpoints(tmp_path / "out" / "checkpoints")] == ["checkpoint-6", "checkpoint-8"]
+    assert lines == whole.history
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["checkpoint-6", "checkpoint-8"]
 
 
 def test_plain_transformers_loads_the_result_and_only_the_outer_layers_moved(
-    model_folder: Path, text_file: Path, tmp_path: Path
+    model_folder: Path, whole: cogsym.TrainResult
 ) -> None:
-    result = run(model_folder, text_file, tmp_path / "out")
-    model, info = AutoModelForCausalLM.from_pretrained(result.folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(whole.folder, output_loading_info=True)
     assert not any(info.values())
     assert model.config.use_cache  # Trainer had switched it off
-    AutoTokenizer.from_pretrained(result.folder)
+    AutoTokenizer.from_pretrained(whole.folder)
     base = load_file(model_folder / "model.safetensors")
-    moved = {name.split(".")[2] for name, w in weights(result).items() if not torch.equal(w, base[name])}
+    moved = {name.split(".")[2] for name, w in weights(whole).items() if not torch.equal(w, base[name])}
     assert moved == {"0", "3"}
     outer = ("model.layers.0.", "model.layers.3.")
-    assert result.trained_parameters == sum(w.numel() for n, w in base.items() if n.startswith(outer))
-    assert all(torch.equal(p, weights(result)[n]) for n, p in result.model.named_parameters() if n != "lm_head.weight")
+    assert whole.trained_parameters == sum(w.numel() for n, w in base.items() if n.startswith(outer))
+    assert all(torch.equal(p, weights(whole)[n]) for n, p in whole.model.named_parameters() if n != "lm_head.weight")
 
 
-def test_checkpoints_hold_the_trained_parameters_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    run(model_folder, text_file, tmp_path / "out")
-    saved = load_file(tmp_path / "out" / "checkpoints" / "checkpoint-8" / "trained.safetensors")
+def test_checkpoints_hold_the_trained_parameters_alone(whole: cogsym.TrainResult) -> None:
+    saved = load_file(whole.folder.parent / "checkpoints" / "checkpoint-8" / "trained.safetensors")
     assert {name.split(".")[2] for name in saved} == {"0", "3"}
 
 
@@ -114,9 +118,12 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(model_folder: Path, text_fil
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: cogsym.TrainResult,
 ) -> None:
-    whole = run(model_folder, text_file, tmp_path / "whole")
     step = OuterTrainer.check_gradients
 
     def interrupted_in_step_2(self: OuterTrainer) -> None:
@@ -174,9 +181,12 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_intact(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: cogsym.TrainResult,
 ) -> None:
-    whole = run(model_folder, text_file, tmp_path / "whole")
     original = OuterTrainer._save_optimizer_and_scheduler
 
     def full(self: OuterTrainer, folder: str) -> None:
