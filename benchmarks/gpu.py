@@ -74,6 +74,7 @@ def main() -> None:
         cases = PARTS[part](dataclasses.replace(setting, full=False) if short else setting)
         result["cases"] += measured(cases, setting.device, share, lambda name: console.print(name))
         report.write(result, args.out)
+    report.draw(result, args.out)
     report.show(result, console)
     sys.exit(0 if all(line["right"] for line in result["parity"]) else 1)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -332,6 +333,7 @@ def bench(
     device: Annotated[str, _option("cpu or cuda.")] = "cpu",
     full: Annotated[bool, _option("Three minutes, or everything.", "--full/--quick")] = False,
     out: Annotated[Path, _option("Folder for the result files and pictures.")] = Path("cogsym-bench"),
+    resume: Annotated[bool, _option("Go on with the result files in --out.", "--resume")] = False,
 ) -> None:
     """Measure what cogsym gains on this machine, beside the alternatives; or compare two measurements.
 
@@ -348,7 +350,7 @@ def bench(
     if words[0] != "compare":
         command = shlex.join(["cogsym", "bench", *words, "--full" if full else "--quick", "--device", device])
         command += f" --model {shlex.quote(Path(model).name)}" if model else ""
-        run(words, model=model, device=device, full=full, out=out, command=command)
+        run(words, model=model, device=device, full=full, out=out, command=command, resume=resume)
         return
     if len(words) != 3:
         raise CogsymError(
@@ -382,6 +384,8 @@ def _quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # peft asks transformers for this by a name that is going away, which no user can change.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from cogsym.bench.case import OURS, Case, Pending, Setting, dtype_name
 from cogsym.bench.loops import Probe, sliced, texts
 from cogsym.bench.method import Variant
 from cogsym.bench.models import build, shape_of
-from cogsym.bench.sampled import SAMPLE, add_loops, shares, spaced
+from cogsym.bench.sampled import SAMPLE, Question, add_loops, shares, spaced
 from cogsym.models import read_block
 from cogsym.sweeps.choose import Stops
 from cogsym.sweeps.configs import Configuration, configurations, distinct
@@ -89,14 +89,21 @@ def case(
         "flops_of_the_floor": products.flops,
         "done": len(chosen) * len(requests) * new_tokens,
     } | shares(sample, chosen)
-    off = partial(regret, probe.model, sample, requests)
-    allowed = AGREE[dtype], "its tokens are up to {:.2g} deviations below the best"
-    result.counts[OURS]["difference"] = off(written)
-    if not result.counts[OURS]["difference"] <= allowed[0]:
-        result.different[OURS] = allowed[1].format(result.counts[OURS]["difference"])
+    question = Question(
+        ask=partial(texts, prompts=requests, device=setting.device),
+        off=partial(regret, probe.model, sample, requests),
+        allowed=AGREE[dtype],
+        further="its tokens are up to {:.2g} deviations below the best",
+        sample=sample,
+        configurations=len(chosen),
+        requests=len(requests),
+        ways=(False,),
+    )
+    result.counts[OURS]["difference"] = off = question.off(written)
+    if not off <= question.allowed:
+        result.different[OURS] = question.further.format(off)
         del result.variants[OURS]
-    run = partial(texts, prompts=requests, device=setting.device)
-    add_loops(result, setting, probe, run, off, allowed, sample, len(chosen), (len(requests), (False,)))
+    add_loops(result, setting, probe, question)
     return result
 
 

@@ -207,7 +207,7 @@ LOOPS: tuple[Competitor[Probe, Loop], ...] = (
 
 @torch.inference_mode()
 def likelihoods(
-    loop: Loop, configuration: Configuration, requests: Sequence[Score], settings: Settings, device: torch.device
+    loop: Loop, configuration: Configuration, settings: Settings, requests: Sequence[Score], device: torch.device
 ) -> list[float]:
     """The log-likelihood of each continuation, by right-padded batches of requests of like length."""
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
@@ -233,7 +233,7 @@ def likelihoods(
 
 @torch.inference_mode()
 def texts(
-    loop: Loop, configuration: Configuration, prompts: Sequence[Generate], settings: Settings, device: torch.device
+    loop: Loop, configuration: Configuration, settings: Settings, prompts: Sequence[Generate], device: torch.device
 ) -> list[list[int]]:
     """The tokens that follow each prompt; prompts and answers have one length."""
     result: list[list[int]] = []

@@ -19,11 +19,11 @@ FORMAT = "cogsym bench 1"
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """The result file, and its picture beside it."""
+    """The result file, whole or not at all."""
     try:
-        path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        draw(result, path.with_suffix(".png"))
-        draw_curve(result, path.with_name(f"{path.stem}_curve.png"))
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        new.replace(path)
     except OSError as error:
         raise CogsymError(f"'{path}' cannot be written: {error.strerror}; choose another --out.") from None
 
@@ -167,6 +167,12 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
+    """The pictures of a result file, beside it."""
+    draw_ratios(result, path.with_suffix(".png"))
+    draw_curve(result, path.with_name(f"{path.stem}_curve.png"))
+
+
+def draw_ratios(result: dict[str, Any], path: Path) -> None:
     """Each variant's time over ours, with the quartiles of its rounds."""
     bars = [
         (f"{case['name']}\n{label}", variant["over_cogsym"])

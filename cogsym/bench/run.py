@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ def run(
     full: bool,
     out: Path,
     command: str,
+    resume: bool = False,
 ) -> list[Path]:
     """Measure, show and write; the result files.
 
@@ -48,9 +52,11 @@ def run(
         full: every case with all its rounds, or what three minutes allow.
         out: the folder of the result files and pictures.
         command: written into them.
+        resume: keep what result files in that folder have of the same setting, and measure the rest.
 
     Raises:
-        CogsymError: an unknown part, model or device, or a folder that cannot be written.
+        CogsymError: an unknown part, model or device, a folder that cannot be written, or files of another machine or
+            setting to go on with.
     """
     setting = _setting(model, device, full)
     for part in parts:
@@ -61,31 +67,76 @@ def run(
     except OSError as error:
         raise CogsymError(f"--out is '{out}', which cannot be written: {error.strerror}; choose another.") from None
     work = {part: PARTS[part](setting) for part in parts}
-    progress = _Progress(work, None if full else sum(QUICK_SECONDS[part] for part in work))
-    written = []
+    heads: dict[str, Any] = {
+        "format": report.FORMAT,
+        "command": command,
+        "machine": machine.describe(),
+        "setting": {"models": [shape_of(name).name for name in setting.models], "device": device, "full": full},
+    }
+    paths = {part: out / f"{part}.json" for part in work}
+    known = {part: _known(path, heads) if resume and path.exists() else [] for part, path in paths.items()}
+    left = sum(len(_turns(cases, known[part])) for part, cases in work.items())
+    progress = _Progress(left, None if full else sum(QUICK_SECONDS[part] for part in work))
     for part, cases in work.items():
         budget = None if full else QUICK_SECONDS[part]
-        result = {
-            "format": report.FORMAT,
-            "command": command,
-            "machine": machine.describe(),
-            "setting": {"models": [shape_of(name).name for name in setting.models], "device": device, "full": full},
-            "cases": measured(cases, setting.device, budget, progress.begin),
-        }
-        path = out / f"{part}.json"
-        report.write(result, path)
+        keep = partial(_keep, heads, paths[part])
+        lines = measured(cases, setting.device, budget, progress.begin, known[part], keep)
+        result = heads | {"cases": lines}
+        report.draw(result, paths[part])
         report.show(result, progress.console)
-        written.append(path)
-    return written
+    return list(paths.values())
+
+
+def _keep(heads: dict[str, Any], path: Path, lines: list[dict[str, Any]]) -> None:
+    """What there is so far, so that a run that is killed loses one case."""
+    report.write(heads | {"cases": lines}, path)
+
+
+def _known(path: Path, heads: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases of a result file that can be gone on with."""
+    result = report.read(path)
+    for field in ("machine", "setting"):
+        if result[field] != heads[field]:
+            raise CogsymError(
+                f"'{path}' cannot be gone on with: its {field} is {result[field]}, and here {heads[field]}; choose "
+                "another --out, or leave --resume out to measure everything anew."
+            )
+    cases: list[dict[str, Any]] = result["cases"]
+    return cases
+
+
+def _turns(cases: list[Pending], known: list[dict[str, Any]]) -> list[int]:
+    """The cases to be measured in order, by index, one for each pass that is not there yet."""
+    done = {line["name"]: max(1, len(line["rounds_of_each_pass"])) for line in known}
+    most = max(p.passes for p in cases)
+    return [i for turn in range(most) for i, p in enumerate(cases) if done.get(p.name, 0) <= turn < p.passes]
 
 
 def measured(
-    cases: list[Pending], device: torch.device, budget: float | None, begin: Callable[[str], object]
+    cases: list[Pending],
+    device: torch.device,
+    budget: float | None,
+    begin: Callable[[str], object],
+    known: list[dict[str, Any]] | None = None,
+    keep: Callable[[list[dict[str, Any]]], object] = lambda lines: None,
 ) -> list[dict[str, Any]]:
-    """Each case in turn, announced to `begin`; of `budget` seconds each has its share of what those before it left."""
-    lines: list[list[dict[str, Any]]] = [[] for _ in cases]
+    """A line for each case.
+
+    Args:
+        cases: in the order of their turns.
+        device: where.
+        budget: seconds, of which each case has its share of what those before it left; None is as many as it takes.
+        begin: told each case's name.
+        known: lines from before.
+        keep: given all lines so far after each pass.
+    """
+    passes = {line["name"]: [line] for line in known or []}
+    turns = _turns(cases, known or [])
     deadline = None if budget is None else time.perf_counter() + budget
-    turns = [i for turn in range(max(p.passes for p in cases)) for i, p in enumerate(cases) if turn < p.passes]
+
+    def lines() -> list[dict[str, Any]]:
+        return [joined(passes[pending.name]) for pending in cases if pending.name in passes]
+
     for done, i in enumerate(turns):
         pending = cases[i]
         begin(pending.name)
@@ -94,19 +145,32 @@ def measured(
             now = time.perf_counter()
             share = now + (deadline - now) / (len(turns) - done)
         least = -(-LEAST_ROUNDS // pending.passes)
-        lines[i].append(measure(pending.build(), device, pending.rounds, share, least))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return [joined(passes) for passes in lines]
+        line = measure(pending.build(), device, pending.rounds, share, least)
+        passes.setdefault(pending.name, []).append(line)
+        keep(lines())
+        _forget(device)
+    return lines()
+
+
+def _forget(device: torch.device) -> None:
+    """Give back what the last case held: models are large, torch.compile holds what it made of one, and the C library
+    what has been freed."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class _Progress:
     """A line for each case, with the time left: by the clock of a quick run, else by the cases done."""
 
-    def __init__(self, work: dict[str, list[Pending]], budget: float | None) -> None:
+    def __init__(self, total: int, budget: float | None) -> None:
         self.console = Console()
-        self._total, self._done = sum(p.passes for cases in work.values() for p in cases), 0
+        self._total, self._done = total, 0
         self._start, self._budget = time.perf_counter(), budget
 
     def begin(self, name: str) -> None:

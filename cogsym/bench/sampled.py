@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -70,30 +70,34 @@ def shares(sample: Sequence[Configuration], every: Sequence[Configuration]) -> d
     }
 
 
-def add_loops(
-    result: Case,
-    setting: Setting,
-    probe: Probe,
-    run: Callable[..., Any],
-    off: Callable[[list[Any]], float],
-    allowed: tuple[float, str],
-    sample: Sequence[Configuration],
-    configurations: int,
-    choices: tuple[int, Sequence[bool]],
-) -> None:
-    """Give a case the loops that compute the same, at their best settings.
+@dataclass(frozen=True)
+class Question:
+    """What a loop is asked of each configuration.
 
-    Args:
-        result: the case.
-        setting: of the suite.
-        probe: the model.
-        run: (loop, configuration, settings=...) -> an answer.
-        off: how far the answers for the sample are from the truth.
-        allowed: how far they may be, and the sentence that says that they are further.
+    Attributes:
+        ask: (loop, configuration, settings) -> its answer.
+        off: how far answers for the sample are from the truth.
+        allowed: how far they may be.
+        further: the sentence that says that they are further, with a place for how far.
         sample: the configurations that are timed.
         configurations: how many there are in all.
-        choices: requests, and ways of taking logits, as `fastest` has them.
+        requests: of each of them.
+        ways: of taking logits, as `Settings.all_logits` has them.
     """
+
+    ask: Callable[..., Any]
+    off: Callable[[list[Any]], float]
+    allowed: float
+    further: str
+    sample: Sequence[Configuration]
+    configurations: int
+    requests: int
+    ways: Sequence[bool]
+
+
+def add_loops(result: Case, setting: Setting, probe: Probe, question: Question) -> None:
+    """Give a case the loops that compute the same, at their best settings for half of the layers."""
+    sample = question.sample
     layers = len(sample[0].actions)
     half = Configuration.of(layers, {"skip": range(layers - layers // 2)})
     for competitor in LOOPS:
@@ -102,19 +106,20 @@ def add_loops(
             continue
         try:
             with competitor.turn(probe) as loop:
-                tried = fastest(partial(_asked, run, loop, half), *choices)
+                tried = fastest(partial(question.ask, loop, half), question.requests, question.ways)
                 settings = next(iter(tried))
-                distance = off([run(loop, c, settings=settings) for c in sample])
+                distance = question.off([question.ask(loop, c, settings) for c in sample])
         except Exception as error:  # another library's: whatever it raises is its reason
             result.skipped[competitor.name] = one_line(error)
             continue
-        if not distance <= allowed[0]:
-            result.different[competitor.name] = allowed[1].format(distance)
+        if not distance <= question.allowed:
+            result.different[competitor.name] = question.further.format(distance)
             continue
-        turn = _Turn(competitor, probe, partial(run, settings=settings), sample)
-        result.variants[competitor.name] = Variant(turn.ask, turn.entered, scale=configurations / len(sample))
+        turn = _Turn(competitor, probe, question, settings)
+        scale = question.configurations / len(sample)
+        result.variants[competitor.name] = Variant(turn.ask, turn.entered, scale=scale)
         with competitor.turn(probe) as loop:
-            peak = method.peak_bytes(partial(run, loop, sample[0], settings=settings), setting.device)
+            peak = method.peak_bytes(partial(question.ask, loop, sample[0], settings), setting.device)
         result.counts[competitor.name] = {
             "peak_bytes": peak,
             "difference": distance,
@@ -123,21 +128,13 @@ def add_loops(
         }
 
 
-def _asked(run: Callable[..., Any], loop: Loop, configuration: Configuration, settings: Settings) -> object:
-    return run(loop, configuration, settings=settings)
-
-
 class _Turn:
     """A loop's turn over the sample."""
 
     def __init__(
-        self,
-        competitor: Competitor[Probe, Loop],
-        probe: Probe,
-        run: Callable[[Loop, Configuration], object],
-        sample: Sequence[Configuration],
+        self, competitor: Competitor[Probe, Loop], probe: Probe, question: Question, settings: Settings
     ) -> None:
-        self._competitor, self._probe, self._run, self._sample = competitor, probe, run, sample
+        self._competitor, self._probe, self._question, self._settings = competitor, probe, question, settings
         self._loop: Loop | None = None
 
     @contextmanager
@@ -148,5 +145,5 @@ class _Turn:
     def ask(self) -> None:
         """Every configuration of the sample."""
         assert self._loop is not None
-        for configuration in self._sample:
-            self._run(self._loop, configuration)
+        for configuration in self._question.sample:
+            self._question.ask(self._loop, configuration, self._settings)

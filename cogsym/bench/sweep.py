@@ -21,7 +21,7 @@ from cogsym.bench.case import OURS, Case, Pending, Setting, dtype_name
 from cogsym.bench.loops import Probe, likelihoods
 from cogsym.bench.method import Variant
 from cogsym.bench.models import build, shape_of
-from cogsym.bench.sampled import SAMPLE, add_loops, shares, spaced
+from cogsym.bench.sampled import SAMPLE, Question, add_loops, shares, spaced
 from cogsym.models import read_block
 from cogsym.sweeps.batch import Batch
 from cogsym.sweeps.configs import Configuration, configurations, distinct
@@ -99,10 +99,17 @@ def case(
         "done": len(chosen) * len(requests),
     } | shares(sample, chosen)
     lengths = [len(r.tokens) - r.first for r in requests]
-    off = partial(apart, truth=truth, lengths=lengths)
-    allowed = AGREE[dtype], "its likelihoods are {:.1e} of their spread away from ours"
-    run = partial(likelihoods, requests=requests, device=setting.device)
-    add_loops(result, setting, probe, run, off, allowed, sample, len(chosen), (len(requests), (False, True)))
+    question = Question(
+        ask=partial(likelihoods, requests=requests, device=setting.device),
+        off=partial(apart, truth=truth, lengths=lengths),
+        allowed=AGREE[dtype],
+        further="its likelihoods are {:.1e} of their spread away from ours",
+        sample=sample,
+        configurations=len(chosen),
+        requests=len(requests),
+        ways=(False, True),
+    )
+    add_loops(result, setting, probe, question)
     return result
 
 

@@ -59,8 +59,9 @@ def case(title: str, model: str, layers: int, rows: int, kind: str, setting: Set
         "trained_parameters": sum(p.numel() for p in trained),
         "flops_of_the_floor": products.flops,
     }
+    right: list[Competitor[Job, Loss]] = []
     truth: tuple[Tensor, list[Tensor]] | None = None
-    for competitor in COMPETITORS:
+    for competitor in COMPETITORS:  # all before any takes a step, which changes the weights
         if reason := competitor.unavailable(setting.device, setting.full):
             result.skipped[competitor.name] = reason
             continue
@@ -74,10 +75,12 @@ def case(title: str, model: str, layers: int, rows: int, kind: str, setting: Set
         if reason := _differs(loss, gradients, *truth):
             result.different[competitor.name] = reason
             continue
+        right.append(competitor)
+        result.counts[competitor.name] = {"difference": difference(gradients, truth[1])}
+    for competitor in right:
         turn = _Turn(competitor, job, optimizer)
         result.variants[competitor.name] = Variant(turn.step, turn.entered)
-        result.counts[competitor.name] = turn.counts()
-        result.counts[competitor.name]["difference"] = difference(gradients, truth[1])
+        result.counts[competitor.name] |= turn.counts()
     return result
 
 

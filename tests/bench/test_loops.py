@@ -79,7 +79,7 @@ def test_a_loop_leaves_no_trace(competitor: Competitor[Probe, Loop], batch: int,
     before, whole = state(), probe.model(torch.arange(9)[None], use_cache=False).logits
     with competitor.turn(probe) as loop:
         settings = Settings("eager", batch, all_logits)
-        likelihoods(loop, Configuration.of(4, {"skip": [0, 3]}), asked, settings, CPU)
+        likelihoods(loop, Configuration.of(4, {"skip": [0, 3]}), settings, asked, CPU)
     assert state() == before
     assert torch.equal(probe.model(torch.arange(9)[None], use_cache=False).logits, whole)
 
@@ -195,5 +195,5 @@ def test_what_is_written_ends_where_it_is_told() -> None:
     probe, asked = tiny(), [Generate((3, 4, 5), 6), Generate((9, 8, 7), 6)]
     for competitor in HERE:
         with competitor.turn(probe) as loop:
-            rows = texts(loop, Configuration.of(4, {"skip": [1]}), asked, Settings("sdpa", 2), CPU)
+            rows = texts(loop, Configuration.of(4, {"skip": [1]}), Settings("sdpa", 2), asked, CPU)
         assert [len(row) for row in rows] == [6, 6]

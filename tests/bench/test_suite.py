@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogsym import cli
 from cogsym.bench import competitor as competitor_module
 from cogsym.bench import generate, install, ops, parity, report, run, sampled, sweep, train
-from cogsym.bench.case import OURS, Setting, measure
+from cogsym.bench.case import OURS, Case, Setting, measure
 from cogsym.bench.trainers import COMPETITORS, Competitor, Job
 
 CPU = torch.device("cpu")
@@ -79,6 +80,38 @@ def test_quick_run(
     assert outer["skipped"]["torch.compile"] == "compiling takes minutes: --full"
     assert {"Liger-Kernel", "quack", "FlashAttention", "Unsloth"} <= outer["skipped"].keys()
     assert "compiling takes minutes" in out
+
+
+def test_a_run_that_is_killed_goes_on(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each case is kept as soon as it is measured, and what is there is not measured again."""
+    asked: list[str] = []
+
+    def killed(case: Case, device: torch.device, *_: Any) -> Any:
+        asked.append(case.name)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return measure(case, device, 1)
+
+    monkeypatch.setattr(ops, "OPERATIONS", dict(itertools.islice(ops.OPERATIONS.items(), 2)))
+    monkeypatch.setattr(ops, "PASSES", 2)
+    monkeypatch.setattr(run, "measure", killed)
+    options = ["ops", "--model", "tiny", "--out", tmp_path]
+    with contextlib.suppress(KeyboardInterrupt):
+        command(*options)
+    before = report.read(tmp_path / "ops.json")["cases"]
+    assert [case["name"] for case in before] == asked[:3]
+    status, out, _ = command(*options, "--resume")
+    assert status == 0 and "1/5 " in out and len(asked) == 4 + 5
+    cases = report.read(tmp_path / "ops.json")["cases"]
+    assert [case["rounds_of_each_pass"] for case in cases] == [[1, 1]] * 4
+    for was, now in zip(before, cases, strict=False):
+        seconds = now["variants"][OURS]["seconds_of_each_round"]
+        assert seconds[:1] == was["variants"][OURS]["seconds_of_each_round"] and len(seconds) == 2
+    assert command(*options, "--resume")[0] == 0 and len(asked) == 9
+    status, _, err = command(*options, "--full", "--resume")
+    assert status == 2 and "cannot be gone on with: its setting is" in err
 
 
 @pytest.mark.parametrize(
@@ -236,18 +269,27 @@ def test_the_curve_of_a_sweep_is_drawn(tmp_path: Path, monkeypatch: pytest.Monke
     cases = [p for p in sweep.pending(Setting(("tiny",), CPU, full=True)) if "grid" in p.name and "choices" in p.name]
     lines = [measure(p.build(), CPU, 1) for p in cases]
     assert [line["facts"]["configurations"] for line in lines] == [11, 2, 4]
-    report.write({"cases": lines}, tmp_path / "sweep.json")
+    report.draw({"cases": lines}, tmp_path / "sweep.json")
     assert (tmp_path / "sweep_curve.png").stat().st_size > 20_000
 
 
 def test_pytest_benchmark_modules() -> None:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
     modules = [f"benchmarks/bench_{name}.py" for name in ("ops", "sweep", "generate")]
-    options = ["-q", "-p", "no:cacheprovider", "--model", "tiny", "--benchmark-disable"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--model",
+        "tiny",
+        "--benchmark-disable",
+        "-k",
+        "rms_norm or grid or input",
+    ]
     command = [sys.executable, "-m", "pytest", *options, *modules]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "13 passed" in done.stdout
+    assert "4 passed, 9 deselected" in done.stdout
 
 
 def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,9 +301,10 @@ def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:3])
     monkeypatch.setattr(run, "measure", lambda case, device, *_: measure(case, device, 1))
     monkeypatch.setattr(ops, "PASSES", 1)
+    monkeypatch.setattr(ops, "OPERATIONS", {"rms_norm": ops.OPERATIONS["rms_norm"]})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path / "gpu.json")])
     with pytest.raises(SystemExit) as end:
         script.main()
     assert end.value.code == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(result["parity"]) == 30 and len(result["cases"]) == 14
+    assert len(result["parity"]) == 30 and len(result["cases"]) == 2 + 3

@@ -52,14 +52,19 @@ def make(N: tuple[int, ...], D: int, V: int, dtype: torch.dtype) -> tuple[Tensor
     return torch.randn(*N, D).to(dtype), (2 * torch.randn(V, D) / D**0.5).to(dtype), targets
 
 
+def plain_logits(hidden: Tensor, weight: Tensor, soft_cap: float, scale: float) -> Tensor:
+    """As a Hugging Face model computes them."""
+    logits = F.linear(hidden, weight) * scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def plain(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, soft_cap: float = 0.0, scale: float = 1.0, **options: Any
 ) -> Tensor:
     """Each token's loss as a Hugging Face model computes it; in float64, the truth."""
-    logits = F.linear(hidden, weight) * scale
-    if soft_cap:
-        logits = soft_cap * torch.tanh(logits / soft_cap)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = plain_logits(hidden, weight, soft_cap, scale)
     targets = targets.expand(hidden.shape[:-1])
     loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", **options)
     return loss.view(targets.shape)
@@ -95,7 +100,10 @@ def compare(
     of_weight = (size * hidden.double().abs()).flatten(0, -2).sum(0).expand_as(weight)
     # A logit's rounding to the inputs' dtype is granted once: with a soft cap, PyTorch takes several, and may be lucky.
     granted = max(1.0, torch.finfo(hidden.dtype).eps / torch.finfo(ours[0].dtype).eps / 8)
-    scales = [(exact[0].abs() + 1) * granted, *itertools.compress((of_hidden, of_weight), trained)]
+    # A loss is the difference of the logsumexp and of logits.
+    logits = plain_logits(hidden.double(), weight.double(), options.get("soft_cap", 0.0), options.get("scale", 1.0))
+    terms = logits.logsumexp(-1).abs() + logits.abs().amax(-1)
+    scales = [terms * granted, *itertools.compress((of_hidden, of_weight), trained)]
     names = ["loss", *itertools.compress(("dhidden", "dweight"), trained)]
     for what, scale, *values in zip(names, scales, ours, own, exact, strict=True):
         check(*values, f"{what}, trained {trained}, {options}", scale)
