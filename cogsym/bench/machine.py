@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 
 import peft
@@ -12,6 +14,11 @@ import transformers
 
 import cogsym
 from cogsym.ops import backend
+
+# Whom the suite sets ours beside, as far as they are packages of their own.
+ALTERNATIVES = (
+    "cut-cross-entropy", "flash-attn", "liger-kernel", "quack-kernels", "transformer-lens", "unsloth",
+)  # fmt: skip
 
 
 def describe() -> dict[str, str]:
@@ -24,6 +31,10 @@ def describe() -> dict[str, str]:
         from cogsym import _C
 
         features = f" ({', '.join(_C.cpu_features())})"
+    found = []
+    for package in ALTERNATIVES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
     return {
         "processor": (names[0] if names else platform.processor()) + features,
         "cores": str(os.cpu_count()),
@@ -34,4 +45,5 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
+        "alternatives": ", ".join(sorted(found)) or "none",
     }

@@ -8,6 +8,8 @@ calls, so that each finds its inputs in memory; and `launch_bound` says whether 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import statistics
 import sys
@@ -17,11 +19,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 LEAST_ROUNDS = 5  # fewer say nothing of the spread
 LONG = 0.5  # seconds of a call: what it finds in caches at its start no longer matters
+FULL = 50  # percent of the machine's memory in use, above which freed memory is given back between turns
 CACHE_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
@@ -82,6 +86,8 @@ def interleaved(
         if i >= least and deadline is not None and time.perf_counter() > deadline:
             break
         for label, variant in variants.items():
+            if psutil.virtual_memory().percent > FULL:
+                give_back()
             with variant.turn():
                 if warm and variant.warm:
                     variant.run()
@@ -132,6 +138,15 @@ def launch_bound(run: Callable[[], object], device: torch.device) -> bool:
     queued = time.perf_counter() - start
     torch.cuda.synchronize(device)
     return queued > 0.9 * (time.perf_counter() - start)
+
+
+def give_back() -> None:
+    """Return to the system what has been freed: the C library keeps the holes between blocks, of each variant others,
+    which is gigabytes where those of many take turns."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:

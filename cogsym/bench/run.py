@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cogsym.bench import generate, install, machine, ops, report, sweep, train
+from cogsym.bench import generate, install, machine, method, ops, report, sweep, train
 from cogsym.bench.case import Pending, Setting, joined, measure
 from cogsym.bench.method import LEAST_ROUNDS
 from cogsym.bench.models import shape_of
@@ -153,14 +151,10 @@ def measured(
 
 
 def _forget(device: torch.device) -> None:
-    """Give back what the last case held: models are large, torch.compile holds what it made of one, and the C library
-    what has been freed."""
+    """Give back what the last case held: models are large, and torch.compile holds what it made of one."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
+    method.give_back()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
