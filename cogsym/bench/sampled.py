@@ -51,10 +51,17 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def spaced(items: Sequence[Configuration], number: int) -> list[Configuration]:
-    """So many of them, one from the middle of each of as many equal shares of those sorted by the layers they keep."""
+    """So many of them, one from the middle of each of as many equal shares of those sorted by the layers they keep.
+
+    Where the middle lies between two, it is the one before and the one after in turn, so that layers balance.
+    """
     ordered = sorted(items, key=lambda c: (-c.k, c.code))
     number = min(number, len(ordered))
-    return [ordered[(2 * i + 1) * len(ordered) // (2 * number)] for i in range(number)]
+    chosen = []
+    for i in range(number):
+        before, rest = divmod((2 * i + 1) * len(ordered) - number, 2 * number)
+        chosen.append(ordered[before + (rest + i % 2 > number)])
+    return chosen
 
 
 def shares(sample: Sequence[Configuration], every: Sequence[Configuration]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from cogsym.sweeps.score import score
 from cogsym.sweeps.trie import Trie
 
 KINDS = ("choices", "passages")
-ASKED = {False: 4, True: 8}  # questions or passages, by whether the run is full
+ASKED = {False: 2, True: 8}  # questions or passages, by whether the run is full
 CURVE = (4, 16, 64, 256)  # of the grid's configurations, in a full run of the first model
 # Norm of the difference of log-likelihoods a token over that of their spread; one layer more skipped makes it about 1.
 AGREE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
