@@ -26,7 +26,7 @@ PARTS: dict[str, Callable[[Setting], list[Pending]]] = {
     "install": install.pending,
 }
 # What a quick run may take, in seconds; together less than three minutes, as a case ends with the round it is in.
-QUICK_SECONDS = {"ops": 30.0, "train": 45.0, "sweep": 20.0, "generate": 20.0, "install": 15.0}
+QUICK_SECONDS = {"ops": 25.0, "train": 40.0, "sweep": 20.0, "generate": 20.0, "install": 12.0}
 QUICK_MODELS = ("SmolLM2-135M",)
 FULL_MODELS = {"cpu": ("SmolLM2-135M", "Qwen2.5-0.5B"), "cuda": ("Llama-3.2-1B", "Llama-3.1-8B")}
 
