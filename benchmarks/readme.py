@@ -142,6 +142,22 @@ def whole(part: str) -> str:
     return "\n\n".join(filter(None, pieces))
 
 
+def noise() -> str:
+    """Every ratio in each of the quick runs, and what `compare` says of each pair of runs."""
+    r = load("noise")
+    runs = list(next(iter(r["ratios"].values())))
+    rows = [
+        [name.replace("_", " "), *(report.spread(by_run.get(run)) for run in runs)]
+        for name, by_run in r["ratios"].items()
+    ]
+    verdicts = [
+        [pair, *(str(found["verdicts"].get(verdict, 0)) for verdict in ("noise", "regression", "improvement"))]
+        for pair, found in r["comparisons"].items()
+    ]
+    said = table(["the first, and what was compared with it", "noise", "regression", "improvement"], verdicts)
+    return table(["ratio", *runs], rows) + "\n\n" + said
+
+
 ALTERNATIVES = ("transformers, frozen", "checkpointing", "torch.compile", "full fine-tuning")
 TABLES: dict[str, Callable[[], str]] = {
     "swahili": swahili,
@@ -155,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "install": partial(chosen, "install", ""),
     **{f"whole_{part}": partial(whole, part) for part in ("ops", "train", "sweep", "generate", "install")},
     "streamed": streamed,
+    "noise": noise,
 }
 
 

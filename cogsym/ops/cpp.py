@@ -241,7 +241,8 @@ def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) 
     if hidden.dtype != torch.bfloat16 or not len(hidden):
         return None
     hidden, weight, targets = _contiguous_rows(hidden), _contiguous_rows(weight), targets.contiguous()
-    maximum, total, target_logit = hidden.new_empty(3, len(hidden), dtype=torch.float32)
+    # Each of its own: an operation's outputs share no memory.
+    maximum, total, target_logit = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
     argmax = targets.new_zeros(len(targets))
     done = _C.token_scores(
         hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), targets.data_ptr(),

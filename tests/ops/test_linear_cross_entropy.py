@@ -448,7 +448,8 @@ def test_opcheck(best_backend: str, small_blocks: None) -> None:
             ops.linear_cross_entropy_backward.default, (loss, hidden, weight, targets, logsumexp, *rest)
         )
         torch.library.opcheck(ops.linear_cross_entropy_scale.default, (dhidden, loss, targets, -100))
-        torch.library.opcheck(ops.token_scores.default, (hidden, weight, targets, -100, 0.0, 1.0))
+        for some_ignored in (targets, targets.clamp(min=0)):
+            torch.library.opcheck(ops.token_scores.default, (hidden, weight, some_ignored, -100, 0.0, 1.0))
 
 
 @pytest.mark.parametrize("trained", TRAINED)
