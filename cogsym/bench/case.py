@@ -15,6 +15,7 @@ from cogsym.bench import method
 from cogsym.bench.method import Variant
 
 OURS = "cogsym"
+SHORT = 1.0  # seconds that the rounds of a variant may take whatever is left
 # Norm of the difference over the norm of the truth that two ways of computing the same may have, at most: some ten
 # roundings in a row for an operation. A step passes through every layer, and its gradients through it twice.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -105,7 +106,7 @@ def measure(
     first = method.first_calls(variants, device)
     skipped = dict(case.skipped)
     if deadline is not None:
-        left = max(deadline - time.perf_counter(), 0.0)
+        left = max(deadline - time.perf_counter(), SHORT)
         for label, once in first.items():
             if label not in (OURS, "floor") and 2 * least * once > left:
                 skipped[label] = "a call takes too long for the time there is"

@@ -35,7 +35,7 @@ with competitor.turn(job) as loss:
 
 def pending(setting: Setting) -> list[Pending]:
     """What there is to time."""
-    found = [Pending("import", _import, rounds=5 if setting.full else 3)]
+    found = [Pending("import", _import, rounds=5 if setting.full else 2)]
     if setting.full:
         found.append(Pending("first training step of a process", partial(_first_step, setting), rounds=3))
         found.append(Pending("fresh install", _install, rounds=1))
