@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_what_a_folder_holds_is_measured(model_folder: object) -> None:
 
 
 def test_a_variant_that_takes_too_long_is_left_out_and_said_so() -> None:
-    case = Case("ops", "a", {"cogsym": Variant(lambda: None), "slow": Variant(lambda: None)})
+    case = Case("ops", "a", {"cogsym": Variant(lambda: None), "slow": Variant(lambda: time.sleep(0.15))})
     line = measure(case, CPU, rounds=3, deadline=0.0)
     assert line["variants"].keys() == {"cogsym"}
     assert "too long" in line["skipped"]["slow"]
