@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -43,3 +43,23 @@ class Competitor(Generic[J, W]):
         if self.refused:
             return self.refused
         return self.full if self.full and not full else None
+
+
+class Turn(Generic[J, W]):
+    """A competitor's turns at a job, and its way while one lasts."""
+
+    def __init__(self, competitor: Competitor[J, W], job: J) -> None:
+        self._competitor, self._job = competitor, job
+        self._way: W | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """While this lasts, `way` is there."""
+        with self._competitor.turn(self._job) as self._way:
+            yield
+
+    @property
+    def way(self) -> W:
+        """What the competitor gave for this turn."""
+        assert self._way is not None
+        return self._way

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from cogsym.bench import method
 from cogsym.bench.case import Case, Setting, one_line
-from cogsym.bench.competitor import Competitor
+from cogsym.bench.competitor import Competitor, Turn
 from cogsym.bench.loops import LOOPS, Loop, Probe, Settings
 from cogsym.bench.method import Variant
 from cogsym.sweeps.configs import Configuration
@@ -135,22 +134,16 @@ def add_loops(result: Case, setting: Setting, probe: Probe, question: Question) 
         }
 
 
-class _Turn:
+class _Turn(Turn[Probe, Loop]):
     """A loop's turn over the sample."""
 
     def __init__(
         self, competitor: Competitor[Probe, Loop], probe: Probe, question: Question, settings: Settings
     ) -> None:
-        self._competitor, self._probe, self._question, self._settings = competitor, probe, question, settings
-        self._loop: Loop | None = None
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        with self._competitor.turn(self._probe) as self._loop:
-            yield
+        super().__init__(competitor, probe)
+        self._question, self._settings = question, settings
 
     def ask(self) -> None:
         """Every configuration of the sample."""
-        assert self._loop is not None
         for configuration in self._question.sample:
-            self._question.ask(self._loop, configuration, self._settings)
+            self._question.ask(self.way, configuration, self._settings)

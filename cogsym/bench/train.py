@@ -8,8 +8,6 @@ Before any timing each competitor's loss and gradients are compared with ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor
 import cogsym
 from cogsym.bench import floor, method
 from cogsym.bench.case import ROUNDING, Case, Pending, Setting, difference, one_line
-from cogsym.bench.competitor import Competitor
+from cogsym.bench.competitor import Competitor, Turn
 from cogsym.bench.method import Variant
 from cogsym.bench.models import build, shape_of
 from cogsym.bench.trainers import COMPETITORS, Job, Loss
@@ -112,22 +110,16 @@ def make_job(model: str, layers: int, rows: int, adapters: bool, device: torch.d
     return Job(net, plan, {"input_ids": ids, "labels": ids}, autocast, adapters)
 
 
-class _Turn:
+class _Turn(Turn[Job, Loss]):
     """A competitor's turn."""
 
     def __init__(self, competitor: Competitor[Job, Loss], job: Job, optimizer: torch.optim.Optimizer) -> None:
-        self._competitor, self._job, self._optimizer = competitor, job, optimizer
-        self._loss: Loss | None = None
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        with self._competitor.turn(self._job) as self._loss:
-            yield
+        super().__init__(competitor, job)
+        self._optimizer = optimizer
 
     def step(self) -> None:
         """Forward, backward, AdamW."""
-        assert self._loss is not None
-        self._loss().backward()
+        self.way().backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -135,9 +127,8 @@ class _Turn:
         """Bytes kept for the backward pass, a token's share, and the most that a step holds."""
         model, tokens = self._job.model, self._job.inputs["input_ids"].numel()
         with self.entered():
-            assert self._loss is not None
             self.step()  # the optimizer's own state is there from now on
-            kept = method.saved_bytes(self._loss, [*model.parameters(), *model.buffers()])
+            kept = method.saved_bytes(self.way, [*model.parameters(), *model.buffers()])
             peak = method.peak_bytes(self.step, self._job.device)
         return {"kept_bytes_a_token": kept / tokens, "peak_bytes": peak}
 

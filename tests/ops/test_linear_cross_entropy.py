@@ -103,7 +103,8 @@ def compare(
     # A loss is the difference of the logsumexp and of logits.
     logits = plain_logits(hidden.double(), weight.double(), options.get("soft_cap", 0.0), options.get("scale", 1.0))
     terms = logits.logsumexp(-1).abs() + logits.abs().amax(-1)
-    scales = [terms * granted, *itertools.compress((of_hidden, of_weight), trained)]
+    of_loss = torch.maximum((exact[0].abs() + 1) * granted, terms)
+    scales = [of_loss, *itertools.compress((of_hidden, of_weight), trained)]
     names = ["loss", *itertools.compress(("dhidden", "dweight"), trained)]
     for what, scale, *values in zip(names, scales, ours, own, exact, strict=True):
         check(*values, f"{what}, trained {trained}, {options}", scale)

@@ -20,7 +20,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     The interpreter cuts float32 off to bfloat16 instead of rounding to nearest even.
     """
-    assert INTERPRETED
+    assert INTERPRETED, "set TRITON_INTERPRET=1 to run this folder by itself, or run tests/kernels/test_values.py"
     monkeypatch.setenv("COGSYM_BACKEND", "triton")
     cast = InterpreterBuilder.cast_impl
 
@@ -87,7 +87,7 @@ def random(generator: torch.Generator) -> Callable[..., Tensor]:
 
 
 @pytest.fixture
-def no_worse() -> Callable[..., None]:
+def assert_no_worse() -> Callable[..., None]:
     """Asserts that `got` is at most twice as far from the truth as plain PyTorch at the same precision.
 
     A few last bits are granted on top, because PyTorch may be exact by chance: of the largest true value, or of the

@@ -53,7 +53,7 @@ def inputs(random: Random, H: int, KV: int, D: int, dtype: torch.dtype, S: int =
     return q, store[:, 0], store[:, 1], *torch.tensor(RANGES).unbind(-1)
 
 
-def compare(arguments: tuple[Tensor, ...], scale: float, soft_cap: float | None, no_worse: Check) -> None:
+def compare(arguments: tuple[Tensor, ...], scale: float, soft_cap: float | None, assert_no_worse: Check) -> None:
     q, k, v, begins, ends = arguments
     got = launch.decode_attention(q, k, v, begins, ends, scale, soft_cap)
     plain = decode_attention_reference(q, k, v, begins, ends, scale, soft_cap)
@@ -62,14 +62,14 @@ def compare(arguments: tuple[Tensor, ...], scale: float, soft_cap: float | None,
         plain = plain + torch.finfo(q.dtype).eps / 2 * plain.abs().max()
     truth = decode_attention_reference(q.double(), k.double(), v.double(), begins, ends, scale, soft_cap)
     terms = decode_attention_reference(q.double(), k.double(), v.double().abs(), begins, ends, scale, soft_cap)
-    no_worse(got, plain, truth, 4 * terms)
+    assert_no_worse(got, plain, truth, 4 * terms)
 
 
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize(("H", "KV", "D"), HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values(
-    dtype: torch.dtype, H: int, KV: int, D: int, soft_cap: float | None, random: Random, no_worse: Check
+    dtype: torch.dtype, H: int, KV: int, D: int, soft_cap: float | None, random: Random, assert_no_worse: Check
 ) -> None:
     """In a store where every key that no row sees is NaN."""
     q, k, v, begins, ends = inputs(random, H, KV, D, dtype)
@@ -77,17 +77,17 @@ def test_values(
     unused = ~((begins[..., None] <= s) & (s < ends[..., None])).any(0).any(0)
     assert unused.any()
     k[unused], v[unused] = torch.nan, torch.nan
-    compare((q, k, v, begins, ends), D**-0.5 * 1.5, soft_cap, no_worse)
+    compare((q, k, v, begins, ends), D**-0.5 * 1.5, soft_cap, assert_no_worse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [1100, 1500])
-def test_keys_dealt_to_several_programs(dtype: torch.dtype, keys: int, random: Random, no_worse: Check) -> None:
+def test_keys_dealt_to_several_programs(dtype: torch.dtype, keys: int, random: Random, assert_no_worse: Check) -> None:
     """One row that all splits serve, and in a second call two of which one sees nothing and one a single key."""
     q, k, v, *_ = inputs(random, 4, 1, 16, dtype, S=keys + 3)
     for ranges in ([[(2, keys)]], [[(5, 5)], [(7, 8)]]):
         begins, ends = torch.tensor(ranges).unbind(-1)
-        compare((q[: len(ranges)], k, v, begins, ends), 0.5, None, no_worse)
+        compare((q[: len(ranges)], k, v, begins, ends), 0.5, None, assert_no_worse)
 
 
 @pytest.mark.parametrize("where", ["k", "v"])

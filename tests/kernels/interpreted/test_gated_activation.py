@@ -22,7 +22,9 @@ activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("F", [1, 7, 64, 96, 576, 1027])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strided", [False, True])
-def test_values(activation: str, F: int, dtype: torch.dtype, strided: bool, random: Random, no_worse: Check) -> None:
+def test_values(
+    activation: str, F: int, dtype: torch.dtype, strided: bool, random: Random, assert_no_worse: Check
+) -> None:
     gate, up = (3 * random(3, 2, 2 * F)).to(dtype).chunk(2, -1)
     dz = random(3, 2, F, dtype=dtype)
     if not strided:
@@ -30,11 +32,11 @@ def test_values(activation: str, F: int, dtype: torch.dtype, strided: bool, rand
     double = [t.double() for t in (dz, gate, up)]
     plain = gated_activation_reference(gate, up, activation)
     z = launch.gated_activation(gate, up, activation)
-    no_worse(z, plain, gated_activation_reference(*double[1:], activation))
+    assert_no_worse(z, plain, gated_activation_reference(*double[1:], activation))
     plain = gated_activation_backward_reference(dz, gate, up, activation, True, True)
     truth = gated_activation_backward_reference(*double, activation, True, True)
     both = launch.gated_activation_backward(dz, gate, up, activation, True, True)
-    no_worse(both, plain, truth)
+    assert_no_worse(both, plain, truth)
     # Each alone has the same bits, and what was not asked for is not there.
     for needs in ((True, False), (False, True), (False, False)):
         alone = launch.gated_activation_backward(dz, gate, up, activation, *needs)

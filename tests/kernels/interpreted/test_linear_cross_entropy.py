@@ -24,7 +24,7 @@ def new_state(rows: int, dtype: torch.dtype) -> OnlineState:
 @pytest.mark.parametrize("width", [1, 7, 300, 2049])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_of_logits(
-    width: int, dtype: torch.dtype, soft_cap: float, scale: float, random: Random, no_worse: Check
+    width: int, dtype: torch.dtype, soft_cap: float, scale: float, random: Random, assert_no_worse: Check
 ) -> None:
     """Two blocks into the statistics, with exponentials; then their gradient."""
     rows, first = 5, 3
@@ -63,7 +63,7 @@ def test_blocks_of_logits(
             elif dtype == torch.float64 and i == total:
                 # Against extended precision the kernel is off by 5.7 eps and PyTorch by 3.4: by 9 from each other.
                 size = 4 * size
-            no_worse(ours, plain, truth, size + (16 if dtype == torch.float64 else 2))
+            assert_no_worse(ours, plain, truth, size + (16 if dtype == torch.float64 else 2))
     # The same statistics where nothing else is wanted, and the logits then stay.
     state = OnlineState(*new_state(rows, compute)[:3], None, None)
     for i, block in enumerate(blocks):
@@ -78,14 +78,14 @@ def test_blocks_of_logits(
 
 @pytest.mark.parametrize("D", [1, 7, 300, 2049])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_add_rescaled(D: int, dtype: torch.dtype, random: Random, no_worse: Check) -> None:
+def test_add_rescaled(D: int, dtype: torch.dtype, random: Random, assert_no_worse: Check) -> None:
     compute = torch.promote_types(dtype, torch.float32)
     total, product, rescale = random(5, D, dtype=compute), random(5, D, dtype=dtype), random(5, dtype=compute)
     truth = total.double() * rescale.double()[:, None] + product
     plain = total.clone()
     logit_blocks.add_rescaled_reference(plain, product, rescale)
     launch.add_rescaled(total, product, rescale)
-    no_worse(total, plain, truth)
+    assert_no_worse(total, plain, truth)
 
 
 def test_equal_logits_and_infinities(random: Random) -> None:

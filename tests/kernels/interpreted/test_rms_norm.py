@@ -59,11 +59,11 @@ def test_forward(
     offset: float,
     scale: float,
     random: Random,
-    no_worse: Check,
+    assert_no_worse: Check,
 ) -> None:
     x, weight = (scale * random(5, width)).to(dtype), random(width, dtype=weight_dtype)
     truth = rms_norm_reference(x.double(), weight.double(), EPS, offset)
-    no_worse(launch.rms_norm(x, weight, EPS, offset), rms_norm_reference(x, weight, EPS, offset), truth)
+    assert_no_worse(launch.rms_norm(x, weight, EPS, offset), rms_norm_reference(x, weight, EPS, offset), truth)
 
 
 @dtypes
@@ -81,7 +81,9 @@ def test_residual_is_added_and_rounded_first(
 
 
 @dtypes
-def test_backward(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, random: Random, no_worse: Check) -> None:
+def test_backward(
+    width: int, dtype: torch.dtype, weight_dtype: torch.dtype, random: Random, assert_no_worse: Check
+) -> None:
     dy, h, dh = (random(11, width, dtype=dtype) for _ in range(3))
     weight = random(width, dtype=weight_dtype)
     r = (h.double().square().mean(-1, keepdim=True) + EPS).rsqrt()
@@ -92,8 +94,8 @@ def test_backward(width: int, dtype: torch.dtype, weight_dtype: torch.dtype, ran
         double = None if added is None else added.double()
         truth = rms_norm_backward_reference(dy.double(), h.double(), weight.double(), EPS, 1.0, double, True, True)
         dx, dweight = launch.rms_norm_backward(dy, h, weight, EPS, 1.0, added, True, True)
-        no_worse(dx, plain[0], truth[0], dx_terms)
-        no_worse(dweight, plain[1], truth[1], dweight_terms)
+        assert_no_worse(dx, plain[0], truth[0], dx_terms)
+        assert_no_worse(dweight, plain[1], truth[1], dweight_terms)
 
 
 @pytest.mark.parametrize("D", [7, 64, 96])
@@ -187,7 +189,7 @@ def test_public_operation_launches_the_kernels() -> None:
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_public_gradients(needs: tuple[bool, ...], dtype: torch.dtype, random: Random, no_worse: Check) -> None:
+def test_public_gradients(needs: tuple[bool, ...], dtype: torch.dtype, random: Random, assert_no_worse: Check) -> None:
     inputs = [random(2, 5, 96, dtype=dtype), random(2, 5, 96, dtype=dtype), random(96)]
     dy, dh = random(2, 5, 96, dtype=dtype), random(2, 5, 96, dtype=dtype)
 
@@ -207,7 +209,7 @@ def test_public_gradients(needs: tuple[bool, ...], dtype: torch.dtype, random: R
 
     plain, truth = gradients(reference, None), gradients(reference, torch.float64)
     for got, expected, true in zip(gradients(operation, None), plain, truth, strict=True):
-        no_worse(got, expected, true)
+        assert_no_worse(got, expected, true)
 
 
 def test_public_gradients_by_finite_differences(random: Random, loop: None) -> None:

@@ -43,26 +43,28 @@ def test_values(
     dtype: torch.dtype,
     angle_dtype: torch.dtype,
     random: Random,
-    no_worse: Check,
+    assert_no_worse: Check,
 ) -> None:
     x = random(2, 5, 3, D, dtype=dtype)
     cos, sin = make_angles(random, 2, 5, half, angle_dtype)
     plain = rotary_reference(x, cos, sin, interleaved, inverse)
     truth = rotary_reference(x.double(), cos.double(), sin.double(), interleaved, inverse)
     got = launch.rotary(x, cos, sin, interleaved, inverse)
-    no_worse(got, plain, truth)
+    assert_no_worse(got, plain, truth)
     assert torch.equal(got[..., 2 * half :], x[..., 2 * half :])
 
 
 @interleaved
 @pytest.mark.parametrize(("B", "T", "H"), [(1, 1, 1), (3, 70, 1), (1, 2, 19), (40, 1, 9)])
 def test_every_token_and_head_is_reached(
-    interleaved: bool, B: int, T: int, H: int, random: Random, no_worse: Check
+    interleaved: bool, B: int, T: int, H: int, random: Random, assert_no_worse: Check
 ) -> None:
     x = random(B, T, H, 64)
     cos, sin = make_angles(random, 1, T, 32, torch.float32)
     truth = rotary_reference(x.double(), cos.double(), sin.double(), interleaved, False)
-    no_worse(launch.rotary(x, cos, sin, interleaved, False), rotary_reference(x, cos, sin, interleaved, False), truth)
+    assert_no_worse(
+        launch.rotary(x, cos, sin, interleaved, False), rotary_reference(x, cos, sin, interleaved, False), truth
+    )
 
 
 LAYOUTS = {
