@@ -113,13 +113,12 @@ def held(model: Any, length: int, checkpointed: list[int]) -> dict[str, int]:
     """Bytes that each part of the forward pass is the first to save, storages once, parameters left out."""
     part, seen, saved = "rest", {p.untyped_storage().data_ptr() for p in model.parameters()}, defaultdict(int)
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            alive.append(tensor)
+            alive.append(storage)
             saved[part] += storage.nbytes()
-        return tensor
 
     def enter(name: str, *_: Any) -> None:
         nonlocal part
@@ -132,7 +131,7 @@ def held(model: Any, length: int, checkpointed: list[int]) -> dict[str, int]:
     for i in checkpointed:
         layers[i].forward = partial(checkpoint, own[i], use_reentrant=False)
     ids = torch.zeros(1, length, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing), torch.autocast("cpu", torch.bfloat16):
         model(ids, labels=ids, use_cache=False)
     for hook in hooks:
         hook.remove()

@@ -156,21 +156,23 @@ def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     return {"median": median, "min": min(ratios), "max": max(ratios), "lower": lower, "upper": upper}
 
 
-def saved_bytes(forward: Callable[[], Tensor], left_out: Iterable[Tensor] = ()) -> int:
-    """Bytes that a forward pass saves for the backward pass, storages once, without those of the tensors left out."""
-    known = {t.untyped_storage().data_ptr() for t in left_out}
-    storages: dict[int, int] = {}
+def saved_bytes(forward: Callable[[], object], left_out: Iterable[Tensor] = ()) -> int:
+    """Bytes that a forward pass saves for the backward pass, storages once, without those of the tensors left out.
 
-    def pack(tensor: Tensor) -> Tensor:
+    There is no backward pass through what `forward` returns: the graph is given nothing to unpack. A tensor would hold
+    the node that saved it where it is that node's own result, and neither would ever be freed.
+    """
+    known = {t.untyped_storage().data_ptr() for t in left_out}
+    storages: dict[int, torch.UntypedStorage] = {}  # alive, so that no later one has the same address
+
+    def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            storages[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    del result
-    return sum(storages.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+        forward()
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from cogsym.bench import floor, method
 from cogsym.bench.case import Case, Variant, difference, joined, measure
@@ -51,6 +53,18 @@ def test_saved_bytes_are_counted_once() -> None:
     w = torch.randn(100, requires_grad=True)
     assert method.saved_bytes(lambda: (x * x * w).sum()) == 3 * 400  # x, x * x and w
     assert method.saved_bytes(lambda: (x * x * w).sum(), [w, x]) == 400
+
+
+def test_counting_saved_bytes_leaves_nothing_behind() -> None:
+    """exp saves its own result: held by its node, it would hold that node."""
+    x = torch.randn(100, requires_grad=True)
+    results: list[weakref.ref[Tensor]] = []
+
+    def forward() -> None:
+        results.append(weakref.ref(x.exp()))
+
+    assert method.saved_bytes(forward) == 400
+    assert results[0]() is None
 
 
 def test_peak_bytes_are_those_held_at_once() -> None:

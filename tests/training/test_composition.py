@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from saved_bytes import saved_bytes
 from tiny_models import batch, exact_float64, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import cogsym
+from cogsym.bench.method import saved_bytes
 
 PLAN = cogsym.LayerPlan.outer(6, front=1, back=1)
 KEEPS = ("all", "attention", "input", "nothing")
@@ -187,9 +188,8 @@ def test_a_training_step_has_no_cache_unless_it_asks_for_one(labels: bool) -> No
     results, held = [], []
     for options in ({}, {"use_cache": False}, {"use_cache": True}):
         model.zero_grad()
-        outputs: list[Any] = []
-        held.append(saved_bytes(lambda: outputs.append(model(**inputs, **options)), *model.parameters()))  # noqa: B023
-        (output,) = outputs
+        held.append(saved_bytes(partial(model, **inputs, **options), model.parameters()))
+        output = model(**inputs, **options)
         (output.loss if labels else output.logits.square().mean()).backward()
         results.append(gradients(model))
         assert (output.past_key_values is None) is (options.get("use_cache") is not True)

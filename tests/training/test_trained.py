@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from saved_bytes import saved_bytes
 from tiny_models import batch, exact_float64, tiny_model
 from torch import Tensor, nn
 
 import cogsym
+from cogsym.bench.method import saved_bytes
 
 prepare_module = sys.modules["cogsym.training.prepare"]
 KEEPS = ("all", "attention", "input", "nothing")
@@ -93,7 +93,7 @@ def bytes_of_one_layer(model: Any, layer: Any) -> int:
     ((x, kwargs),) = calls
     x = x.detach().requires_grad_()
     shared = [*layer.parameters(), *kwargs["position_embeddings"], kwargs["attention_mask"]]
-    return saved_bytes(lambda: layer(x, **kwargs), *shared) // (B * T)
+    return saved_bytes(lambda: layer(x, **kwargs), filter(torch.is_tensor, shared)) // (B * T)
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-biases", "mistral", "qwen2", "smollm3"])
