@@ -1,12 +1,17 @@
 """cogsym: train the outer layers of a language model, freeze the middle, and see what each layer is for."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from cogsym.errors import CogsymError, RunStopped
-from cogsym.plan import LayerPlan
-from cogsym.sweeps.configs import Configuration
-from cogsym.sweeps.run import SweepSettings, sweep
-from cogsym.training.explain import explain
-from cogsym.training.prepare import prepare, restore
-from cogsym.training.run import TrainResult, TrainSettings, train
+
+if TYPE_CHECKING:
+    from cogsym.plan import LayerPlan
+    from cogsym.sweeps.configs import Configuration
+    from cogsym.sweeps.run import SweepSettings, sweep
+    from cogsym.training.explain import explain
+    from cogsym.training.prepare import prepare, restore
+    from cogsym.training.run import TrainResult, TrainSettings, train
 
 __version__ = "0.1.0"
 
@@ -24,3 +29,27 @@ __all__ = [
     "sweep",
     "train",
 ]
+
+# Imported when they are first used: torch and transformers take seconds, for which `cogsym --help` should not wait.
+_MODULES = {
+    "Configuration": "cogsym.sweeps.configs",
+    "LayerPlan": "cogsym.plan",
+    "SweepSettings": "cogsym.sweeps.run",
+    "TrainResult": "cogsym.training.run",
+    "TrainSettings": "cogsym.training.run",
+    "explain": "cogsym.training.explain",
+    "prepare": "cogsym.training.prepare",
+    "restore": "cogsym.training.prepare",
+    "sweep": "cogsym.sweeps.run",
+    "train": "cogsym.training.run",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

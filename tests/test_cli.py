@@ -84,6 +84,20 @@ def test_help_of_each_command_has_an_example(cogsym: Callable[..., Done]) -> Non
         assert "Example" in done.stdout
 
 
+def test_help_waits_for_no_library() -> None:
+    """torch and transformers take seconds to import; the package imports what is asked of it when it is."""
+    code = (
+        "import sys, cogsym.cli\n"
+        "assert not {'torch', 'transformers', 'triton', 'matplotlib'} & set(sys.modules), sorted(sys.modules)\n"
+        "cogsym.prepare\n"
+        "assert 'torch' in sys.modules and not {'matplotlib', 'datasets'} & set(sys.modules)\n"
+        "from cogsym import *\n"
+        "assert {'prepare', 'sweep', 'train', 'LayerPlan'} <= set(globals()) and not hasattr(cogsym, 'tran')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_info(cogsym: Callable[..., Done]) -> None:
     done = cogsym("info")
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())

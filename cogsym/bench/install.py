@@ -56,7 +56,7 @@ def _run(command: list[str], **extra: Any) -> None:
 
 def _import() -> Case:
     variants = {
-        OURS: Variant(_python("import cogsym"), warm=False),
+        OURS: Variant(_python("from cogsym import prepare"), warm=False),
         "transformers": Variant(_python("import torch, transformers.modeling_utils"), warm=False),
     }
     return Case("install", "import", variants)

@@ -175,7 +175,7 @@ def train(
         CogsymError: input that cannot be used, each with its reason.
         RunStopped: ended early, by Ctrl-C, a full disk or a loss that is not finite; the message says what was saved.
     """
-    from cogsym.training.curves import plot_curves  # matplotlib, which `import cogsym` does not wait for
+    from cogsym.training.curves import plot_curves  # matplotlib, which `from cogsym import train` does not wait for
 
     out, console = Path(out), console or Console(stderr=True)
     Memory(settings.keep, settings.memory_budget).check("cuda" if torch.cuda.is_available() else "cpu")
