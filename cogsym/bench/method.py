@@ -26,6 +26,7 @@ from torch import Tensor
 LEAST_ROUNDS = 5  # fewer say nothing of the spread
 LONG = 0.5  # seconds of a call: what it finds in caches at its start no longer matters
 FULL = 50  # percent of the machine's memory in use, above which freed memory is given back between turns
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 CACHE_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 
 
@@ -140,13 +141,31 @@ def launch_bound(run: Callable[[], object], device: torch.device) -> bool:
     return queued > 0.9 * (time.perf_counter() - start)
 
 
+def keep_freed() -> None:
+    """Have the C library keep memory that is freed for the next block, however large, in this process.
+
+    glibc gives blocks of more than 32 MB back at once, and the system clears every page of the next one: transformers,
+    whose logits and copies of them are such blocks, can take twice as long for that alone. A user has this by
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 in the environment (mallopt(3)).
+    """
+    mallopt = _glibc("mallopt")
+    if mallopt:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
 def give_back() -> None:
     """Return to the system what has been freed: the C library keeps the holes between blocks, of each variant others,
     which is gigabytes where those of many take turns."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = _glibc("malloc_trim")
     if trim:
         trim(0)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library, where that is glibc."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +18,7 @@ from cogsym.bench.case import OURS
 from cogsym.errors import CogsymError
 
 FORMAT = "cogsym bench 1"
+HEAD_WIDTH, LABEL_WIDTH = 8, 21  # on the screen: numbers are as wide, and so is the longest word of a label
 
 
 def write(result: dict[str, Any], path: Path) -> None:
@@ -144,20 +147,32 @@ def notes(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print a result file's tables, one for each model and precision."""
+    """Print a result file's tables, as narrow as 80 columns: one for each case, or all operations of a model."""
+    width = console.width
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for case in result["cases"]:
         groups.setdefault((case["part"], case["name"].rpartition(": ")[0]), []).append(case)
     for (part, title), cases in groups.items():
-        head, lines = rows(cases)
-        table = Table(title=f"{part}: {title}" if title else part, title_justify="left")
-        for i, name in enumerate(head):
-            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
-        for line in lines:
-            table.add_row(line[0].rpartition(": ")[2], *line[1:])
-        console.print(table)
+        if part == "ops":
+            head, lines = rows(cases)
+            console.print(_table(title, head, [[line[0].rpartition(": ")[2], *line[1:]] for line in lines], width))
+        else:
+            for case in cases:
+                head, lines = rows([case])
+                console.print(_table(f"{part}: {case['name']}", head[1:], [line[1:] for line in lines], width))
         for note in notes(cases):
             console.print(f"  {note}", highlight=False, markup=False)
+
+
+def _table(title: str, head: list[str], lines: list[list[str]], width: int) -> Table:
+    """Where it is narrow the spreads of ratios are broken between words, and never a number."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for i, name in enumerate(head):
+        words = textwrap.fill(name, HEAD_WIDTH, break_long_words=False)
+        table.add_column(words, justify="right" if i else "left", no_wrap=not name.endswith("/ cogsym"))
+    for label, *numbers in lines:
+        table.add_row(textwrap.fill(label, max(LABEL_WIDTH, width // 4)), *numbers)
+    return table
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:

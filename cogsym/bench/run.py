@@ -65,6 +65,7 @@ def run(
     except OSError as error:
         raise CogsymError(f"--out is '{out}', which cannot be written: {error.strerror}; choose another.") from None
     work = {part: PARTS[part](setting) for part in parts}
+    method.keep_freed()
     heads: dict[str, Any] = {
         "format": report.FORMAT,
         "command": command,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import platform
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +69,31 @@ def test_counting_saved_bytes_leaves_nothing_behind() -> None:
 
     assert method.saved_bytes(forward) == 400
     assert results[0]() is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library, which is left as it is")
+def test_freed_memory_is_kept_for_large_blocks() -> None:
+    """In a process of its own, as it stays so: no page of a block of 64 MB is new after a few of them."""
+    code = """
+import resource, torch
+from cogsym.bench import method
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        block = torch.ones(2**24)
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+before = faults()
+method.keep_freed()
+faults(), faults()
+after = faults()
+assert before > 5 * 2**26 / 2**16 and after < before / 100, (before, after)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_peak_bytes_are_those_held_at_once() -> None:

@@ -11,11 +11,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogsym import cli
@@ -80,6 +82,17 @@ def test_quick_run(
     assert outer["skipped"]["torch.compile"] == "compiling takes minutes: --full"
     assert {"Liger-Kernel", "quack", "FlashAttention", "Unsloth"} <= outer["skipped"].keys()
     assert "compiling takes minutes" in out
+
+
+@pytest.mark.parametrize("part", run.PARTS)
+def test_no_number_is_broken_on_a_narrow_screen(part: str) -> None:
+    result = report.read(ROOT / "benchmarks" / "results" / f"{part}.json")
+    text = StringIO()
+    report.show(result, Console(file=text, width=80))
+    words = text.getvalue().split()
+    assert max(map(len, text.getvalue().splitlines())) <= 80 and not any("…" in word for word in words)
+    for cell in (cell for row in report.rows(result["cases"])[1] for cell in row[1:]):
+        assert set(cell.split()) <= set(words), cell
 
 
 def test_a_run_that_is_killed_goes_on(
