@@ -155,6 +155,7 @@ def main() -> None:
     """Measure every case, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
+    method.keep_freed()
     path, cases = RESULTS / "frozen.json", []
     before = json.loads(path.read_text("utf-8")) if path.exists() else {"machine": None, "cases": []}
     done = {

@@ -158,6 +158,18 @@ def noise() -> str:
     return table(["ratio", *runs], rows) + "\n\n" + said
 
 
+def allocator() -> str:
+    """Training steps with freed memory kept, as the suite has it, and with the C library as it is."""
+    kept, returned = load("train"), load("train_glibc")
+    rows = []
+    for a, b in zip(kept["cases"], returned["cases"], strict=True):
+        assert a["name"] == b["name"]
+        for i, label in enumerate(a["variants"]):
+            over = [case["variants"][label]["over_floor"] for case in (a, b)]
+            rows.append([a["name"] if i == 0 else "", label, *map(report.spread, over)])
+    return table(["time over the floor", "", "memory kept", "given back"], rows)
+
+
 ALTERNATIVES = ("transformers, frozen", "checkpointing", "torch.compile", "full fine-tuning")
 TABLES: dict[str, Callable[[], str]] = {
     "swahili": swahili,
@@ -172,6 +184,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"whole_{part}": partial(whole, part) for part in ("ops", "train", "sweep", "generate", "install")},
     "streamed": streamed,
     "noise": noise,
+    "allocator": allocator,
 }
 
 

@@ -113,6 +113,7 @@ def main() -> None:
     source = Source(args.data / "globalvoices-en-sw" / "dev.jsonl", field="sw")
     tokenizer = load_tokenizer(args.model)
     fill = pack(tokenize(source, tokenizer, "all", separator_id(tokenizer, SEPARATOR)), SETTINGS.length, 0).fill
+    method.keep_freed()
     exact = dataclasses.replace(SETTINGS, steps=EXACT_STEPS, dtype="fp32")
     our_exact, watch = ours(args.model, source, exact)
     their_exact, _ = plain(args.model, watch.batches, exact)

@@ -65,7 +65,6 @@ def run(
     except OSError as error:
         raise CogsymError(f"--out is '{out}', which cannot be written: {error.strerror}; choose another.") from None
     work = {part: PARTS[part](setting) for part in parts}
-    method.keep_freed()
     heads: dict[str, Any] = {
         "format": report.FORMAT,
         "command": command,
@@ -132,6 +131,7 @@ def measured(
     passes = {line["name"]: [line] for line in known or []}
     turns = _turns(cases, known or [])
     deadline = None if budget is None else time.perf_counter() + budget
+    method.keep_freed()
 
     def lines() -> list[dict[str, Any]]:
         return [joined(passes[pending.name]) for pending in cases if pending.name in passes]
