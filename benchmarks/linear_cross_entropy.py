@@ -129,7 +129,6 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write."""
-    method.keep_freed()
     results = []
     for (model, rows), dtype in itertools.product(ROWS.items(), ROUNDS):
         shape = SHAPES[model]
