@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, ScalarFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -188,28 +190,44 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def draw_ratios(result: dict[str, Any], path: Path) -> None:
-    """Each variant's time over ours, with the quartiles of its rounds."""
-    bars = [
-        (f"{case['name']}\n{label}", variant["over_cogsym"])
-        for case in result["cases"]
-        for label, variant in case["variants"].items()
-        if "over_cogsym" in variant
-    ]
-    if not bars:
+    """Each variant's time over ours, with the quartiles of its rounds: a panel for each model and precision, a row for
+    each case."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for case in result["cases"]:
+        if any("over_cogsym" in variant for variant in case["variants"].values()):
+            panels.setdefault(case["name"].rpartition(": ")[0], []).append(case)
+    if not panels:
         return
-    figure = Figure(figsize=(9, 1.2 + 0.42 * len(bars)))
-    axis = figure.add_subplot()
-    for i, (_, ratio) in enumerate(reversed(bars)):
-        axis.barh(i, ratio["median"] - 1, left=1, color=plotting.GREY, height=0.6)
-        axis.plot([ratio["lower"], ratio["upper"]], [i, i], color=plotting.BLACK, linewidth=1.5)
-    axis.axvline(1, color=plotting.BLUE)
-    axis.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)], fontsize=7)
-    axis.set_xscale("log")
-    axis.xaxis.set(major_locator=LogLocator(10, (1, 2, 5)), major_formatter=ScalarFormatter())
-    axis.minorticks_off()
-    axis.set(xlabel="time over cogsym's (blue line); a black line spans half of the rounds", ylim=(-0.6, len(bars)))
-    figure.tight_layout()
-    plotting.strip(axis)
+    labels = dict.fromkeys(
+        label for case in result["cases"] for label, v in case["variants"].items() if "over_cogsym" in v
+    )
+    styles = dict(zip(labels, itertools.product("osD", plotting.COLOURS), strict=False))
+    rows, inch = [len(cases) for cases in panels.values()], max(0.3, 0.14 * len(labels))
+    figure = Figure(figsize=(9, inch * sum(rows) + 0.7 * len(rows) + 0.3 * len(labels) / 2 + 0.4))
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
+    for axis, (title, cases) in zip(axes, panels.items(), strict=True):
+        for row, case in enumerate(cases):
+            present = [label for label in styles if "over_cogsym" in case["variants"].get(label, {})]
+            for i, label in enumerate(present):
+                ratio, (marker, colour) = case["variants"][label]["over_cogsym"], styles[label]
+                y = row + (i + 0.5) / len(present) * 0.8 - 0.4
+                axis.plot([ratio["lower"], ratio["upper"]], [y, y], color=colour, linewidth=1.2)
+                axis.plot(ratio["median"], y, marker, color=colour, markersize=4.5)
+        axis.axvline(1, color=plotting.BLUE, linewidth=1)
+        axis.set_yticks(range(len(cases)), [case["name"].rpartition(": ")[2] for case in cases], fontsize=8)
+        axis.set(ylim=(len(cases) - 0.45, -0.55), xscale="log")
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.xaxis.set(major_locator=LogLocator(10, (1, 1.5, 2, 3, 5)), major_formatter=ScalarFormatter())
+        axis.grid(axis="x", linewidth=0.3)
+        axis.minorticks_off()
+        plotting.strip(axis)
+    low, high = axes[-1].get_xlim()
+    axes[-1].set_xlim(min(low, 0.9), max(high, 2.2))  # room for more than one number below
+    axes[-1].set_xlabel("time over cogsym's, which is the line at 1; a line through a point spans half of its rounds")
+    handles = [Line2D([], [], linestyle="", marker=m, color=c, label=label) for label, (m, c) in styles.items()]
+    figure.legend(handles=handles, loc="upper center", ncols=2, frameon=False, fontsize=8)
+    top = 1 - 0.22 * -(-len(labels) // 2) / figure.get_figheight()
+    figure.tight_layout(rect=(0, 0, 1, top))
     plotting.save(figure, [path])
 
 
