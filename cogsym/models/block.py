@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cogsym import ops
 from cogsym.models.masks import UnknownMaskError, visible_keys
 from cogsym.models.projections import Projections
-from cogsym.ops.gated_activation import Activation
+from cogsym.ops.activation import Activation
 
 # Attention implementations of transformers that compute exactly what a mask says, and so may be replaced by ours.
 _PLAIN_ATTENTION = ("sdpa", "eager")
@@ -210,14 +210,9 @@ class Block:
         x = norm(x) if norm and self.normed == "head" else x
         return ops.rotary(x, cos, sin) if self.rotated else x
 
-    def attention_options(self, positions: Positions) -> dict[str, Any]:
-        """Keywords of `ops.attention`."""
-        return {
-            "scale": self.scale,
-            "starts": positions.starts,
-            "window": self.sliding_window,
-            "soft_cap": self.soft_cap,
-        }
+    def attention_options(self, positions: Positions) -> ops.AttentionOptions:
+        """What `ops.attention` is told of a batch."""
+        return ops.AttentionOptions(self.scale, positions.starts, self.sliding_window, self.soft_cap)
 
     def _added(self, x: Tensor, norm: Norm | None) -> Tensor:
         """What is added to the stream."""
@@ -242,7 +237,7 @@ class Block:
             except UnknownMaskError:
                 pass
             else:
-                o, _ = ops.attention(q, k, v, **self.attention_options(where))
+                o, _ = ops.attention(q, k, v, self.attention_options(where))
                 return o if where.blind is None else o.masked_fill(where.blind, 0)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None:

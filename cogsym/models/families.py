@@ -13,7 +13,7 @@ from torch import nn
 
 from cogsym.models.block import Block, Norm
 from cogsym.models.projections import Projections
-from cogsym.ops.gated_activation import Activation
+from cogsym.ops.activation import Activation
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 

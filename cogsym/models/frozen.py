@@ -106,7 +106,7 @@ def _attention_half(block: Block, kept: Kept, positions: Positions, dtype: torch
     """h, from x; fills `kept` with qkv, o, lse and the middle."""
     _project(block, kept, dtype)
     q, k, v = _heads(block, kept, positions)
-    kept.o, kept.lse = ops.attention(q, k, v, **block.attention_options(positions))
+    kept.o, kept.lse = ops.attention(q, k, v, block.attention_options(positions))
     if positions.blind is not None:
         kept.o.masked_fill_(positions.blind, 0)
     kept.middle = block.output.product(kept.o.flatten(-2), dtype)
@@ -178,7 +178,7 @@ def _attention_gradient(block: Block, do: Tensor, kept: Kept, positions: Positio
     do = do.view(kept.o.shape)
     if positions.blind is not None:
         do = do.masked_fill(positions.blind, 0)
-    dq, dk, dv = ops.attention_gradients(do, q, k, v, kept.o, kept.lse, **block.attention_options(positions))
+    dq, dk, dv = ops.attention_gradients(do, q, k, v, kept.o, kept.lse, block.attention_options(positions))
     del q, k, v
     if block.rotated:
         dq, dk = (ops.rotary(t, positions.cos, positions.sin, inverse=True) for t in (dq, dk))
