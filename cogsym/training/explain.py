@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from cogsym import ops
 from cogsym.models import UnknownLayerError, read_block
-from cogsym.ops import backend
 from cogsym.plan import Part
 from cogsym.training.memory import Memory, cost
 from cogsym.training.prepare import any_trained, hooked, layers_of, possible, record_of, runs_frozen, state_of
@@ -81,7 +81,9 @@ def explain(model: nn.Module) -> Explanation:
         if not report.reason and state is not None and state.block is not None:
             foreign = state.block.foreign_attention(training=True)
             reason = f"but the model's own attention: {foreign}" if foreign else ""
-            report = replace(report, path=backend.choose(next(layer.parameters()).device), reason=reason)
+            parameter = next(layer.parameters())
+            route = ops.route("rms_norm", parameter.device, parameter.dtype)
+            report = replace(report, path=route.backend, reason=reason)
             report = _with_memory(report, layer, record_of(model).memory, gradient_below)
         reports.append(report)
         gradient_below |= report.trained != "frozen"
