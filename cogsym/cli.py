@@ -138,8 +138,8 @@ def train(
     _quiet_transformers()
     from cogsym import LayerPlan, TrainSettings
     from cogsym.data import Source
+    from cogsym.memory import parse_bytes
     from cogsym.models.loading import load_config
-    from cogsym.training.memory import parse_bytes
     from cogsym.training.run import train as run
 
     settings = TrainSettings(
@@ -254,11 +254,11 @@ def sweep(
     _quiet_transformers()
     import torch
 
+    from cogsym.memory import parse_bytes
     from cogsym.sweeps.choose import Sampling
     from cogsym.sweeps.progress import counted
     from cogsym.sweeps.run import SweepSettings
     from cogsym.sweeps.run import sweep as run
-    from cogsym.training.memory import parse_bytes
 
     settings = SweepSettings(
         action=action.value,

@@ -24,6 +24,7 @@ FLOORS = {
     "cogsym.data": 1,
     "cogsym.plan": 1,
     "cogsym.errors": 0,
+    "cogsym.memory": 1,
     "cogsym.plotting": 1,
     "cogsym.records": 1,
 }
