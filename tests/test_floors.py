@@ -26,6 +26,7 @@ FLOORS = {
     "cogsym.errors": 0,
     "cogsym.plotting": 1,
     "cogsym.records": 1,
+    "cogsym.registry": 1,
 }
 APART = {("cogsym.training", "cogsym.sweeps"), ("cogsym.sweeps", "cogsym.training")}
 
