@@ -27,6 +27,7 @@ FLOORS = {
     "cogsym.memory": 1,
     "cogsym.plotting": 1,
     "cogsym.records": 1,
+    "cogsym.registry": 1,
 }
 APART = {("cogsym.training", "cogsym.sweeps"), ("cogsym.sweeps", "cogsym.training")}
 
