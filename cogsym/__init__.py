@@ -7,6 +7,7 @@ from cogsym.errors import CogsymError, RunStopped
 
 if TYPE_CHECKING:
     from cogsym.plan import LayerPlan
+    from cogsym.strategies import register_strategy
     from cogsym.sweeps.configs import Configuration
     from cogsym.sweeps.run import SweepSettings, sweep
     from cogsym.training.explain import explain
@@ -25,6 +26,7 @@ __all__ = [
     "TrainSettings",
     "explain",
     "prepare",
+    "register_strategy",
     "restore",
     "sweep",
     "train",
@@ -39,6 +41,7 @@ _MODULES = {
     "TrainSettings": "cogsym.training.run",
     "explain": "cogsym.training.explain",
     "prepare": "cogsym.training.prepare",
+    "register_strategy": "cogsym.strategies",
     "restore": "cogsym.training.prepare",
     "sweep": "cogsym.sweeps.run",
     "train": "cogsym.training.run",
