@@ -89,8 +89,8 @@ def held_out(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> HeldO
         questions.append((f"{sentence} =", [f" {language.base_sentence(option)}" for option in options]))
     bits = sum(map(language.surprisal, meanings))
     return HeldOut(
-        new_text=_packed(tokenizer, new),
-        base_text=_packed(tokenizer, base),
+        new_text=packed(tokenizer, new),
+        base_text=packed(tokenizer, base),
         new_floor=bits / sum(len(sentence.encode()) for sentence in new),
         questions=questions,
         sources=base,
@@ -98,7 +98,8 @@ def held_out(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> HeldO
     )
 
 
-def _packed(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> PackedDataset:
+def packed(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> PackedDataset:
+    """Sentences in rows for bits per byte."""
     documents = [Document(sentence) for sentence in sentences]
     return pack(tokenize(documents, tokenizer, "all", separator_id(tokenizer)), ROW, seed=None)
 

@@ -42,11 +42,21 @@ class Head:
     scale: float
     soft_cap: float | None
 
+    def why_logits(self) -> str | None:
+        """Why the logits must be made by the model's own head, or None."""
+        head = self.model.lm_head
+        if type(head) is not nn.Linear:
+            return f"its head is a {type(head).__qualname__}, expected a Linear"
+        if head.bias is not None:
+            return "its head has a bias"
+        if "forward" in vars(head):
+            return "another library has replaced the forward of its head"
+        return "a hook on its head must fire" if head._forward_hooks or head._forward_pre_hooks else None
+
     def serves(self, labels: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a call with these keywords may go without logits: training, on labels, with nothing unusual."""
-        head = self.model.lm_head
-        plain = type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
-        return bool(self.model.training and labels is not None and plain and not any(kwargs.get(w) for w in _OWN_WORDS))
+        plain = self.model.training and labels is not None and not any(kwargs.get(word) for word in _OWN_WORDS)
+        return bool(plain and self.why_logits() is None)
 
     def forward(self, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """The model's output with its loss and no logits.
@@ -81,7 +91,8 @@ def find_head(model: nn.Module) -> Head | None:
     """The causal language model that is `model`, or that peft has wrapped in it; None where it is not a known one."""
     for module in model.modules():
         name = f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("transformers.models.")
-        if name in _MODELS and "forward" not in vars(module):
+        ours = isinstance(next(iter(getattr(vars(module).get("forward"), "args", ())), None), Head)  # prepared
+        if name in _MODELS and (ours or "forward" not in vars(module)):
             config: Any = module.config
             return Head(
                 module, 1 / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
