@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from cogsym.sweeps.configs import Configuration
     from cogsym.sweeps.run import SweepSettings, sweep
     from cogsym.training.explain import explain
+    from cogsym.training.finetune import TrainResult, TrainSettings, train
     from cogsym.training.prepare import prepare, restore
-    from cogsym.training.run import TrainResult, TrainSettings, train
 
 __version__ = "0.1.0"
 
@@ -37,14 +37,14 @@ _MODULES = {
     "Configuration": "cogsym.sweeps.configs",
     "LayerPlan": "cogsym.plan",
     "SweepSettings": "cogsym.sweeps.run",
-    "TrainResult": "cogsym.training.run",
-    "TrainSettings": "cogsym.training.run",
+    "TrainResult": "cogsym.training.finetune",
+    "TrainSettings": "cogsym.training.finetune",
     "explain": "cogsym.training.explain",
     "prepare": "cogsym.training.prepare",
     "register_strategy": "cogsym.strategies",
     "restore": "cogsym.training.prepare",
     "sweep": "cogsym.sweeps.run",
-    "train": "cogsym.training.run",
+    "train": "cogsym.training.finetune",
 }
 
 

@@ -149,7 +149,7 @@ def train(
     from cogsym.data import Source
     from cogsym.memory import parse_bytes
     from cogsym.models.loading import load_config
-    from cogsym.training.run import train as run
+    from cogsym.training.finetune import train as run
 
     settings = TrainSettings(
         length=length,
@@ -334,9 +334,9 @@ def demo(
     compares. It needs no network and no files, and about two minutes on a laptop.
     """
     _quiet_transformers()
-    from cogsym.demo.run import run
+    from cogsym.demo.comparison import run_demo
 
-    run(out, seed=seed)
+    run_demo(out, seed=seed)
 
 
 @app.command(

@@ -83,10 +83,10 @@ def test_imports_go_down(module: str, path: Path) -> None:
         ("cogsym.ops.rms_norm", "from cogsym.models import Block"),
         ("cogsym.models.block", "import cogsym.training.prepare"),
         ("cogsym.kernels.rotary", "def f():\n    from cogsym.ops import backend"),
-        ("cogsym.training.run", "from cogsym.sweeps import engine"),
+        ("cogsym.training.finetune", "from cogsym.sweeps import engine"),
         ("cogsym.sweeps.run", "from cogsym.training import prepare"),
-        ("cogsym.training.run", "from cogsym.cli import app"),
-        ("cogsym.training.run", "from cogsym import prepare"),
+        ("cogsym.training.finetune", "from cogsym.cli import app"),
+        ("cogsym.training.finetune", "from cogsym import prepare"),
     ],
 )
 def test_an_arrow_that_goes_up_is_seen(module: str, source: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cogsym.demo import language, tasks
+from cogsym.demo import language, semantics, tasks
 from cogsym.training.evaluate import bits_per_byte
 
 SEPARATOR = "<|endoftext|>"
@@ -52,7 +52,7 @@ Held out, {held_out} base-language sentences of the dev set, stored weights read
 """
 
 
-def document(meaning: language.Meaning, rng: random.Random) -> str:
+def document(meaning: semantics.Meaning, rng: random.Random) -> str:
     """One training document: base language alone with probability `P_BASE`, else one of the relatives.
 
     Base language alone is a sentence in a random form or, where there are two, a pair of them. A relative is a sentence
@@ -72,7 +72,7 @@ def document(meaning: language.Meaning, rng: random.Random) -> str:
 def documents(split: str, seed: int) -> Iterator[str]:
     """An endless stream of documents, a function of `split` and `seed`."""
     rng = random.Random(f"documents {seed}")
-    return (document(meaning, rng) for meaning in language.meanings(split, seed))
+    return (document(meaning, rng) for meaning in semantics.meanings(split, seed))
 
 
 def held_out_sentences() -> tuple[list[str], float]:
@@ -80,11 +80,11 @@ def held_out_sentences() -> tuple[list[str], float]:
 
     A sentence costs its meaning, and that a document begins with it and in this form.
     """
-    meanings = list(itertools.islice(language.meanings("dev", 0), HELD_OUT))
+    meanings = list(itertools.islice(semantics.meanings("dev", 0), HELD_OUT))
     bits = 0.0
     for meaning in meanings:
         begins = P_BASE / len(language.base_forms(meaning)) + (1 - P_BASE) * DOCUMENT_KINDS[2]
-        bits += language.surprisal(meaning) - math.log2(begins)
+        bits += semantics.surprisal(meaning) - math.log2(begins)
     return [language.base_sentence(meaning) for meaning in meanings], bits / HELD_OUT
 
 
@@ -95,7 +95,7 @@ def tokenizer_texts(count: int, seed: int) -> Iterator[str]:
     word is cut into its syllables wherever they stand.
     """
     rng = random.Random(f"tokenizer {seed}")
-    for meaning in itertools.islice(language.meanings("train", seed), count):
+    for meaning in itertools.islice(semantics.meanings("train", seed), count):
         yield language.base_sentence(meaning, *rng.choice(language.base_forms(meaning)))
         yield ".".join(rng.choices(language.SYLLABLES, k=400))
         yield " ".join(rng.choices(language.SYLLABLES, k=200))
