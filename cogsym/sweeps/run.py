@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.models.loading import load_tokenizer
+from cogsym.signals import as_interrupts, exit_status
 from cogsym.sweeps.choose import Sampling, Stops
 from cogsym.sweeps.configs import Action, Configuration, configurations, distinct
 from cogsym.sweeps.costs import Clock, Costs, Sizes, free_memory
@@ -125,7 +126,7 @@ def sweep(
         if dry_run:
             return None
         key = running.key(str(model) if isinstance(model, (str, Path)) else layers.model.config.name_or_path)
-        with Results.open(out, key, resume=resume) as results, running.progress() as progress:
+        with Results.open(out, key, resume=resume) as results, as_interrupts(), running.progress() as progress:
             try:
                 if search:
                     running.search(search, results, progress, Path(out))
@@ -133,7 +134,7 @@ def sweep(
                     running.ask(rounds[0], results, progress)
             except KeyboardInterrupt as error:
                 raise RunStopped(
-                    f"The sweep was stopped; what {out} holds is whole, go on with --resume.", 130
+                    f"The sweep was stopped; what {out} holds is whole, go on with --resume.", exit_status(error)
                 ) from error
     finally:
         if isinstance(layers, ResidentLayers):
