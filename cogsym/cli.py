@@ -139,7 +139,7 @@ def train(
     from cogsym import LayerPlan, TrainSettings
     from cogsym.data import Source
     from cogsym.models.loading import load_config
-    from cogsym.training.memory import parse_bytes
+    from cogsym.training.keep import parse_bytes
     from cogsym.training.run import train as run
 
     settings = TrainSettings(
@@ -258,7 +258,7 @@ def sweep(
     from cogsym.sweeps.progress import counted
     from cogsym.sweeps.run import SweepSettings
     from cogsym.sweeps.run import sweep as run
-    from cogsym.training.memory import parse_bytes
+    from cogsym.training.keep import parse_bytes
 
     settings = SweepSettings(
         action=action.value,

@@ -26,7 +26,7 @@ from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.records import differences
 from cogsym.training.explain import explain
-from cogsym.training.memory import Memory
+from cogsym.training.keep import Memory
 from cogsym.training.prepare import prepare, restore
 from cogsym.training.trainer import OuterTrainer, RunCallback, checkpoints
 

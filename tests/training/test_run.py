@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 import cogsym
 from cogsym import CogsymError, LayerPlan, RunStopped, TrainSettings
 from cogsym.data import Document, Source
-from cogsym.training.memory import parse_bytes
+from cogsym.training.keep import parse_bytes
 from cogsym.training.trainer import OuterTrainer, checkpoints
 
 SETTINGS: dict[str, Any] = {
