@@ -139,15 +139,9 @@ class _Run:
                 everywhere = torch.arange(q.shape[1])
                 return attend_ranges(block, q, k, v, *self._layout.ranges_at(everywhere, block.sliding_window))
             roots = self._starts.shape[1]
-            o, _ = ops.attention(
-                q[:, :roots],
-                k[:, :roots],
-                v[:, :roots],
-                scale=block.scale,
-                starts=self._starts.expand(len(q), -1),
-                window=block.sliding_window,
-                soft_cap=block.soft_cap,
-            )
+            starts = self._starts.expand(len(q), -1)
+            options = ops.AttentionOptions(block.scale, starts, block.sliding_window, block.soft_cap)
+            o, _ = ops.attention(q[:, :roots], k[:, :roots], v[:, :roots], options)
             if roots == q.shape[1]:
                 return o
             rest = attend_ranges(block, q[:, roots:], k, v, *self._layout.ranges(block.sliding_window))
@@ -176,7 +170,6 @@ def attend_ranges(block: Block, q: Tensor, k: Tensor, v: Tensor, begins: Tensor,
     states, tokens = k.shape[:2]
     offset = (torch.arange(states) * tokens)[:, None, None]
     begins, ends = ((x + offset).flatten(0, 1).to(q.device) for x in (begins, ends))
-    o = ops.decode_attention(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), begins, ends, scale=block.scale, soft_cap=block.soft_cap
-    )
+    options = ops.AttentionOptions(block.scale, soft_cap=block.soft_cap)
+    o = ops.decode_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), begins, ends, options)
     return o.view(q.shape)

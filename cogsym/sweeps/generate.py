@@ -375,15 +375,9 @@ class _Decoder:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             store.k[here], store.v[here] = k[0], v[0]
-            return ops.decode_attention(
-                q[0],
-                store.k,
-                store.v,
-                begins.to(q.device),
-                ends.to(q.device),
-                scale=block.scale,
-                soft_cap=block.soft_cap,
-            )[None]
+            options = ops.AttentionOptions(block.scale, soft_cap=block.soft_cap)
+            ranges = begins.to(q.device), ends.to(q.device)
+            return ops.decode_attention(q[0], store.k, store.v, *ranges, options)[None]
 
         add_attention(block, cells[None], cos, sin, attend)
 
