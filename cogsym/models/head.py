@@ -39,6 +39,8 @@ class Head:
             return "its head has a bias"
         if "forward" in vars(head):
             return "another library has replaced the forward of its head"
+        if head.weight.is_meta:
+            return "the weights of its head are not in memory"
         return "a hook on its head must fire" if hook_on(head) else None
 
     def serves(self, labels: Any, kwargs: dict[str, Any]) -> bool:

@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from cogsym.data import Source, read_records
-from cogsym.data.sources import Record
+from cogsym.data.formats import Record
 from cogsym.errors import CogsymError
 from cogsym.sweeps import written
 
