@@ -254,10 +254,10 @@ def sweep(
     _quiet_transformers()
     import torch
 
-    from cogsym.sweeps.choose import Sampling
+    from cogsym.sweeps.engine.sampling import Sampling
     from cogsym.sweeps.progress import counted
-    from cogsym.sweeps.run import SweepSettings
-    from cogsym.sweeps.run import sweep as run
+    from cogsym.sweeps.runner import SweepSettings
+    from cogsym.sweeps.runner import sweep as run
     from cogsym.training.memory import parse_bytes
 
     settings = SweepSettings(
@@ -296,7 +296,7 @@ def plot(
     Writes each picture as PNG and SVG: `directions` has curves from each end of the model, `grid` maps first against
     last layers, `layers` and `blocks` show single layers and contiguous ones, as far as the sweep ran them.
     """
-    from cogsym.sweeps.plots import plot as draw
+    from cogsym.sweeps.results.plots import plot as draw
 
     for path in draw(results, out, metric or ()):
         typer.echo(path)
