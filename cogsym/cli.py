@@ -42,15 +42,6 @@ class Dtype(enum.StrEnum):
     fp32 = "fp32"
 
 
-class LayerAction(enum.StrEnum):
-    """What is done to a layer."""
-
-    skip = "skip"
-    skip_attention = "skip_attention"
-    skip_mlp = "skip_mlp"
-    revert = "revert"
-
-
 class Loss(enum.StrEnum):
     """Which side of a pair is learned."""
 
@@ -214,8 +205,9 @@ def sweep(
         ),
     ] = "input,output",
     action: Annotated[
-        LayerAction, _option("What input, output ... do to their layers.", panel="Layers")
-    ] = LayerAction.skip,
+        str,
+        _option("What input, output ... do to their layers, such as skip, skip_mlp or revert.", panel="Layers"),
+    ] = "skip",
     remove: Annotated[
         int | None, _option("How many layers greedy removes; half of them by default.", panel="Layers")
     ] = None,
@@ -261,7 +253,7 @@ def sweep(
     from cogsym.training.memory import parse_bytes
 
     settings = SweepSettings(
-        action=action.value,
+        action=action,
         remove=remove,
         sampling=Sampling(temperature, top_p, seed),
         truncate=truncate,

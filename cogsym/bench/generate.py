@@ -66,11 +66,12 @@ def case(
     drawn = torch.randint(vocabulary, (prompts, PROMPT_TOKENS), generator=generator)
     requests = [Generate(tuple(row), new_tokens) for row in drawn.tolist()]
     own = ResidentLayers(probe.model)
-    engine, head, trie = Engine(own), SweepHead(probe.model), Trie(chosen)
+    engine, head = Engine(own), SweepHead(probe.model)
+    trie = Trie(chosen, engine.topology)
     stops = Stops(_Numbers(), [])
 
     def ours() -> list[list[list[int]]]:
-        answers = generate(engine, head, Trie(chosen), requests, stops)
+        answers = generate(engine, head, Trie(chosen, engine.topology), requests, stops)
         return [[[int(word) for word in written.text.split()] for written in row] for row in answers]
 
     sample = spaced(chosen, SAMPLE)

@@ -76,10 +76,11 @@ def case(
     probe = Probe(build(model, None, dtype, setting.device).eval())
     requests = questions(kind, asked, probe.model.get_input_embeddings().weight.shape[0])
     own = ResidentLayers(probe.model)
-    engine, head, trie = Engine(own), SweepHead(probe.model), Trie(chosen)
+    engine, head = Engine(own), SweepHead(probe.model)
+    trie = Trie(chosen, engine.topology)
 
     def ours() -> list[list[float]]:
-        answers = score(engine, head, Trie(chosen), requests)
+        answers = score(engine, head, Trie(chosen, engine.topology), requests)
         return [[scored.log_likelihood for scored in row] for row in answers]
 
     sample = spaced(chosen, SAMPLE)

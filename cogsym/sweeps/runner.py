@@ -26,7 +26,8 @@ from cogsym.sweeps.engine.sampling import Sampling, Stops
 from cogsym.sweeps.engine.score import score
 from cogsym.sweeps.engine.unembedding import SweepHead
 from cogsym.sweeps.engine.weights import LayerSource, ResidentLayers, StreamedLayers
-from cogsym.sweeps.layers.configurations import Action, Configuration, configurations, distinct
+from cogsym.sweeps.layers.actions import ACTIONS, SKIP
+from cogsym.sweeps.layers.configurations import Configuration, configurations, distinct
 from cogsym.sweeps.layers.greedy import Greedy
 from cogsym.sweeps.layers.schedule import schedule
 from cogsym.sweeps.layers.trie import Trie
@@ -55,7 +56,7 @@ class SweepSettings:
         dtype: of the weights; None takes the checkpoint's own.
     """
 
-    action: Action = "skip"
+    action: str = SKIP
     remove: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     truncate: bool = False
@@ -120,8 +121,8 @@ def sweep(
     rounds, merged, search = _chosen(configs, num_layers(model), settings)
     if not dry_run:
         check_started(out, resume)
-    reverts = any("revert" in c.actions for chosen in rounds for c in chosen)
-    layers = load_layers(model, base, tokenizer, settings.stream, settings.dtype, reverts, partial(_say, console))
+    needs_base = any(ACTIONS[name].needs_base for chosen in rounds for c in chosen for name in c.actions)
+    layers = load_layers(model, base, tokenizer, settings.stream, settings.dtype, needs_base, partial(_say, console))
     try:
         running = _Sweep(layers, tokenizer, rounds, loaded_tasks, settings, console)
         running.describe(merged)
@@ -148,6 +149,7 @@ def _chosen(
     configs: str | Path | Iterable[Any], layers: int, settings: SweepSettings
 ) -> tuple[list[list[Configuration]], int, Greedy | None]:
     """(What is asked in each round, how many duplicates were merged, the search that chooses the rounds)."""
+    ACTIONS[settings.action]
     if configs == "greedy":
         remove = layers // 2 if settings.remove is None else settings.remove
         if not 1 <= remove <= layers:
@@ -179,7 +181,7 @@ class _Sweep:
         self._streamed = isinstance(layers, StreamedLayers)
         self._check_actions({action for chosen in rounds for c in chosen for action in c.actions})
         self._engine, self._head = Engine(layers), SweepHead(layers.model)
-        self._tries = [Trie(chosen, self._engine.own_forward) for chosen in rounds]
+        self._tries = [Trie(chosen, self._engine.topology) for chosen in rounds]
         self._sizes = TokenBytes.of(layers)
         self._budget = settings.memory_budget or free_memory(layers.device)
         config = layers.model.config.get_text_config()
@@ -190,8 +192,8 @@ class _Sweep:
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = [i for i in {*ends, tokenizer.eos_token_id} if i is not None]
 
-    def _check_actions(self, actions: set[Action]) -> None:
-        if self._layers.reasons and actions & {"skip_attention", "skip_mlp"}:
+    def _check_actions(self, names: set[str]) -> None:
+        if self._layers.reasons and not all(ACTIONS[name].whole for name in names):
             raise CogsymError(
                 f"Half a layer cannot be skipped in this model, as its layers run their own forward "
                 f"({self._layers.reasons[0]}); skip whole layers."
@@ -280,7 +282,7 @@ class _Sweep:
             for some, alike in groupby(documents, missing):
                 group = list(alike)
                 if some:
-                    self._ask(task, group, Trie(some, self._engine.own_forward), results, progress)
+                    self._ask(task, group, Trie(some, self._engine.topology), results, progress)
                 else:
                     progress.documents(task.name, len(group), computed=False)
 
@@ -355,7 +357,7 @@ class _Sweep:
 
     def _generate(self, trie: Trie, requests: list[Generate]) -> Any:
         stops, sampling = Stops(self._tokenizer, self._ends), self._settings.sampling
-        if self._engine.own_forward:
+        if trie.topology == "whole":
             return generate_fallback(self._layers, trie.configurations, requests, stops, sampling)
         return generate(self._engine, self._head, trie, requests, stops, sampling)
 

@@ -105,8 +105,8 @@ class PassMemory:
         self._sizes = sizes
         self._slots = schedule(trie, narrow=False).slots + 1  # and the embeddings
         self._configurations = len(trie.configurations)
-        self._whole = any(node.unit is not None and node.unit.part == "layer" for node in trie.nodes)
-        caches = [node.unit is not None and node.unit.part != "mlp" for node in trie.nodes]
+        self._whole = trie.topology == "whole"
+        caches = [node.unit is not None and node.unit.attends for node in trie.nodes]
         self._nodes = sum(caches)
         rows = [sum(caches[n] for n in trie.path(c)) for c in range(self._configurations)]
         self._rows, self._deepest = sum(rows), max(rows)

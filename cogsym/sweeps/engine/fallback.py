@@ -53,7 +53,7 @@ class FallbackRun:
                 for slot in range(step.slots.start, step.slots.stop):
                     y = layer(self._states[slot], **self._calls[step.unit.layer])
                     self._states[slot] = y[0] if isinstance(y, tuple) else y
-                    on_forwards(1.0)
+                    on_forwards(step.unit.forwards)
                 for end in step.ends:
                     self._end(end.configurations, self._states[end.slot])
 
@@ -126,7 +126,7 @@ def only_layers(layers: LayerSource, configuration: Configuration) -> Iterator[A
     model = layers.model
     decoder, config = model.get_decoder(), model.get_decoder().config
     every, number, types = decoder.layers, config.num_hidden_layers, getattr(config, "layer_types", None)
-    units_of = units(configuration, own_forward=True)
+    units_of = units(configuration, "whole")
     loaded = layers.walk([(unit.layer, {unit.weights}) for unit in units_of])
     kept = [there[unit.weights].layer for unit, there in zip(units_of, loaded, strict=True)]
     indexed = [

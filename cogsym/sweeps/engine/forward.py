@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cogsym import ops
+from cogsym.errors import CogsymError
 from cogsym.models import Block
 from cogsym.models.calls import layer_calls
 from cogsym.models.inference import Attend, add_attention, add_mlp, attention_added_at
@@ -19,7 +20,7 @@ from cogsym.sweeps.engine.fallback import FallbackRun
 from cogsym.sweeps.engine.prefixes import Batch, OnEnds
 from cogsym.sweeps.engine.weights import LayerSource
 from cogsym.sweeps.layers.schedule import Schedule, Step, needed, schedule
-from cogsym.sweeps.layers.trie import Trie, Unit
+from cogsym.sweeps.layers.trie import Topology, Trie, Unit
 
 # Tokens, of all states together, that go through a layer at a time: enough for the products to run at full speed, few
 # enough for what lies between them to stay in cache.
@@ -42,9 +43,9 @@ class Engine:
         self.on_forwards: Callable[[float], None] = lambda number: None
 
     @property
-    def own_forward(self) -> bool:
-        """Whether layers can only run whole, as `Trie` takes it."""
-        return bool(self.layers.reasons)
+    def topology(self) -> Topology:
+        """How the halves of the layers read the residual stream, as `Trie` takes it."""
+        return "whole" if self.layers.reasons else "sequential"
 
     def run(self, trie: Trie, batch: Batch, on_ends: OnEnds, on_keys: OnKeys | None = None) -> None:
         """Compute every state of a trie for a batch.
@@ -54,10 +55,18 @@ class Engine:
             batch: documents.
             on_ends: told the hidden states that configurations end with, before the final norm, as they come; they are
                 its own only until it returns.
-            on_keys: told the keys and values of every attention unit; not by layers that run their own forward.
+            on_keys: told the keys and values of every unit that attends; not by layers that run their own forward.
+
+        Raises:
+            CogsymError: the trie is for layers of another topology.
         """
+        if trie.topology != self.topology:
+            raise CogsymError(
+                f"The trie is for {trie.topology} layers, expected {self.topology}, as the model's are; make it with "
+                "Trie(configurations, engine.topology)."
+            )
         with torch.inference_mode():
-            if self.layers.reasons:
+            if trie.topology == "whole":
                 FallbackRun(self.layers, schedule(trie, narrow=False), batch, on_ends).run(self.on_forwards)
             else:
                 _Run(self.layers, schedule(trie, narrow=batch.narrow), batch, on_ends, on_keys).run(self.on_forwards)
@@ -95,7 +104,7 @@ class _Run:
                 assert block is not None
                 self._apply(step, block)
                 self._tell(step)
-                on_forwards(0.5 * len(step.nodes))
+                on_forwards(step.unit.forwards * len(step.nodes))
 
     def _apply(self, step: Step, block: Block) -> None:
         buffer = self._narrow if step.narrow else self._full
@@ -107,6 +116,7 @@ class _Run:
             for states, _ in self._pieces(step, buffer):
                 add_mlp(block, buffer[states])
             return
+        assert step.unit.part == "attention"  # a "layer" unit, of a parallel block, attends the same way
         cos, sin = self._rotary(step.unit.layer)
         for states, nodes in self._pieces(step, self._full):
             attend = self._attend(block, step.unit, nodes, only_scored=bool(step.sources))

@@ -28,7 +28,7 @@ from cogsym.sweeps.engine.prefixes import Batch, windowed
 from cogsym.sweeps.engine.requests import Generate, Generated
 from cogsym.sweeps.engine.sampling import Sampling, Stops
 from cogsym.sweeps.engine.unembedding import SweepHead
-from cogsym.sweeps.layers.trie import Trie, Unit, Weights
+from cogsym.sweeps.layers.trie import Trie, Unit
 
 _HEAD_ROWS = 256  # whose logits exist at a time where tokens are drawn by chance
 
@@ -191,13 +191,12 @@ class _Decoder:
 
     def _prefill(self) -> Tensor:
         """Run the prompts; the hidden state of each row, [rows, D]."""
-        tables = {unit: node_of for unit, node_of, _ in self._steps}
         hidden: list[Tensor] = [torch.empty(0)] * len(self._trie.configurations)
 
         def on_keys(unit: Unit, nodes: Sequence[int], k: Tensor, v: Tensor) -> None:
             store = self._stores.get(unit.layer)
             if store is None:
-                store = self._stores[unit.layer] = self._new_store(unit.layer, tables, k)
+                store = self._stores[unit.layer] = self._new_store(unit.layer, k)
             for state, node in enumerate(nodes):
                 places = slice(store.order[node] * self._tokens, (store.order[node] + 1) * self._tokens)
                 store.k[places], store.v[places] = k[state], v[state]
@@ -210,9 +209,8 @@ class _Decoder:
         self._engine.run(self._trie, self._batch, on_ends, on_keys)
         return torch.stack([hidden[c] for c in self._order], dim=1).flatten(0, 1)
 
-    def _new_store(self, layer: int, tables: dict[Unit, np.ndarray], like: Tensor) -> _Store:
-        both: tuple[Weights, ...] = ("model", "base")
-        there = [tables[unit] for weights in both if (unit := Unit(layer, "attention", weights)) in tables]
+    def _new_store(self, layer: int, like: Tensor) -> _Store:
+        there = [node_of for unit, node_of, _ in self._steps if unit.layer == layer and unit.attends]
         node_of = np.stack(there).max(0)[self._configuration]
         order = {int(node): i for i, node in enumerate(np.unique(node_of[node_of >= 0]))}
         rows = np.flatnonzero(node_of >= 0)
@@ -305,9 +303,10 @@ class _Decoder:
                 if keys is None:
                     add_mlp(block, cells)
                 else:
+                    assert unit.part == "attention"  # a "layer" unit, of a parallel block, attends the same way
                     self._attend(block, cells, keys, calls[unit.layer]["position_embeddings"], step, unit.layer)
                 states[division.to] = cells
-                self._engine.on_forwards(0.5 * len(cells))
+                self._engine.on_forwards(unit.forwards * len(cells))
         last = np.asarray(self._trie.last)[self._configuration]
         first, inverse = _states(last, self._history)
         return states[self._index(first[inverse])]
@@ -320,7 +319,7 @@ class _Decoder:
         for unit, node_of, before in self._steps:
             division = self._division(node_of, before)
             if len(division.rows):
-                keys = self._keys(division.rows, node_of, unit.layer) if unit.part == "attention" else None
+                keys = self._keys(division.rows, node_of, unit.layer) if unit.attends else None
                 plans.setdefault(unit.layer, []).append(_Plan(unit, division, keys))
         return list(plans.values())
 

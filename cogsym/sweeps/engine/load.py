@@ -33,7 +33,7 @@ def load_layers(
     tokenizer: Any,
     stream: bool | None,
     dtype: torch.dtype | None,
-    reverts: bool,
+    needs_base: bool,
     say: Callable[[str], None],
 ) -> LayerSource:
     """The model in memory, or streamed where that is asked for or it does not fit.
@@ -44,16 +44,16 @@ def load_layers(
         tokenizer: the model's.
         stream: None does so where the model does not fit.
         dtype: of the weights; None takes the checkpoint's own.
-        reverts: some configuration reverts layers.
+        needs_base: some configuration has layers of the base.
         say: told what the user did not ask for.
 
     Raises:
         CogsymError: no model, a base that does not fit it, or one that is missing.
     """
     adapted = hasattr(model, "peft_config")
-    if reverts and base is None and not adapted:
+    if needs_base and base is None and not adapted:
         raise CogsymError("A configuration reverts layers but there is no base checkpoint; name one with base.")
-    if base is not None and not reverts:
+    if base is not None and not needs_base:
         say("No configuration reverts a layer: the base checkpoint is left aside.")
         base = None
     if isinstance(base, (str, Path)):
@@ -77,7 +77,7 @@ def load_layers(
     if any(hasattr(each, _RECORD) for each in (model, base)):
         raise CogsymError("The model is prepared for training; call cogsym.restore(model) before a sweep.")
     if adapted:
-        if reverts and base is None:
+        if needs_base and base is None:
             base = copy.deepcopy(model).unload()
         model = copy.deepcopy(model).merge_and_unload()
     if isinstance(base, (str, Path)):

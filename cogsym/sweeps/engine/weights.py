@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from cogsym.errors import CogsymError
 from cogsym.models import Block, UnknownLayerError, read_block
 from cogsym.models.loading import check_model_folder, load_config
-from cogsym.sweeps.layers.trie import Weights
+from cogsym.sweeps.layers.actions import Weights
 
 
 class Loaded(NamedTuple):

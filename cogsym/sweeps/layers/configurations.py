@@ -1,7 +1,7 @@
 """Layer configurations: what each decoder layer does, and the sets of them that answer a question.
 
-A configuration names an action for every layer. Its code is one letter a layer, in order from the embeddings, and is
-its name in results:
+A configuration names an action of `cogsym.sweeps.layers.actions` for every layer. Its code is one letter a layer, in
+order from the embeddings, and is its name in results:
 
     .   keep             the layer as it is
     s   skip             both of its contributions to the residual stream are gone: the layer is the identity
@@ -16,16 +16,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from cogsym.errors import CogsymError
+from cogsym.registry import unknown
 from cogsym.sweeps import user_files
+from cogsym.sweeps.layers.actions import ACTIONS, KEEP, SKIP
 
-Action = Literal["keep", "skip", "skip_attention", "skip_mlp", "revert"]
 Direction = Literal["none", "input", "output", "all", "both", "single", "block", "other"]
-
-ACTIONS: tuple[Action, ...] = get_args(Action)
-LETTERS: dict[Action, str] = dict(zip(ACTIONS, ".samr", strict=True))
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,14 @@ class Configuration:
         actions: of layer 0, next to the embeddings, to layer L - 1.
     """
 
-    actions: tuple[Action, ...]
+    actions: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for action in self.actions:
-            _check_action(action)
+        for action in set(self.actions):
+            ACTIONS[action]
 
     @classmethod
-    def of(cls, num_layers: int, changes: Mapping[Action, Iterable[int]]) -> Configuration:
+    def of(cls, num_layers: int, changes: Mapping[str, Iterable[int]]) -> Configuration:
         """Every layer kept but those named.
 
         Args:
@@ -53,9 +51,9 @@ class Configuration:
         Raises:
             CogsymError: a layer that there is not, a layer named twice, or an unknown action.
         """
-        actions: dict[int, Action] = {}
+        actions: dict[int, str] = {}
         for action, layers in changes.items():
-            _check_action(action)
+            ACTIONS[action]
             for layer in layers:
                 if not isinstance(layer, int) or not 0 <= layer < num_layers:
                     raise CogsymError(
@@ -65,17 +63,17 @@ class Configuration:
                 if layer in actions:
                     raise CogsymError(f"The configuration names layer {layer} twice, expected one action a layer.")
                 actions[layer] = action
-        return cls(tuple(actions.get(i, "keep") for i in range(num_layers)))
+        return cls(tuple(actions.get(i, KEEP) for i in range(num_layers)))
 
     @cached_property
     def code(self) -> str:
         """One letter a layer, as at the head of this module."""
-        return "".join(LETTERS[action] for action in self.actions)
+        return "".join(ACTIONS[action].letter for action in self.actions)
 
     @cached_property
     def changed(self) -> tuple[int, ...]:
         """The layers that are not kept, ascending."""
-        return tuple(i for i, action in enumerate(self.actions) if action != "keep")
+        return tuple(i for i, action in enumerate(self.actions) if action != KEEP)
 
     @property
     def k(self) -> int:
@@ -85,12 +83,12 @@ class Configuration:
     @property
     def front(self) -> int:
         """How many of the first layers are not kept, up to the first that is."""
-        return next((i for i, action in enumerate(self.actions) if action == "keep"), len(self.actions))
+        return next((i for i, action in enumerate(self.actions) if action == KEEP), len(self.actions))
 
     @property
     def back(self) -> int:
         """How many of the last layers are not kept, down from the last layer."""
-        return next((i for i, action in enumerate(reversed(self.actions)) if action == "keep"), len(self.actions))
+        return next((i for i, action in enumerate(reversed(self.actions)) if action == KEEP), len(self.actions))
 
     @property
     def direction(self) -> Direction:
@@ -109,25 +107,24 @@ class Configuration:
 
     def __str__(self) -> str:
         """Such as "skip 0-3 and 28-29"."""
-        words = []
-        for action in ACTIONS[1:]:
-            layers = [i for i, done in enumerate(self.actions) if done == action]
-            if layers:
-                words.append(f"{action.replace('_', ' ')} {_ranges(layers)}")
+        layers: dict[str, list[int]] = {}
+        for i in self.changed:
+            layers.setdefault(self.actions[i], []).append(i)
+        words = [f"{action.replace('_', ' ')} {_ranges(where)}" for action, where in layers.items()]
         return ", ".join(words) or "keep every layer"
 
 
-def input_direction(num_layers: int, action: Action = "skip") -> list[Configuration]:
+def input_direction(num_layers: int, action: str = SKIP) -> list[Configuration]:
     """The first k layers, for every k from 0 to L."""
     return [Configuration.of(num_layers, {action: range(k)}) for k in range(num_layers + 1)]
 
 
-def output_direction(num_layers: int, action: Action = "skip") -> list[Configuration]:
+def output_direction(num_layers: int, action: str = SKIP) -> list[Configuration]:
     """The last k layers, for every k from 0 to L."""
     return [Configuration.of(num_layers, {action: range(num_layers - k, num_layers)}) for k in range(num_layers + 1)]
 
 
-def grid(num_layers: int, action: Action = "skip") -> list[Configuration]:
+def grid(num_layers: int, action: str = SKIP) -> list[Configuration]:
     """The first a and the last b layers, for every a + b <= L: (L + 1)(L + 2) / 2 pairs, L fewer distinct ones."""
     return [
         Configuration.of(num_layers, {action: (*range(a), *range(num_layers - b, num_layers))})
@@ -136,13 +133,13 @@ def grid(num_layers: int, action: Action = "skip") -> list[Configuration]:
     ]
 
 
-def single(num_layers: int, action: Action = "skip") -> list[Configuration]:
+def single(num_layers: int, action: str = SKIP) -> list[Configuration]:
     """Every layer by itself, and the whole model."""
     whole = [Configuration.of(num_layers, {})]
     return whole + [Configuration.of(num_layers, {action: [i]}) for i in range(num_layers)]
 
 
-def blocks(num_layers: int, action: Action = "skip") -> list[Configuration]:
+def blocks(num_layers: int, action: str = SKIP) -> list[Configuration]:
     """Every contiguous block of layers, and the whole model: L (L + 1) / 2 + 1."""
     whole = [Configuration.of(num_layers, {})]
     return whole + [
@@ -161,7 +158,7 @@ GENERATORS = {
 }
 
 
-def configurations(what: str | Path | Iterable[Any], num_layers: int, action: Action = "skip") -> list[Configuration]:
+def configurations(what: str | Path | Iterable[Any], num_layers: int, action: str = SKIP) -> list[Configuration]:
     """Configurations from what a user writes.
 
     Args:
@@ -196,10 +193,7 @@ def configurations(what: str | Path | Iterable[Any], num_layers: int, action: Ac
         elif entry in GENERATORS:
             chosen += GENERATORS[entry](num_layers, action)
         else:
-            raise CogsymError(
-                f"The set of configurations {entry!r} is unknown, expected one of {', '.join(GENERATORS)}, or a "
-                ".json or .yaml file with a list of them."
-            )
+            raise unknown("set of configurations", entry, [*GENERATORS, "a .json or .yaml file with a list of them"])
     if not chosen:
         raise CogsymError("The list of configurations is empty, expected at least one; {} is the whole model.")
     return chosen
@@ -210,11 +204,6 @@ def distinct(chosen: Iterable[Configuration]) -> tuple[list[Configuration], int]
     every = list(chosen)
     once = list(dict.fromkeys(every))
     return once, len(every) - len(once)
-
-
-def _check_action(action: Any) -> None:
-    if action not in ACTIONS:
-        raise CogsymError(f"The action {action!r} is unknown, expected one of {', '.join(ACTIONS)}.")
 
 
 def _read(path: Path) -> list[Any]:

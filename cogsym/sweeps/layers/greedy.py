@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cogsym.sweeps.layers.configurations import Action, Configuration
+from cogsym.sweeps.layers.configurations import Configuration
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Greedy:
 
     num_layers: int
     remove: int
-    action: Action
+    action: str
 
     def candidates(self, gone: Sequence[int]) -> dict[int, Configuration]:
         """For each layer that is left the configuration without it too."""

@@ -5,7 +5,7 @@ slots of one buffer, and a step applies one unit in place to a contiguous run of
 state is needed again later its child works on a copy, and where a state at rest lies in the run it is moved out.
 
 States behind which nothing attends any more are narrow: they exist only at the positions that are scored. Their last
-attention computes keys and values everywhere, and queries, output and MLP only there.
+unit that attends computes keys and values everywhere, and queries, output and MLP only there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from cogsym.sweeps.layers.trie import Trie, Unit, Weights
+from cogsym.sweeps.layers.actions import Weights
+from cogsym.sweeps.layers.trie import Trie, Unit
 
 
 class Copy(NamedTuple):

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from cogsym.errors import CogsymError
 from cogsym.plotting import BLACK, BLUE, GREY, VERMILION, save, strip
 from cogsym.records import reason
-from cogsym.sweeps.layers.configurations import ACTIONS, LETTERS, Action
+from cogsym.sweeps.layers.actions import ACTIONS, KEEP, SKIP
 from cogsym.sweeps.results.store import summary
 from cogsym.sweeps.tasks.metrics import METRICS, Metric
 
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 
 # What is plotted unless metrics are named; the others tell why these are as they are.
 _HEADLINES = ("accuracy", "log_likelihood", "bits_per_byte", "chrf++")
-_DONE: dict[Action, str] = {
-    "skip": "ablated",
-    "skip_attention": "without attention",
-    "skip_mlp": "without MLP",
-    "revert": "reverted to the base",
-}
 _CURVES = {"input": ("first k layers", BLUE, "o"), "output": ("last k layers", VERMILION, "s")}
 _LOG_FROM = 8  # a panel whose values differ by this factor has a logarithmic axis
 _STEPS = (1, 2, 5, 10, 20, 50, 100)  # cells of a map from one named to the next
@@ -84,25 +78,28 @@ def plot(folder: str | Path, out: str | Path | None = None, metrics: Collection[
 
 def figures(told: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     """The pictures that a `summary` has the lines for, each with its name."""
-    for action in ACTIONS[1:]:
-        letter = LETTERS[action]
-        lines = told[[set(code) <= {".", letter} for code in told["configuration"]]]
+    kept = ACTIONS[KEEP].letter
+    for action in ACTIONS:
+        letter, label = ACTIONS[action].letter, ACTIONS[action].label
+        if action == KEEP:
+            continue
+        lines = told[[set(code) <= {kept, letter} for code in told["configuration"]]]
         lines = lines.assign(
             front=[len(code) - len(code.lstrip(letter)) for code in lines["configuration"]],
             back=[len(code) - len(code.rstrip(letter)) for code in lines["configuration"]],
             first=[code.find(letter) for code in lines["configuration"]],
             last=[code.rfind(letter) for code in lines["configuration"]],
         )
-        name = "" if action == "skip" else f"-{action}"
+        name = "" if action == SKIP else f"-{action}"
         directions = set(lines["direction"])
         if directions & set(_CURVES):
-            yield f"directions{name}", _figure(lines, _draw_directions, _DONE[action], 3.1)
+            yield f"directions{name}", _figure(lines, _draw_directions, label, 3.1)
         if "both" in directions:
-            yield f"grid{name}", _figure(lines, _draw_grid, _DONE[action], 4.2)
+            yield f"grid{name}", _figure(lines, _draw_grid, label, 4.2)
         if "single" in directions:
-            yield f"layers{name}", _figure(lines, _draw_layers, _DONE[action], 3.1)
+            yield f"layers{name}", _figure(lines, _draw_layers, label, 3.1)
         if "block" in directions:
-            yield f"blocks{name}", _figure(lines, _draw_blocks, _DONE[action], 4.2)
+            yield f"blocks{name}", _figure(lines, _draw_blocks, label, 4.2)
 
 
 def _figure(

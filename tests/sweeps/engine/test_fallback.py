@@ -29,7 +29,7 @@ from cogsym.sweeps.engine.sampling import Sampling, Stops
 from cogsym.sweeps.engine.score import score
 from cogsym.sweeps.engine.unembedding import SweepHead
 from cogsym.sweeps.engine.weights import ResidentLayers, StreamedLayers
-from cogsym.sweeps.layers.configurations import Action, Configuration, distinct
+from cogsym.sweeps.layers.configurations import Configuration, distinct
 from cogsym.sweeps.layers.trie import Trie
 
 L, VOCABULARY, END = 3, 61, 3
@@ -63,9 +63,9 @@ def model(name: str, seed: int) -> Any:
 
 def chosen(seed: int) -> list[Configuration]:
     chance, actions = random.Random(seed), ("keep", "skip", "revert")
-    fixed: list[tuple[Action, ...]] = [("keep",) * L, ("skip",) * L, ("revert",) * L, ("keep", "skip", "revert")]
+    fixed: list[tuple[str, ...]] = [("keep",) * L, ("skip",) * L, ("revert",) * L, ("keep", "skip", "revert")]
     some = [tuple(chance.choices(actions, k=L)) for _ in range(6)]
-    return distinct(map(Configuration, [*fixed, *some]))[0]  # type: ignore[list-item]
+    return distinct(map(Configuration, [*fixed, *some]))[0]
 
 
 def tokens(chance: random.Random, number: int) -> tuple[int, ...]:
@@ -80,15 +80,15 @@ def test_scores_and_texts_are_those_of_plain_models(name: str) -> None:
     ours, base, configurations = model(name, seed), model(name, seed + 1), chosen(seed)
     layers = ResidentLayers(ours, base)
     engine, head = Engine(layers), SweepHead(ours)
-    assert engine.own_forward
-    trie = Trie(configurations, own_forward=True)
+    assert engine.topology == "whole"
+    trie = Trie(configurations, "whole")
     forwards: list[float] = []
     engine.on_forwards = forwards.append
     asked = [Score(tokens(chance, n), first) for n, first in ((9, 4), (17, 1), (2, 1), (9, 8))]
     prompts = [Generate(tokens(chance, n), most) for n, most in ((5, 7), (11, 3), (1, 7))]
     stops = Stops(Numbers(), [END])
     told = score(engine, head, trie, asked)
-    assert sum(forwards) == trie.counts().own_forwards < L * len(configurations)
+    assert sum(forwards) == trie.counts().whole_forwards < L * len(configurations)
     written = generate_fallback(layers, configurations, prompts, stops, Sampling())
     for c, configuration in enumerate(configurations):
         plain = plain_model(ours, configuration, base)
@@ -110,7 +110,7 @@ def test_streamed_they_are_the_same(tmp_path: Path) -> None:
     asked, prompts = [Score(tokens(chance, 9), 2), Score(tokens(chance, 4), 1)], [Generate(tokens(chance, 5), 6)]
     told = []
     for layers in (ResidentLayers(ours, base), StreamedLayers(tmp_path / "ours", tmp_path / "base")):
-        scored = score(Engine(layers), SweepHead(layers.model), Trie(configurations, own_forward=True), asked)
+        scored = score(Engine(layers), SweepHead(layers.model), Trie(configurations, "whole"), asked)
         told.append((scored, generate_fallback(layers, configurations, prompts, Stops(Numbers(), [END]), Sampling())))
         layers.revisions()
     assert told[0] == told[1]
@@ -138,7 +138,7 @@ def test_only_layers_restores_everything(name: str) -> None:
 
     before = look()
     for actions in (("skip", "keep", "revert"), ("skip",) * L, ("revert",) * L):
-        configuration = Configuration(actions)  # type: ignore[arg-type]
+        configuration = Configuration(actions)
         with only_layers(layers, configuration) as short:
             assert short is ours
             assert len(ours.get_decoder().layers) == ours.config.num_hidden_layers == L - actions.count("skip")
@@ -164,7 +164,7 @@ def test_an_exception_in_a_pass_leaves_the_model_whole(monkeypatch: pytest.Monke
         patch.setattr(ours.model.layers[1].self_attn, "forward", broken)
         with pytest.raises(RuntimeError, match="broken"):
             engine = Engine(layers)
-            score(engine, SweepHead(ours), Trie([Configuration(("keep",) * L)], True), [Score((1, 2, 4), 1)])
+            score(engine, SweepHead(ours), Trie([Configuration(("keep",) * L)], "whole"), [Score((1, 2, 4), 1)])
         with pytest.raises(RuntimeError, match="broken"):
             generate_fallback(
                 layers, [Configuration(("keep",) * L)], [Generate((1, 2), 3)], Stops(Numbers(), []), Sampling()

@@ -18,7 +18,8 @@ from cogsym.sweeps.engine.requests import Score
 from cogsym.sweeps.engine.score import score
 from cogsym.sweeps.engine.unembedding import SweepHead
 from cogsym.sweeps.engine.weights import ResidentLayers
-from cogsym.sweeps.layers.configurations import ACTIONS, Configuration, distinct, grid
+from cogsym.sweeps.layers.actions import ACTIONS
+from cogsym.sweeps.layers.configurations import Configuration, distinct, grid
 from cogsym.sweeps.layers.trie import Trie
 
 L = 4
@@ -49,7 +50,7 @@ def swept(model, configurations, asked, base=None):
 
 def chosen(seed: int, number: int = 14) -> list[Configuration]:
     chance = random.Random(seed)
-    some = [Configuration(tuple(chance.choice(ACTIONS) for _ in range(L))) for _ in range(number)]
+    some = [Configuration(tuple(chance.choice(tuple(ACTIONS)) for _ in range(L))) for _ in range(number)]
     return distinct([Configuration(("keep",) * L), Configuration(("skip",) * L), *some])[0]
 
 
@@ -84,7 +85,10 @@ def test_scores_are_exact_in_float64(variant):
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
-        st.lists(st.sampled_from(ACTIONS), min_size=L, max_size=L).map(tuple), min_size=1, max_size=5, unique=True
+        st.lists(st.sampled_from(tuple(ACTIONS)), min_size=L, max_size=L).map(tuple),
+        min_size=1,
+        max_size=5,
+        unique=True,
     ),
     st.integers(0, 2**32),
 )

@@ -20,7 +20,8 @@ from cogsym.sweeps.engine.requests import Generate
 from cogsym.sweeps.engine.sampling import Sampling, Stops
 from cogsym.sweeps.engine.unembedding import SweepHead
 from cogsym.sweeps.engine.weights import ResidentLayers
-from cogsym.sweeps.layers.configurations import ACTIONS, Configuration, distinct, grid
+from cogsym.sweeps.layers.actions import ACTIONS
+from cogsym.sweeps.layers.configurations import Configuration, distinct, grid
 from cogsym.sweeps.layers.trie import Trie
 
 L, END = 4, 3
@@ -47,7 +48,7 @@ def prompts(seed: int, stops: tuple[str, ...] = ()) -> list[Generate]:
 
 def chosen(seed: int, number: int = 12) -> list[Configuration]:
     chance = random.Random(seed)
-    some = [Configuration(tuple(chance.choice(ACTIONS) for _ in range(L))) for _ in range(number)]
+    some = [Configuration(tuple(chance.choice(tuple(ACTIONS)) for _ in range(L))) for _ in range(number)]
     return distinct([Configuration(("keep",) * L), Configuration(("skip",) * L), *some])[0]
 
 
@@ -80,7 +81,10 @@ def test_tokens_are_those_of_models_without_the_layers(variant):
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
-        st.lists(st.sampled_from(ACTIONS), min_size=L, max_size=L).map(tuple), min_size=1, max_size=5, unique=True
+        st.lists(st.sampled_from(tuple(ACTIONS)), min_size=L, max_size=L).map(tuple),
+        min_size=1,
+        max_size=5,
+        unique=True,
     ),
     st.integers(0, 2**32),
 )

@@ -47,7 +47,8 @@ def states(layers: LayerSource, configurations: list[Configuration], seed: int) 
         for same, state in zip(configurations, hidden.clone(), strict=True):
             ended.update(dict.fromkeys(same, state))
 
-    Engine(layers).run(Trie(configurations, bool(layers.reasons)), batch, on_ends)
+    engine = Engine(layers)
+    engine.run(Trie(configurations, engine.topology), batch, on_ends)
     return ended
 
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogsym.errors import CogsymError
+from cogsym.sweeps.layers.actions import ACTIONS, Action
 from cogsym.sweeps.layers.configurations import (
-    ACTIONS,
     Configuration,
     blocks,
     distinct,
@@ -36,7 +37,7 @@ def test_directions_cost_what_design_says(L):
     ):
         told = counts(chosen)
         assert (told.configurations, told.kept_layers, told.layer_forwards) == (configurations, loop, forwards), name
-        assert told.attention_forwards == told.mlp_forwards == forwards and told.own_forwards == 0
+        assert told.attention_forwards == told.mlp_forwards == forwards and told.whole_forwards == 0
         assert told.all_layers == L * configurations and told.head_forwards == configurations
 
 
@@ -111,8 +112,8 @@ def run(schedule: Schedule, trie: Trie) -> dict[int, list[Unit]]:
         if step.sources:
             before = [full[source] for source in step.sources]
         else:
-            # The last attention of a state needs all positions.
-            assert not (step.narrow and step.unit.part == "attention")
+            # The last unit of a state that attends needs all positions.
+            assert not (step.narrow and step.unit.attends)
             before = [buffer[slot] for slot in slots]
         for slot, state, node in zip(slots, before, step.nodes, strict=True):
             assert state is not None and trie.nodes[node].unit == step.unit
@@ -124,29 +125,85 @@ def run(schedule: Schedule, trie: Trie) -> dict[int, list[Unit]]:
     return ended
 
 
+def configurations_of(actions, most):
+    return st.integers(1, most).flatmap(
+        lambda L: st.lists(st.lists(st.sampled_from(actions), min_size=L, max_size=L).map(tuple), min_size=1)
+    )
+
+
 @settings(max_examples=300, deadline=None)
-@given(
-    st.integers(1, 6).flatmap(
-        lambda L: st.lists(
-            st.lists(st.sampled_from(ACTIONS), min_size=L, max_size=L).map(tuple), min_size=1, max_size=30
-        )
-    ),
-    st.booleans(),
-)
-def test_every_configuration_goes_through_its_own_units(actions, narrow):
+@given(configurations_of(tuple(ACTIONS), 6), st.booleans(), st.sampled_from(("sequential", "parallel")))
+def test_every_configuration_goes_through_its_own_units(actions, narrow, topology):
     chosen, _ = distinct(map(Configuration, actions))
-    trie = Trie(chosen)
+    trie = Trie(chosen, topology)
     ended = run(schedule(trie, narrow), trie)
-    assert ended == {c: units(configuration) for c, configuration in enumerate(chosen)}
+    assert ended == {c: units(configuration, topology) for c, configuration in enumerate(chosen)}
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.sampled_from(("keep", "skip", "revert")), min_size=4, max_size=4).map(tuple), min_size=1))
+@given(configurations_of(("keep", "skip", "revert"), 4))
 def test_whole_layers_are_units_too(actions):
     chosen, _ = distinct(map(Configuration, actions))
-    trie = Trie(chosen, own_forward=True)
-    assert run(schedule(trie, narrow=False), trie) == {c: units(each, True) for c, each in enumerate(chosen)}
-    assert trie.counts().layer_forwards == trie.counts().own_forwards == len(trie.nodes) - 1
+    trie = Trie(chosen, "whole")
+    assert run(schedule(trie, narrow=False), trie) == {c: units(each, "whole") for c, each in enumerate(chosen)}
+    assert trie.counts().layer_forwards == trie.counts().whole_forwards == len(trie.nodes) - 1
+
+
+def test_units_of_each_topology():
+    every = Configuration(("keep", "skip", "skip_attention", "skip_mlp", "revert"))
+    attention, mlp, layer = "attention", "mlp", "layer"
+    assert units(every) == [
+        (0, attention, "model"), (0, mlp, "model"), (2, mlp, "model"), (3, attention, "model"), (4, attention, "base"),
+        (4, mlp, "base"),
+    ]  # fmt: skip
+    halves = [(2, mlp, "model"), (3, attention, "model")]
+    assert units(every, "parallel") == [(0, layer, "model"), *halves, (4, layer, "base")]
+    whole = Configuration(("keep", "skip", "revert"))
+    assert units(whole, "whole") == [(0, layer, "model"), (2, layer, "base")]
+    with pytest.raises(CogsymError, match="skip_attention treats the halves of layer 2 differently"):
+        units(every, "whole")
+
+
+def test_halves_of_two_checkpoints(monkeypatch):
+    """Possible one after the other, and not from one norm."""
+    monkeypatch.setitem(ACTIONS._objects, "revert_mlp", Action("p", "model", "base", "with the base's MLP"))
+    mixed = Configuration(("revert_mlp",))
+    assert units(mixed) == [(0, "attention", "model"), (0, "mlp", "base")]
+    with pytest.raises(CogsymError, match="halves of layer 0 from two checkpoints"):
+        units(mixed, "parallel")
+
+
+@pytest.mark.parametrize("L", [1, 2, 7, 32])
+@pytest.mark.parametrize("make", [input_direction, output_direction, grid, single, blocks])
+def test_parallel_layers_cost_what_sequential_ones_do(make, L):
+    """Whole layers are one unit for two; of halves only those are shared that the same state is read by."""
+    chosen = distinct(make(L))[0]
+    sequential, parallel = Trie(chosen).counts(), Trie(chosen, "parallel").counts()
+    assert parallel.layer_forwards == sequential.layer_forwards == parallel.whole_forwards
+    assert (parallel.kept_layers, parallel.head_forwards) == (sequential.kept_layers, sequential.head_forwards)
+    # After layer 0 without one half: with the other, then behind it the L - 1 others.
+    half = Trie([Configuration.of(L, {}), Configuration.of(L, {"skip_mlp": [0]})], "parallel").counts()
+    assert (half.whole_forwards, half.attention_forwards, half.mlp_forwards) == (L + L - 1, 1, 0)
+    # In a sequential layer the attention is shared, and only its end is another state.
+    both = Trie([Configuration.of(L, {}), Configuration.of(L, {"skip_mlp": [0]})]).counts()
+    assert (both.attention_forwards, both.mlp_forwards) == (L + L - 1, L + L - 1)
+
+
+@pytest.mark.parametrize("topology", ["sequential", "parallel"])
+def test_the_last_layer_is_narrow(topology):
+    """Its last unit that attends leaves the buffer of all positions, and what follows is at scored positions only."""
+    trie = Trie([Configuration.of(3, {}), Configuration.of(3, {"skip_attention": [2]})], topology)
+    order = schedule(trie, narrow=True)
+    last = [step for step in order.steps if step.unit.layer == 2]
+    assert all(step.narrow for step in last) and not any(step.narrow for step in order.steps if step not in last)
+    leaving = [(step.unit.part, len(step.nodes)) for step in last if step.sources]
+    staying = [(step.unit.part, len(step.nodes)) for step in last if not step.sources]
+    if topology == "parallel":
+        assert leaving == [("layer", 1), ("mlp", 1)] and staying == []
+        assert (order.slots, order.narrow_slots) == (1, 1)
+    else:
+        assert leaving == [("attention", 1), ("mlp", 1)] and staying == [("mlp", 1)]
+        assert (order.slots, order.narrow_slots) == (1, 2)
 
 
 def test_steps_that_leave_the_buffer_are_few_where_few_states_end():
