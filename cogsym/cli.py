@@ -42,15 +42,6 @@ class Dtype(enum.StrEnum):
     fp32 = "fp32"
 
 
-class LayerAction(enum.StrEnum):
-    """What is done to a layer."""
-
-    skip = "skip"
-    skip_attention = "skip_attention"
-    skip_mlp = "skip_mlp"
-    revert = "revert"
-
-
 class Loss(enum.StrEnum):
     """Which side of a pair is learned."""
 
@@ -235,8 +226,9 @@ def sweep(
         ),
     ] = "input,output",
     action: Annotated[
-        LayerAction, _option("What input, output ... do to their layers.", panel="Layers")
-    ] = LayerAction.skip,
+        str,
+        _option("What input, output ... do to their layers, such as skip, skip_mlp or revert.", panel="Layers"),
+    ] = "skip",
     remove: Annotated[
         int | None, _option("How many layers greedy removes; half of them by default.", panel="Layers")
     ] = None,
@@ -276,13 +268,13 @@ def sweep(
     import torch
 
     from cogsym.memory import parse_bytes
-    from cogsym.sweeps.choose import Sampling
+    from cogsym.sweeps.engine.sampling import Sampling
     from cogsym.sweeps.progress import counted
-    from cogsym.sweeps.run import SweepSettings
-    from cogsym.sweeps.run import sweep as run
+    from cogsym.sweeps.runner import SweepSettings
+    from cogsym.sweeps.runner import sweep as run
 
     settings = SweepSettings(
-        action=action.value,
+        action=action,
         remove=remove,
         sampling=Sampling(temperature, top_p, seed),
         truncate=truncate,
@@ -317,7 +309,7 @@ def plot(
     Writes each picture as PNG and SVG: `directions` has curves from each end of the model, `grid` maps first against
     last layers, `layers` and `blocks` show single layers and contiguous ones, as far as the sweep ran them.
     """
-    from cogsym.sweeps.plots import plot as draw
+    from cogsym.sweeps.results.plots import plot as draw
 
     for path in draw(results, out, metric or ()):
         typer.echo(path)

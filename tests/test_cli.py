@@ -372,6 +372,9 @@ def test_a_configuration_with_no_layer_left(
         (["--configs", "[]"], "The list of configurations is empty"),
         (["--configs", "sideways"], "The set of configurations 'sideways' is unknown, expected one of input, output, "),
         (["--configs", "nowhere.yaml"], "nowhere.yaml cannot be read (No such file or directory)."),
+        (["--action", "remove"], "The action 'remove' is unknown, expected one of keep, skip, "),
+        (["--action", "skip_mpl"], "did you mean skip_mlp?"),
+        (["--action", "skip_mpl", "--configs", "greedy"], "did you mean skip_mlp?"),
         (["--action", "revert"], "A configuration reverts layers but there is no base checkpoint"),
         (["--configs", "greedy", "--remove", "5"], "to remove 5 layers, expected 1 to 4; the model has 4."),
         (["--remove", "2"], "only the search named greedy removes so many layers."),
@@ -392,16 +395,6 @@ def test_bad_options_of_sweep(
     task = f"text:{text_file}#sw,limit=5"
     assert message in complaint("sweep", model_folder, "--task", task, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_action_that_there_is_not(
-    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
-    done = cogsym(
-        "sweep", model_folder, "--task", f"text:{text_file}#sw", "--out", tmp_path / "out", "--action", "remove"
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "'remove' is not one of 'skip'" in done.stderr
 
 
 def test_a_base_that_does_not_fit(

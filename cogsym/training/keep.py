@@ -7,15 +7,14 @@ share of attention is that of a full row of its length.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from cogsym.errors import CogsymError
+from cogsym.memory import free_bytes
 from cogsym.models.block import Block
 from cogsym.models.half import Dial
 from cogsym.training.autograd import KEEPS, Keep
@@ -89,30 +88,6 @@ def choose(blocks: Sequence[Block], tokens: int, length: int, element_size: int,
         held -= tokens * (costs[i][rung[i]].bytes_per_token - costs[i][rung[i] + 1].bytes_per_token)
         rung[i] += 1
     return [ladder[r] for r in rung]
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from a size as people write it: "4GB", "512 MiB", "2e9".
-
-    Raises:
-        CogsymError: anything else.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text, flags=re.IGNORECASE)
-    try:
-        number = float(match[1]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or not number:
-        raise CogsymError(f"The size of memory {text!r} is not understood; give a number with a unit, such as 4GB.")
-    return int(number * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower()))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that could still be taken on `device`."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
 
 
 class Memory:

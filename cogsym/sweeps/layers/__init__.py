@@ -1,0 +1,1 @@
+"""Which layers: configurations, what they share, and searches for them."""
