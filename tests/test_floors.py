@@ -27,6 +27,7 @@ FLOORS = {
     "cogsym.kernels": 1,
     "cogsym._C": 1,
     "cogsym.data": 1,
+    "cogsym.decoder": 1,
     "cogsym.plan": 1,
     "cogsym.errors": 0,
     "cogsym.memory": 1,

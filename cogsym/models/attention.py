@@ -4,8 +4,8 @@
 
 Queries, keys and values may be those of many sequences and of many states of each; where the caller passes `attend`,
 which keys a query sees is the caller's affair. From the gradient of f, do = df Wo; dq, dk, dv from do, q, k, v, o and
-lse; they are rotated back and led through the norms of queries and keys; dn = [dq; dk; dv] · Wqkv is one product. With o
-and lse kept, attention is never computed again.
+lse; they are rotated back and led through the norms of queries and keys; dn = [dq; dk; dv] · Wqkv is one product. With
+o and lse kept, attention is never computed again.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class AttentionHalf(Half):
         if where is None:
             return self._project(self._attend(*self.heads(self.qkv(n), *self._tables(inputs)), inputs))
         q, k, v = self.heads(self.qkv(n), where.cos, where.sin)
-        o, _ = ops.attention(q, k, v, self.at(where))
+        o, _ = ops.attention(q, k, v, self.at(where.starts))
         return self._project(o if where.blind is None else o.masked_fill(where.blind, 0))
 
     def run(self, n: Tensor, inputs: LayerInputs, kept: Kept) -> Tensor:
@@ -129,7 +129,7 @@ class AttentionHalf(Half):
             do = do.masked_fill(where.blind, 0)
         raw = qkv.split(self.qkv.sizes, dim=-1)
         q, k, v = self.heads(raw, where.cos, where.sin)
-        dq, dk, dv = ops.attention_gradients(do, q, k, v, o, lse, self.at(where))
+        dq, dk, dv = ops.attention_gradients(do, q, k, v, o, lse, self.at(where.starts))
         del q, k, v, o, do
         dq = self._raw_gradient(dq, raw[0], self.q_norm, where)
         dk = self._raw_gradient(dk, raw[1], self.k_norm, where)
@@ -165,10 +165,13 @@ class AttentionHalf(Half):
             return q, k, v
         return self._placed(q, self.q_norm, cos, sin), self._placed(k, self.k_norm, cos, sin), v
 
-    def at(self, where: Positions) -> AttentionOptions:
-        """The options for tokens that stand so."""
-        sinks = getattr(self.module, self.sinks) if self.sinks else None
-        return replace(self.options, starts=where.starts, sinks=sinks)
+    def at(self, starts: Tensor | None) -> AttentionOptions:
+        """The options for queries that see keys from `starts` on, int32 [B, T]; None for the first of all."""
+        return replace(self.options, starts=starts, sinks=self._sink_logits())
+
+    def in_ranges(self) -> AttentionOptions:
+        """The options for queries whose keys are given as ranges, the sliding window's ends among them."""
+        return replace(self.options, window=None, sinks=self._sink_logits())
 
     def kept(self, dial: Dial) -> tuple[str, ...]:
         """See `Half`."""
@@ -226,13 +229,16 @@ class AttentionHalf(Half):
         assert inputs.position_embeddings is not None
         return self.rotary.tables(inputs.position_embeddings)
 
+    def _sink_logits(self) -> Tensor | None:
+        return getattr(self.module, self.sinks) if self.sinks else None
+
     def _mix(self, n: Tensor, inputs: LayerInputs, kept: Kept) -> None:
         """qkv, o and lse."""
         where = inputs.positions
         assert where is not None
         kept["qkv"] = qkv = self.qkv.product(n, compute_dtype(n))
         q, k, v = self.heads(qkv.split(self.qkv.sizes, dim=-1), where.cos, where.sin)
-        kept["o"], kept["lse"] = ops.attention(q, k, v, self.at(where))
+        kept["o"], kept["lse"] = ops.attention(q, k, v, self.at(where.starts))
         if where.blind is not None:
             kept["o"].masked_fill_(where.blind, 0)
 
@@ -277,7 +283,7 @@ class AttentionHalf(Half):
         if self.options.soft_cap is not None:
             options["softcap"] = self.options.soft_cap
         if self.sinks:
-            options["s_aux"] = getattr(module, self.sinks)
+            options["s_aux"] = self._sink_logits()
         rest = {
             name: value
             for name, value in inputs.keywords.items()

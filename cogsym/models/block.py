@@ -158,21 +158,27 @@ class Block:
 
     # In a sweep: in place, outside autograd.
 
-    def add_attention(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend) -> None:
-        """Add attention's contribution to x, [B, T, D], in place; cos and sin are [B or 1, T, R/2]."""
-        half = self._our_attention
-        half.add(x, half.attended(half.normed(x), cos, sin, attend))
+    def add_attention(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend, both: bool = False
+    ) -> None:
+        """Add attention's contribution to x, in place.
+
+        Args:
+            x: the residual stream, [B, T, D].
+            cos: [B or 1, T, R/2].
+            sin: like `cos`.
+            attend: attention.
+            both: add the MLP's contribution of a parallel block too.
+        """
+        half, n = self._our_attention, self.attention.normed(x)
+        m = (n if self._one_norm else self.mlp.normed(x)) if both else None
+        half.add(x, half.attended(n, cos, sin, attend))
+        if m is not None:
+            self.mlp.add(x, self.mlp.forward(m, LayerInputs()))
 
     def add_mlp(self, x: Tensor) -> None:
-        """Add the MLP's contribution to x, [..., D], in place."""
+        """Add the MLP's contribution to x, [B, T, D], in place."""
         self.mlp.add(x, self.mlp.forward(self.mlp.normed(x), LayerInputs()))
-
-    def add_both(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend) -> None:
-        """Add both contributions of a parallel block to x, [B, T, D], in place."""
-        half, n = self._our_attention, self.attention.normed(x)
-        m = n if self._one_norm else self.mlp.normed(x)
-        half.add(x, half.attended(n, cos, sin, attend))
-        self.mlp.add(x, self.mlp.forward(m, LayerInputs()))
 
     def attention_added_at(
         self, x: Tensor, rows: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend, both: bool = False
@@ -214,6 +220,12 @@ class Block:
         """Those of the input gradient, nothing repeated."""
         mixing = sum(half.mixing_flops(length) for half in self.halves)
         return sum(p.flops for p in self.products(length)) + mixing * 5 // 2
+
+    def working_elements(self) -> int:
+        """Elements that lie between the products for a token while a block is computed."""
+        attention, mlp = (half.products(1) for half in self.halves)
+        between = sum(3 * p.outputs for p in attention[:1]) + sum(p.outputs for p in mlp[:1])
+        return 3 * self.attention.width + between + sum(p.inputs for p in mlp[1:])
 
     def repeated_flops(self, dial: Dial, length: int) -> int:
         """Those that the input gradient repeats where a dial kept no more."""

@@ -32,28 +32,28 @@ from cogsym.models.norm import ModuleNorm, Norm
 _LIBRARIES = tuple(f"{Path(library.__file__).parent}/" for library in (transformers, torch) if library.__file__)
 
 
-def guarded(block: Block) -> Block:
-    """The block with what must run its own forward on it."""
+def guarded(block: Block, weights_follow: bool = False) -> Block:
+    """The block with what must run its own forward on it; weights may be absent that are read before it runs."""
     norms: dict[int, Norm] = {}  # a norm that both halves read stays one
 
     def norm_of(norm: Norm | None) -> Norm | None:
         if norm is None or isinstance(norm, ModuleNorm):
             return norm
-        reason = why_own(norm.module)
+        reason = why_own(norm.module, weights_follow)
         return norms.setdefault(id(norm), ModuleNorm(norm.owner, norm.name, reason) if reason else norm)
 
     def half_of(half: Half) -> Half:
         half = replace(half, norm=norm_of(half.norm), output_norm=norm_of(half.output_norm))
         if isinstance(half, OwnHalf):
             return half
-        reason = next(filter(None, map(why_own, half.bypassed())), None)
+        reason = next(filter(None, (why_own(module, weights_follow) for module in half.bypassed())), None)
         return half.on_own_forward(reason) if reason else half
 
     return replace(block, attention=half_of(block.attention), mlp=half_of(block.mlp))
 
 
-def why_own(module: Any) -> str | None:
-    """Why a module that our operations stand in for must run its own forward, or None."""
+def why_own(module: Any, weights_follow: bool = False) -> str | None:
+    """Why a module that our operations stand in for must run its own forward, or None; see `guarded`."""
     name = type(module).__name__
     if "forward" in vars(module):
         return f"another library has replaced the forward of {name}"
@@ -61,7 +61,7 @@ def why_own(module: Any) -> str | None:
         return f"the forward of {name} is not the one that transformers defines"
     if hook_on(module):
         return f"a hook on {name} must fire"
-    if any(p.is_meta for p in module.parameters(recurse=False)):
+    if not weights_follow and any(p.is_meta for p in module.parameters(recurse=False)):
         return f"the weights of {name} are not in memory"
     return None
 

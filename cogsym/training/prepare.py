@@ -77,7 +77,7 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
         model: a decoder model from transformers (`AutoModelForCausalLM`), or peft's wrapper around one.
         plan: which parts are trained. A second call replaces the plan of the first.
         keep: what a frozen layer through which a gradient flows holds until the backward pass: "all", "attention",
-            "input", "offload" or "nothing" (`cogsym.training.frozen`), each less than the one before and repeating
+            "input", "offload" or "nothing" (`cogsym.training.autograd`), each less than the one before and repeating
             more; or "auto", the mix that repeats least within `memory_budget`, chosen when a batch of a new shape
             comes.
         memory_budget: bytes for "auto"; half of what is free by default.

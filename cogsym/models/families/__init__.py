@@ -82,8 +82,12 @@ def register_family(
     )
 
 
-def read_block(layer: nn.Module) -> Block:
+def read_block(layer: nn.Module, weights_follow: bool = False) -> Block:
     """Describe a decoder layer without copying a weight; what must run its own forward on it says why.
+
+    Args:
+        layer: the layer.
+        weights_follow: it is on the meta device and only described; its weights are read before it runs.
 
     Raises:
         UnknownLayerError: all of the layer must run its own forward, with the reason.
@@ -94,7 +98,7 @@ def read_block(layer: nn.Module) -> Block:
         raise UnknownLayerError(f"{cls.__qualname__} is not a decoder layer known to cogsym")
     if not is_native(cls):
         raise UnknownLayerError(f"the forward of {cls.__qualname__} is not the one that transformers defines")
-    return guarded(FAMILIES[path].read(layer))
+    return guarded(FAMILIES[path].read(layer), weights_follow)
 
 
 def logits_of(model: nn.Module) -> Logits | None:
