@@ -8,8 +8,8 @@ from cogsym.errors import CogsymError, RunStopped
 if TYPE_CHECKING:
     from cogsym.plan import LayerPlan
     from cogsym.strategies import register_strategy
-    from cogsym.sweeps.configs import Configuration
-    from cogsym.sweeps.run import SweepSettings, sweep
+    from cogsym.sweeps.layers.configurations import Configuration
+    from cogsym.sweeps.runner import SweepSettings, sweep
     from cogsym.training.explain import explain
     from cogsym.training.finetune import TrainResult, train
     from cogsym.training.prepare import prepare, restore
@@ -35,16 +35,16 @@ __all__ = [
 
 # Imported when they are first used: torch and transformers take seconds, for which `cogsym --help` should not wait.
 _MODULES = {
-    "Configuration": "cogsym.sweeps.configs",
+    "Configuration": "cogsym.sweeps.layers.configurations",
     "LayerPlan": "cogsym.plan",
-    "SweepSettings": "cogsym.sweeps.run",
+    "SweepSettings": "cogsym.sweeps.runner",
     "TrainResult": "cogsym.training.finetune",
     "TrainSettings": "cogsym.training.settings",
     "explain": "cogsym.training.explain",
     "prepare": "cogsym.training.prepare",
     "register_strategy": "cogsym.strategies",
     "restore": "cogsym.training.prepare",
-    "sweep": "cogsym.sweeps.run",
+    "sweep": "cogsym.sweeps.runner",
     "train": "cogsym.training.finetune",
 }
 

@@ -43,15 +43,6 @@ class Dtype(enum.StrEnum):
     fp32 = "fp32"
 
 
-class LayerAction(enum.StrEnum):
-    """What is done to a layer."""
-
-    skip = "skip"
-    skip_attention = "skip_attention"
-    skip_mlp = "skip_mlp"
-    revert = "revert"
-
-
 class Loss(enum.StrEnum):
     """Which side of a pair is learned."""
 
@@ -230,16 +221,20 @@ def sweep(
         str,
         _option(
             "Which layers: input, output, grid, single, blocks, several with commas between; a .json or .yaml file "
-            "with a list such as `- {skip: [0, 1, 28-29]}`; or greedy, a search for the layers that are missed least "
-            "by the first metric of the first task.",
+            "with a list such as `- {skip: [0, 1, 28-29]}`; or greedy or beam, searches for the layers that are missed "
+            "least by the first metric of the first task.",
             panel="Layers",
         ),
     ] = "input,output",
     action: Annotated[
-        LayerAction, _option("What input, output ... do to their layers.", panel="Layers")
-    ] = LayerAction.skip,
+        str,
+        _option("What input, output ... do to their layers, such as skip, skip_mlp or revert.", panel="Layers"),
+    ] = "skip",
     remove: Annotated[
-        int | None, _option("How many layers greedy removes; half of them by default.", panel="Layers")
+        int | None, _option("How many layers a search removes; half of them by default.", panel="Layers")
+    ] = None,
+    width: Annotated[
+        int | None, _option("How many sets of layers beam follows; four by default.", panel="Layers")
     ] = None,
     base: Annotated[
         str | None, _option("The model before it was adapted, whose layers `revert` puts in.", panel="Layers")
@@ -277,14 +272,15 @@ def sweep(
     import torch
 
     from cogsym.memory import parse_bytes
-    from cogsym.sweeps.choose import Sampling
+    from cogsym.sweeps.engine.sampling import Sampling
     from cogsym.sweeps.progress import counted
-    from cogsym.sweeps.run import SweepSettings
-    from cogsym.sweeps.run import sweep as run
+    from cogsym.sweeps.runner import SweepSettings
+    from cogsym.sweeps.runner import sweep as run
 
     settings = SweepSettings(
-        action=action.value,
+        action=action,
         remove=remove,
+        width=width,
         sampling=Sampling(temperature, top_p, seed),
         truncate=truncate,
         separator=separator,
@@ -318,7 +314,7 @@ def plot(
     Writes each picture as PNG and SVG: `directions` has curves from each end of the model, `grid` maps first against
     last layers, `layers` and `blocks` show single layers and contiguous ones, as far as the sweep ran them.
     """
-    from cogsym.sweeps.plots import plot as draw
+    from cogsym.sweeps.results.plots import plot as draw
 
     for path in draw(results, out, metric or ()):
         typer.echo(path)

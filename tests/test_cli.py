@@ -443,9 +443,20 @@ def test_a_configuration_with_no_layer_left(
         (["--configs", "[]"], "The list of configurations is empty"),
         (["--configs", "sideways"], "The set of configurations 'sideways' is unknown, expected one of input, output, "),
         (["--configs", "nowhere.yaml"], "nowhere.yaml cannot be read (No such file or directory)."),
+        (["--action", "remove"], "The action 'remove' is unknown, expected one of keep, skip, "),
+        (["--action", "skip_mpl"], "did you mean skip_mlp?"),
+        (["--action", "skip_mpl", "--configs", "greedy"], "did you mean skip_mlp?"),
         (["--action", "revert"], "A configuration reverts layers but there is no base checkpoint"),
         (["--configs", "greedy", "--remove", "5"], "to remove 5 layers, expected 1 to 4; the model has 4."),
-        (["--remove", "2"], "only the search named greedy removes so many layers."),
+        (["--configs", "greedy", "--width", "2"], "width is 2 and the search greedy follows one set of layers; search"),
+        (["--configs", "beam", "--width", "0"], "width of the search is 0, expected 1 set of layers or more."),
+        (["--configs", "beem"], "did you mean beam?"),
+        (["--configs", "input,greedy"], "The search greedy stands beside other configurations, expected it alone"),
+        (["--width", "2"], "width is 2 and only a search takes it"),
+        (
+            ["--remove", "2"],
+            "remove is 2 and only a search takes it; name one in the place of the configurations: greedy, beam.",
+        ),
         (["--memory", "plenty"], "size of memory 'plenty' is not understood"),
         (["--temperature", "-1"], "temperature is -1.0, expected 0"),
         (["--resume"], "There is no sweep in"),
@@ -463,16 +474,6 @@ def test_bad_options_of_sweep(
     task = f"text:{text_file}#sw,limit=5"
     assert message in complaint("sweep", model_folder, "--task", task, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_action_that_there_is_not(
-    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
-    done = cogsym(
-        "sweep", model_folder, "--task", f"text:{text_file}#sw", "--out", tmp_path / "out", "--action", "remove"
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "'remove' is not one of 'skip'" in done.stderr
 
 
 def test_a_base_that_does_not_fit(

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 
 from cogsym.demo.tasks import LONGEST, OPTIONS, HeldOut
-from cogsym.sweeps.plots import plot
-from cogsym.sweeps.run import sweep
+from cogsym.sweeps.results.plots import plot
+from cogsym.sweeps.runner import sweep
 
 QUESTIONS = 60  # test meanings
 

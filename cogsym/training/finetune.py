@@ -21,7 +21,7 @@ from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.records import reason, replacing
 from cogsym.training.explain import explain
-from cogsym.training.memory import Memory
+from cogsym.training.keep import Memory
 from cogsym.training.prepare import prepare, restore
 from cogsym.training.run_folder import RunFolder, check_inputs, open_run_folder
 from cogsym.training.settings import TrainSettings

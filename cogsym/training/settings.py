@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cogsym.errors import CogsymError
-from cogsym.training.memory import Memory
+from cogsym.training.keep import Memory
 
 # What a resumed run may change: how, not what. One that needed too much memory goes on with less.
 FREE_TO_CHANGE = ("keep", "memory_budget")
