@@ -19,7 +19,6 @@ from cogsym import ops
 from cogsym.data import PackedDataset
 from cogsym.data.packing import IGNORE
 from cogsym.models.head import Head, find_head
-from cogsym.models.head import Head
 
 
 def bits_per_byte(model: Any, dataset: PackedDataset, batch_size: int = 8) -> float:

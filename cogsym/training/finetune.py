@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
 from cogsym.data import Document, PackedDataset, Source, content_digest, pack, separator_id, tokenize
+from cogsym.decoder import layers_of
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
@@ -110,7 +111,7 @@ def train(
     held_out = {
         label: pack(tokenized(text, settings.loss), settings.length, None) for label, text in (evaluate or {}).items()
     }
-    plan = plan or LayerPlan.outer(len(network.get_decoder().layers))
+    plan = plan or LayerPlan.outer(len(layers_of(network)))
     record = {
         "model": str(model) if isinstance(model, (str, Path)) else "a loaded model",
         "plan": dataclasses.asdict(plan),
@@ -224,14 +225,14 @@ def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bo
 def _with_adapters(model: Any, plan: LayerPlan, rank: int) -> Any:
     if plan.embeddings or plan.head or plan.final_norm:
         raise CogsymError("LoRA trains decoder layers only; leave embeddings, head and final norm out of the plan.")
-    layer = model.get_decoder().layers[0]
-    projections = {name.rpartition(".")[2] for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+    layers = layers_of(model)
+    projections = {name.rpartition(".")[2] for name, m in layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=sorted(projections),
         layers_to_transform=list(plan.trained),
-        layers_pattern="layers",
+        layers_pattern=next(name for name, module in model.named_modules() if module is layers).rpartition(".")[2],
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
