@@ -102,6 +102,8 @@ def exact_float64() -> Iterator[None]:
     def as_exact(x: torch.Tensor) -> torch.Tensor:
         return x if x.dtype == torch.float64 else single(x)
 
+    for family, _ in VARIANTS.values():
+        getattr(transformers, f"{family}ForCausalLM")  # imports its file
     files = [m for name, m in sys.modules.items() if name.startswith("transformers.models.") and ".modeling_" in name]
     with pytest.MonkeyPatch.context() as patch:
         for file in (f for f in files if hasattr(f, "torch")):
