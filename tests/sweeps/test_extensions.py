@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from packages import install
 from sweeps.plain import log_probabilities
 from sweeps.runs import L
@@ -119,9 +118,9 @@ def test_a_package_adds_an_action_a_search_and_a_kind_of_task(
         code = "".join("p" if i == layer else "." for i in range(L))
         for number, row in enumerate(rows):
             before, *last = row.rsplit(" ", 2)
-            values = []
-            for word in last:
-                ids = tokenizer(f"{before} {word}")["input_ids"]
-                given = len(tokenizer(before)["input_ids"])
-                values.append(log_probabilities(plain, (tokenizer.eos_token_id, *ids))[given:].sum())
-            assert found[code, f"line {number + 1}"] == pytest.approx(float(torch.stack(values).min()), rel=1e-5)
+            encoded = [tokenizer(f"{before} {word}", return_offsets_mapping=True) for word in last]
+            # A token counts when it covers a character of the word, and then in both.
+            given = min(sum(end <= len(before) + 1 for _, end in each["offset_mapping"]) for each in encoded)
+            ids = [(tokenizer.eos_token_id, *each["input_ids"]) for each in encoded]
+            worst = min(float(log_probabilities(plain, each)[given:].sum()) for each in ids)
+            assert found[code, f"line {number + 1}"] == pytest.approx(worst, rel=1e-5)
