@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cogsym.bench import machine, method
 from cogsym.bench.models import SHAPES
-from cogsym.ops import attention
+from cogsym.ops import AttentionOptions, attention
 
 SMALL = ("SmolLM2-135M", "Qwen2.5-0.5B")
 CASES = [
@@ -36,7 +36,7 @@ RESULT = Path(__file__).parent / "results" / "attention.json"
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention(q, k, v, scale=q.shape[-1] ** -0.5)[0]
+    return attention(q, k, v, AttentionOptions(q.shape[-1] ** -0.5))[0]
 
 
 def enable_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cogsym.bench import floor, machine, method
 from cogsym.bench.models import SHAPES
-from cogsym.ops import decode_attention
+from cogsym.ops import AttentionOptions, decode_attention
 
 half, single = torch.bfloat16, torch.float32
 DECODING = [  # shape, dtype, rows, prompts, keys of a prompt, most keys of a row's own
@@ -150,7 +150,7 @@ def measure(shape: str, dtype: torch.dtype, ranges: Ranges, sequences: Ranges, S
     k, v = torch.randn(S, 2, KV, D).to(dtype).unbind(1)
     begins, ends = torch.tensor(ranges).unbind(-1)
     scale = D**-0.5
-    functions = {"ours": lambda: decode_attention(q, k, v, begins, ends, scale=scale)}
+    functions = {"ours": lambda: decode_attention(q, k, v, begins, ends, AttentionOptions(scale))}
     functions |= competitors(q, k, v, ranges, sequences)
     truth = functions["ours"]().float()
     for name, function in functions.items():

@@ -7,11 +7,12 @@ from cogsym.errors import CogsymError, RunStopped
 
 if TYPE_CHECKING:
     from cogsym.plan import LayerPlan
+    from cogsym.strategies import register_strategy
     from cogsym.sweeps.layers.configurations import Configuration
     from cogsym.sweeps.runner import SweepSettings, sweep
     from cogsym.training.explain import explain
+    from cogsym.training.finetune import TrainResult, TrainSettings, train
     from cogsym.training.prepare import prepare, restore
-    from cogsym.training.run import TrainResult, TrainSettings, train
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "TrainSettings",
     "explain",
     "prepare",
+    "register_strategy",
     "restore",
     "sweep",
     "train",
@@ -35,13 +37,14 @@ _MODULES = {
     "Configuration": "cogsym.sweeps.layers.configurations",
     "LayerPlan": "cogsym.plan",
     "SweepSettings": "cogsym.sweeps.runner",
-    "TrainResult": "cogsym.training.run",
-    "TrainSettings": "cogsym.training.run",
+    "TrainResult": "cogsym.training.finetune",
+    "TrainSettings": "cogsym.training.finetune",
     "explain": "cogsym.training.explain",
     "prepare": "cogsym.training.prepare",
+    "register_strategy": "cogsym.strategies",
     "restore": "cogsym.training.prepare",
     "sweep": "cogsym.sweeps.runner",
-    "train": "cogsym.training.run",
+    "train": "cogsym.training.finetune",
 }
 
 

@@ -85,9 +85,18 @@ def train(
         str | None,
         _option("The token between documents; the tokenizer's bos or eos where it is left out.", panel="Text"),
     ] = None,
-    fraction: Annotated[float, _option("Share of the layers to train, outermost first.", panel="Layers")] = 0.25,
+    fraction: Annotated[
+        float | None, _option("Share of the layers to train, outermost first; 0.25 by default.", panel="Layers")
+    ] = None,
     front: Annotated[int | None, _option("Train this many of the first layers.", panel="Layers")] = None,
     back: Annotated[int | None, _option("Train this many of the last layers.", panel="Layers")] = None,
+    layers: Annotated[
+        str | None,
+        _option(
+            "Train these layers: a list such as 0-3,26-29, or a strategy with its options such as first,k=4.",
+            panel="Layers",
+        ),
+    ] = None,
     everything: Annotated[bool, _option("Full fine-tuning, for comparison.", "--all-layers", panel="Layers")] = False,
     embeddings: Annotated[bool, _option("Train the embeddings too.", "--embeddings", panel="Layers")] = False,
     head: Annotated[bool, _option("Train the output head too.", "--head", panel="Layers")] = False,
@@ -129,9 +138,9 @@ def train(
     _quiet_transformers()
     from cogsym import LayerPlan, TrainSettings
     from cogsym.data import Source
+    from cogsym.memory import parse_bytes
     from cogsym.models.loading import load_config
-    from cogsym.training.memory import parse_bytes
-    from cogsym.training.run import train as run
+    from cogsym.training.finetune import train as run
 
     settings = TrainSettings(
         length=length,
@@ -153,9 +162,10 @@ def train(
         save_every=save_every,
         seed=seed,
     )
+    strategy, options = _strategy(everything, layers, {"fraction": fraction, "front": front, "back": back})
     num_layers = load_config(model).get_text_config().num_hidden_layers
     parts = {"embeddings": embeddings, "head": head, "final_norm": final_norm}
-    plan = LayerPlan.all(num_layers) if everything else LayerPlan.outer(num_layers, fraction, front, back, **parts)
+    plan = LayerPlan.all(num_layers) if everything else LayerPlan.choose(num_layers, strategy, options, **parts)
 
     def source(text: str) -> Source:
         parsed = Source.parse(text)
@@ -179,6 +189,17 @@ def train(
         f"{result.steps:,} steps, {result.tokens_per_second:,.0f} tokens/s. The model is in {result.folder}, "
         f"the curve in {out / 'loss.png'}."
     )
+
+
+def _strategy(everything: bool, layers: str | None, outer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The layer strategy that the options of `train` ask for, with its options; contradictions are refused."""
+    from cogsym.strategies import parse_strategy
+
+    options = {name: value for name, value in outer.items() if value is not None}
+    given = [*(["--all-layers"] * everything), *([f"--layers {layers}"] * (layers is not None))]
+    if given and len(given := [*given, *(f"--{name} {value}" for name, value in options.items())]) > 1:
+        raise CogsymError(f"{given[0]} and {given[1]} both say which layers are trained; give one of them.")
+    return ("outer", options) if layers is None else parse_strategy(layers)
 
 
 @app.command(
@@ -249,11 +270,11 @@ def sweep(
     _quiet_transformers()
     import torch
 
+    from cogsym.memory import parse_bytes
     from cogsym.sweeps.engine.sampling import Sampling
     from cogsym.sweeps.progress import counted
     from cogsym.sweeps.runner import SweepSettings
     from cogsym.sweeps.runner import sweep as run
-    from cogsym.training.memory import parse_bytes
 
     settings = SweepSettings(
         action=action,
@@ -309,9 +330,9 @@ def demo(
     compares. It needs no network and no files, and about two minutes on a laptop.
     """
     _quiet_transformers()
-    from cogsym.demo.run import run
+    from cogsym.demo.comparison import run_demo
 
-    run(out, seed=seed)
+    run_demo(out, seed=seed)
 
 
 @app.command(

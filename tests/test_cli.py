@@ -118,6 +118,30 @@ def test_train_and_resume(
     assert again.endswith("holds a run already; continue it with --resume, or choose another --out.")
 
 
+@pytest.mark.parametrize(
+    ("options", "again", "trained"),
+    [
+        (["--layers", "0,2-3"], ["--layers", "2,0,3"], [0, 2, 3]),
+        (["--layers", "first,k=2"], ["--front", "2", "--back", "0"], [0, 1]),
+        (["--layers", "outer"], [], [0, 3]),
+    ],
+)
+def test_layers_by_a_list_or_a_strategy(
+    complaint: Callable[..., str], cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path,
+    options: list[str], again: list[str], trained: list[int],
+) -> None:  # fmt: skip
+    """A run records the layers, and goes on however they are asked for."""
+    out = tmp_path / "out"
+    args = ["train", model_folder, "--data", f"{text_file}#sw", "--out", out, "--steps", "2", *BIG]
+    assert cogsym(*args, *options).returncode == 0
+    assert json.loads((out / "settings.json").read_text())["plan"]["trained"] == trained
+    base, got = (load_file(folder / "model.safetensors") for folder in (model_folder, out / "model"))
+    assert {int(n.split(".")[2]) for n, w in got.items() if not torch.equal(w, base[n])} == set(trained)
+    assert cogsym(*args, *again, "--resume").returncode == 0
+    line = complaint(*args, "--layers", "1", "--resume")
+    assert f"was started with trained {trained} (now [1])" in line
+
+
 def test_pairs_through_a_template(
     cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +278,19 @@ def test_bad_text(
         (["--fraction", "0"], "fraction of layers to train is 0.0, expected more than 0 and at most 1"),
         (["--front", "0", "--back", "0"], "The plan trains nothing"),
         (["--front", "3", "--back", "2"], "3 first and 2 last layers"),
+        (
+            ["--all-layers", "--fraction", "0.5"],
+            "--all-layers and --fraction 0.5 both say which layers are trained; give one of them.",
+        ),
+        (["--all-layers", "--layers", "0-1"], "--all-layers and --layers 0-1 both say which layers are trained"),
+        (["--all-layers", "--back", "0"], "--all-layers and --back 0 both say which layers are trained"),
+        (["--layers", "0-1", "--fraction", "0.25"], "--layers 0-1 and --fraction 0.25 both say which layers"),
+        (["--layers", "all", "--front", "2"], "--layers all and --front 2 both say which layers are trained"),
+        (["--fraction", "0.5", "--front", "1", "--back", "1"], "fraction of layers to train is 0.5 beside 1 first and"),
+        (["--layers", "0,4"], "The plan trains layer 4, expected indices from 0 to 3"),
+        (["--layers", "0-3;5"], "list of layers '0-3;5' is not understood at '0-3;5'; give numbers and ranges"),
+        (["--layers", "fisrt,k=2"], "layer strategy 'fisrt' is unknown, expected one of outer, first,"),
+        (["--layers", "first"], "options of the layer strategy 'first' are wrong (missing a required argument: 'k')"),
         (["--learning-rate", "-1"], "learning_rate is -1.0"),
         (["--keep", "some"], "keep is 'some', expected one of auto, all, attention, input, offload, nothing."),
         (["--keep", "offload"], "keep is 'offload' and the model is on cpu"),

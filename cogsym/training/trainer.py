@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from cogsym.data import PackedDataset
 from cogsym.errors import RunStopped
+from cogsym.records import write_whole
 from cogsym.training.evaluate import bits_per_byte
 
 _TRAINED = "trained.safetensors"
@@ -158,7 +159,7 @@ class RunCallback(TrainerCallback):
         if self._metrics.exists():
             lines = [json.loads(line) for line in self._metrics.read_text("utf-8").splitlines() if line.endswith("}")]
             self.history = [line for line in lines if line["step"] <= state.global_step]
-        self._metrics.write_text("".join(json.dumps(line) + "\n" for line in self.history), "utf-8")
+        write_whole(self._metrics, "".join(json.dumps(line) + "\n" for line in self.history).encode())
         self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, detail="")
         self._progress.start()
         self._first_step, self._tokens = state.global_step, state.num_input_tokens_seen

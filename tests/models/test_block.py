@@ -165,7 +165,13 @@ def test_a_layer_that_is_not_known_runs_its_own_forward() -> None:
     assert all(p.requires_grad for p in model.gpt_neox.layers[0].parameters())
 
 
-def test_an_unknown_activation_runs_the_layer_s_own_forward() -> None:
-    model = tiny_model("llama", hidden_act="relu")
-    cogsym.prepare(model, cogsym.LayerPlan.outer(4))
-    assert "'relu' has no kernel" in cogsym.explain(model).layers[0].reason
+def test_an_unknown_activation_runs_the_mlp_s_own_forward_beside_our_attention() -> None:
+    model, inputs = tiny_model("llama", torch.float64, hidden_act="tanh"), batch("padded-left")
+    with exact_float64():
+        want = run(model, inputs)
+        cogsym.prepare(model, cogsym.LayerPlan.outer(4, front=1, back=1))
+        report = cogsym.explain(model).layers[1]
+        assert report.attention in ("cpp", "reference") and report.mlp == "own forward"
+        assert report.reason == "the activation Tanh has no kernel; checkpointed"
+        got = run(model, inputs)
+    assert max(largest_errors(got, (want[0], {n: want[1][n] for n in got[1]})).values()) < 1e-12

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import cogsym
-from cogsym.models import frozen
+from cogsym.models import Block
 
 PLAN = cogsym.LayerPlan.outer(6, front=1, back=1)
 KEEPS = ("all", "input", "nothing")
@@ -71,14 +71,14 @@ def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=LIMIT)
     by_hand, told, tensors = Counter[str](), {}, {}
-    forward = frozen.forward
+    forward = Block.run
 
     def counted(*args: Any) -> Any:
         by_hand["forward"] += 1
         return forward(*args)
 
     with exact_float64(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frozen, "forward", counted)
+        patch.setattr(Block, "run", counted)
         for kind in KINDS:
             for keep in KEEPS:
                 by_hand.clear()

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import cogsym
 from cogsym.bench.method import saved_bytes
 from cogsym.models import read_block
-from cogsym.models.block import Positions
-from cogsym.training.frozen import Keep, run_frozen
-from cogsym.training.memory import choose, cost, run_flops
+from cogsym.models.inputs import LayerInputs, Positions
+from cogsym.training.autograd import Keep, run_frozen
+from cogsym.training.keep import choose, cost, run_flops
 
 KEEPS: tuple[Keep, ...] = ("all", "attention", "input", "nothing")
 KINDS = ("plain", "padded-right", "padded-left", "packed")
@@ -117,8 +117,9 @@ def test_bytes_of_a_frozen_llama_8b_layer(llama_8b: Any, keep: Keep | None, expe
         assert saved_bytes(lambda: layer(x, position_embeddings=positions), left_out) == expected * T
         return
     block = read_block(layer)
-    where = block.positions(positions, None, x, training=True)
-    assert saved_bytes(lambda: run_frozen(block, x, where, keep)) == expected * T
+    inputs = LayerInputs({"position_embeddings": positions})
+    inputs.positions = block.positions(inputs, x, training=True)
+    assert saved_bytes(lambda: run_frozen(block, x, inputs, keep)) == expected * T
     assert cost(block, keep, T, 2).bytes_per_token == expected
 
 
@@ -163,7 +164,7 @@ def test_bytes_and_flops_are_those_promised(variant: str, keep: Keep) -> None:
     shared = [t for _, kwargs in calls for t in (*kwargs["position_embeddings"], kwargs["attention_mask"])]
     held = saved_bytes(run, filter(torch.is_tensor, shared))
     promised = [r.bytes_per_token for r in reports]
-    blocks = [vars(layer)["_cogsym"].block for layer in layers]
+    blocks = [read_block(layer) for layer in layers]
     assert held == B * T * sum(promised)
     with FlopCounterMode(display=False) as counter:
         run().sum().backward()
@@ -202,10 +203,11 @@ def test_gradcheck_on_the_reference_path(variant: str, keep: Keep, monkeypatch: 
     x = torch.randn(1, 4, 8, dtype=torch.float64, requires_grad=True)
     angles = torch.rand(1, 4, 2, dtype=torch.float64)
     where = Positions(angles.cos(), angles.sin(), torch.tensor([[0, 0, 2, 2]], dtype=torch.int32), None)
+    inputs = LayerInputs(positions=where)
 
     def run(x: Tensor) -> Tensor:
         for block in blocks:
-            x = run_frozen(block, x, where, keep)
+            x = run_frozen(block, x, inputs, keep)
         return x
 
     torch.autograd.gradcheck(run, x)

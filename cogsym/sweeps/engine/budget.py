@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
+from cogsym.memory import free_bytes
+from cogsym.models.attention import AttentionHalf
 from cogsym.sweeps.engine.forward import TOKENS_AT_ONCE
 from cogsym.sweeps.engine.requests import Generate, Score, TaskDocument
 from cogsym.sweeps.engine.weights import LayerSource
@@ -22,9 +23,7 @@ ROWS_A_PIECE = 4096
 
 def free_memory(device: torch.device) -> int:
     """Half of the bytes that are free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] // 2)
-    return int(psutil.virtual_memory().available // 2)
+    return free_bytes(device) // 2
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,13 @@ class TokenBytes:
 
     @classmethod
     def of(cls, layers: LayerSource) -> TokenBytes:
-        """Read off the model's configuration."""
-        config: Any = layers.model.config.get_text_config()
+        """Read off the first layer, or the model's configuration where it is not known."""
         element = layers.model.get_input_embeddings().weight.element_size()
+        block = layers.block
+        if block is not None and isinstance(block.attention, AttentionHalf):
+            cached = sum(block.attention.qkv.sizes[1:])
+            return cls(element * block.attention.width, element * block.working_elements(), element * cached)
+        config: Any = layers.model.config.get_text_config()
         heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         between = 3 * config.hidden_size + 3 * (heads + 2 * groups) * width + 3 * config.intermediate_size

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cogsym.models import Block
-from cogsym.models.inference import add_attention, add_mlp
+from cogsym.models.attention import AttentionHalf
 from cogsym.sweeps.engine.budget import ROWS_A_PIECE
 from cogsym.sweeps.engine.forward import TOKENS_AT_ONCE
 from cogsym.sweeps.engine.requests import Generate, Score, TaskDocument
@@ -49,7 +49,7 @@ class DurationEstimate:
         rounded = 1 << max(0, tokens - 1).bit_length()
         if rounded not in self._known:
             x = self._states(rounded)
-            angles = x.new_zeros(1, rounded, self._block.attention.head_dim // 2)
+            angles = x.new_zeros(1, rounded, _head_dim(self._block) // 2)
             self._known[rounded] = _fastest(lambda: _run(self._block, x, angles)) / rounded
         return self._known[rounded]
 
@@ -68,8 +68,14 @@ class DurationEstimate:
 
 def _run(block: Block, x: torch.Tensor, angles: torch.Tensor) -> None:
     y = x.clone()
-    add_attention(block, y, angles, angles, lambda q, k, v: q)
-    add_mlp(block, y)
+    block.add_attention(y, angles, angles, lambda q, k, v: q, both=block.parallel)
+    if not block.parallel:
+        block.add_mlp(y)
+
+
+def _head_dim(block: Block) -> int:
+    assert isinstance(block.attention, AttentionHalf)
+    return block.attention.head_dim
 
 
 def _fastest(work: Callable[[], object]) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from cogsym.decoder import decoder_of, layers_of, set_layers
 from cogsym.models.calls import layer_calls
 from cogsym.sweeps.engine.prefixes import Batch, OnEnds
 from cogsym.sweeps.engine.requests import Generate, Generated
@@ -93,7 +94,7 @@ def _generate_one(
     written: list[list[int]] = [[] for _ in requests]
     answers: list[Generated | None] = [None] * len(requests)
     with only_layers(layers, configuration) as model:
-        cache = DynamicCache() if len(model.get_decoder().layers) else None
+        cache = DynamicCache() if len(layers_of(model)) else None
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         inputs = ids
         while None in answers:
@@ -124,8 +125,8 @@ def only_layers(layers: LayerSource, configuration: Configuration) -> Iterator[A
     They are in memory together, streamed or not, and none may keep only a half.
     """
     model = layers.model
-    decoder, config = model.get_decoder(), model.get_decoder().config
-    every, number, types = decoder.layers, config.num_hidden_layers, getattr(config, "layer_types", None)
+    config, every = decoder_of(model).config, layers_of(model)
+    number, types = config.num_hidden_layers, getattr(config, "layer_types", None)
     units_of = units(configuration, "whole")
     loaded = layers.walk([(unit.layer, {unit.weights}) for unit in units_of])
     kept = [there[unit.weights].layer for unit, there in zip(units_of, loaded, strict=True)]
@@ -137,12 +138,14 @@ def only_layers(layers: LayerSource, configuration: Configuration) -> Iterator[A
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = place
-        decoder.layers, config.num_hidden_layers = nn.ModuleList(kept), len(kept)
+        set_layers(model, nn.ModuleList(kept))
+        config.num_hidden_layers = len(kept)
         if types is not None:
             config.layer_types = [types[unit.layer] for unit in units_of]
         yield model
     finally:
-        decoder.layers, config.num_hidden_layers = every, number
+        set_layers(model, every)
+        config.num_hidden_layers = number
         if types is not None:
             config.layer_types = types
         for module, index in indexed:

@@ -14,8 +14,8 @@ from torch import Tensor
 from cogsym import ops
 from cogsym.errors import CogsymError
 from cogsym.models import Block
+from cogsym.models.attention import Attend, AttentionHalf
 from cogsym.models.calls import layer_calls
-from cogsym.models.inference import Attend, add_attention, add_mlp, attention_added_at
 from cogsym.sweeps.engine.fallback import FallbackRun
 from cogsym.sweeps.engine.prefixes import Batch, OnEnds
 from cogsym.sweeps.engine.weights import LayerSource
@@ -45,7 +45,9 @@ class Engine:
     @property
     def topology(self) -> Topology:
         """How the halves of the layers read the residual stream, as `Trie` takes it."""
-        return "whole" if self.layers.reasons else "sequential"
+        if self.layers.block is None:
+            return "whole"
+        return "parallel" if self.layers.block.parallel else "sequential"
 
     def run(self, trie: Trie, batch: Batch, on_ends: OnEnds, on_keys: OnKeys | None = None) -> None:
         """Compute every state of a trie for a batch.
@@ -114,17 +116,18 @@ class _Run:
             for slot, source in zip(range(step.slots.start, step.slots.stop), step.sources, strict=False):
                 buffer[slot] = self._full[source, self._scored]
             for states, _ in self._pieces(step, buffer):
-                add_mlp(block, buffer[states])
+                block.add_mlp(buffer[states])
             return
-        assert step.unit.part == "attention"  # a "layer" unit, of a parallel block, attends the same way
-        cos, sin = self._rotary(step.unit.layer)
+        half, both = block.attention, step.unit.part == "layer"
+        assert isinstance(half, AttentionHalf)
+        cos, sin = self._tables(half, step.unit.layer)
         for states, nodes in self._pieces(step, self._full):
-            attend = self._attend(block, step.unit, nodes, only_scored=bool(step.sources))
+            attend = self._attend(half, step.unit, nodes, only_scored=bool(step.sources))
             if step.sources:
                 x = self._full[list(step.sources[states.start - step.first : states.stop - step.first])]
-                buffer[states] = attention_added_at(block, x, self._scored, cos, sin, attend)
+                buffer[states] = block.attention_added_at(x, self._scored, cos, sin, attend, both)
             else:
-                add_attention(block, buffer[states], cos, sin, attend)
+                block.add_attention(buffer[states], cos, sin, attend, both)
 
     def _pieces(self, step: Step, buffer: Tensor) -> Iterator[tuple[slice, tuple[int, ...]]]:
         """Slots, and the nodes they hold, a few at a time."""
@@ -133,35 +136,31 @@ class _Run:
             nodes = step.nodes[i : i + many]
             yield slice(step.first + i, step.first + i + len(nodes)), nodes
 
-    def _rotary(self, layer: int) -> tuple[Tensor, Tensor]:
+    def _tables(self, half: AttentionHalf, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """(cos, sin), [1, N, R / 2] each."""
-        cos, sin = self._calls[layer]["position_embeddings"]
-        return cos[None, :, 0, : cos.shape[-1] // 2], sin[None, :, 0, : sin.shape[-1] // 2]
+        if half.rotary is None:
+            return None, None
+        cos, sin = half.rotary.tables(self._calls[layer]["position_embeddings"])
+        return cos[None, :, 0], sin[None, :, 0]
 
-    def _attend(self, block: Block, unit: Unit, nodes: tuple[int, ...], only_scored: bool) -> Attend:
+    def _attend(self, half: AttentionHalf, unit: Unit, nodes: tuple[int, ...], only_scored: bool) -> Attend:
         """Attention of every token, or of the scored ones, within each state."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self._on_keys:
                 self._on_keys(unit, nodes, k, v)
+            window = half.options.window
             if only_scored:
-                return attend_ranges(block, q, k, v, *self._layout.ranges_at(self._places, block.sliding_window))
+                return attend_ranges(half, q, k, v, *self._layout.ranges_at(self._places, window))
             if not _on_tiles(q):
                 everywhere = torch.arange(q.shape[1])
-                return attend_ranges(block, q, k, v, *self._layout.ranges_at(everywhere, block.sliding_window))
+                return attend_ranges(half, q, k, v, *self._layout.ranges_at(everywhere, window))
             roots = self._starts.shape[1]
-            o, _ = ops.attention(
-                q[:, :roots],
-                k[:, :roots],
-                v[:, :roots],
-                scale=block.scale,
-                starts=self._starts.expand(len(q), -1),
-                window=block.sliding_window,
-                soft_cap=block.soft_cap,
-            )
+            options = half.at(self._starts.expand(len(q), -1))
+            o, _ = ops.attention(q[:, :roots], k[:, :roots], v[:, :roots], options)
             if roots == q.shape[1]:
                 return o
-            rest = attend_ranges(block, q[:, roots:], k, v, *self._layout.ranges(block.sliding_window))
+            rest = attend_ranges(half, q[:, roots:], k, v, *self._layout.ranges(window))
             return torch.cat([o, rest], dim=1)
 
         return attend
@@ -182,12 +181,10 @@ def _on_tiles(q: Tensor) -> bool:
     return q.device.type == "cpu"
 
 
-def attend_ranges(block: Block, q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
+def attend_ranges(half: AttentionHalf, q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
     """Attention of [states, P, H, d] queries to ranges of their own state's tokens."""
     states, tokens = k.shape[:2]
     offset = (torch.arange(states) * tokens)[:, None, None]
     begins, ends = ((x + offset).flatten(0, 1).to(q.device) for x in (begins, ends))
-    o = ops.decode_attention(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), begins, ends, scale=block.scale, soft_cap=block.soft_cap
-    )
+    o = ops.decode_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), begins, ends, half.in_ranges())
     return o.view(q.shape)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from cogsym import ops
 from cogsym.models import Block
+from cogsym.models.attention import AttentionHalf
 from cogsym.models.calls import layer_calls
-from cogsym.models.inference import add_attention, add_mlp
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.prefixes import Batch, windowed
 from cogsym.sweeps.engine.requests import Generate, Generated
@@ -301,10 +301,9 @@ class _Decoder:
                     states[division.rest_to] = states[division.rest_at]
                 cells = states[division.at]
                 if keys is None:
-                    add_mlp(block, cells)
+                    block.add_mlp(cells[None])
                 else:
-                    assert unit.part == "attention"  # a "layer" unit, of a parallel block, attends the same way
-                    self._attend(block, cells, keys, calls[unit.layer]["position_embeddings"], step, unit.layer)
+                    self._attend(block, unit, cells, keys, calls[unit.layer].get("position_embeddings"), step)
                 states[division.to] = cells
                 self._engine.on_forwards(unit.forwards * len(cells))
         last = np.asarray(self._trie.last)[self._configuration]
@@ -357,33 +356,29 @@ class _Decoder:
     def _attend(
         self,
         block: Block,
+        unit: Unit,
         cells: Tensor,
         keys: _Keys,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: Any,
         step: int,
-        layer: int,
     ) -> None:
-        """Add attention's contribution to cells, [cells, D], each at its own place and over its own keys."""
-        store = self._stores[layer]
-        cos, sin = (t[keys.history, 0, : t.shape[-1] // 2][None] for t in position_embeddings)
+        """Add what a unit that attends adds to cells, [cells, D], each at its own place and over its own keys."""
+        store, half = self._stores[unit.layer], block.attention
+        assert isinstance(half, AttentionHalf)
+        cos, sin = None, None
+        if half.rotary is not None:
+            cos, sin = (t[keys.history, 0][None] for t in half.rotary.tables(position_embeddings))
         here = keys.own + step
         keys.chains[:, -1, 1] = here + 1
-        begins, ends = windowed(keys.chains, keys.positions + step, block.sliding_window)
+        begins, ends = windowed(keys.chains, keys.positions + step, half.options.window)
         here = here.to(self._device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             store.k[here], store.v[here] = k[0], v[0]
-            return ops.decode_attention(
-                q[0],
-                store.k,
-                store.v,
-                begins.to(q.device),
-                ends.to(q.device),
-                scale=block.scale,
-                soft_cap=block.soft_cap,
-            )[None]
+            ranges = begins.to(q.device), ends.to(q.device)
+            return ops.decode_attention(q[0], store.k, store.v, *ranges, half.in_ranges())[None]
 
-        add_attention(block, cells[None], cos, sin, attend)
+        block.add_attention(cells[None], cos, sin, attend, both=unit.part == "layer")
 
 
 def _states(node: np.ndarray, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

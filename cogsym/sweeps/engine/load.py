@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from cogsym.errors import CogsymError
+from cogsym.models.attachment import RECORD
 from cogsym.models.loading import check_model_folder, load_config, load_model, load_tokenizer
 from cogsym.sweeps.engine.budget import free_memory
 from cogsym.sweeps.engine.weights import LayerSource, ResidentLayers, StreamedLayers
-
-_RECORD = "_cogsym"  # what `cogsym.prepare` leaves on a model
 
 
 def num_layers(model: Any) -> int:
@@ -74,7 +73,7 @@ def load_layers(
         raise CogsymError(
             "Layers are streamed from a folder, and the sweep was given a model in memory; name a folder."
         )
-    if any(hasattr(each, _RECORD) for each in (model, base)):
+    if any(hasattr(each, RECORD) for each in (model, base)):
         raise CogsymError("The model is prepared for training; call cogsym.restore(model) before a sweep.")
     if adapted:
         if needs_base and base is None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import starmap
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cogsym import ops
+from cogsym.decoder import decoder_of, final_norm_of, layers_of
 from cogsym.models import UnknownLayerError, find_head, read_block
-from cogsym.models.block import Norm
 from cogsym.models.calls import own_logits
+from cogsym.models.guard import why_own
+from cogsym.models.norm import LayerNorm, RMSNorm
 from cogsym.ops.linear_cross_entropy import TokenScores
 
 _ROWS = 256  # whose logits exist at a time where the model makes them itself
@@ -24,9 +27,8 @@ class SweepHead:
         """Use the model's."""
         self._model = model
         known = find_head(model)
-        plain = type(model.get_output_embeddings()) is nn.Linear and model.get_output_embeddings().bias is None
-        self._known = known if plain else None
-        self._norm: Any = _final_norm(model.get_decoder()) if self._known else None
+        self._known = known if known and known.why_logits() is None else None
+        self._norm: Any = _final_norm(model) if self._known else None
 
     def scores(self, hidden: Tensor, targets: Tensor) -> TokenScores:
         """Of each target: its logit, the logsumexp, and the most likely token instead; float32, [states, P] each.
@@ -58,12 +60,16 @@ class SweepHead:
         return logits.gather(-1, targets[:, None])[:, 0], logits.logsumexp(-1), logits.argmax(-1)
 
 
-def _final_norm(decoder: Any) -> Any:
-    """The norm before the head: ours where it is the module that the decoder's known layers have."""
+def _final_norm(model: Any) -> Any:
+    """The norm before the head: ours where it is of the class that the decoder's known layers have."""
+    found = final_norm_of(model)
+    assert found is not None  # a known head has one before it
+    name, module = found
     try:
-        like = read_block(decoder.layers[0]).norms()[0]
+        block = read_block(layers_of(model)[0], weights_follow=True)
     except UnknownLayerError:
-        return decoder.norm
-    same = type(decoder.norm) is type(like.module) and "forward" not in vars(decoder.norm)
-    hooked = decoder.norm._forward_hooks or decoder.norm._forward_pre_hooks
-    return Norm(decoder, "norm", like.offset) if same and not hooked else decoder.norm
+        return module
+    for norm in (norm for half in block.halves for norm in (half.norm, half.output_norm)):
+        if isinstance(norm, (RMSNorm, LayerNorm)) and type(norm.module) is type(module) and why_own(module) is None:
+            return replace(norm, owner=decoder_of(model), name=name)
+    return module

@@ -15,11 +15,14 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from cogsym.decoder import layers_of
 from cogsym.errors import CogsymError
 from cogsym.models import Block, UnknownLayerError, read_block
+from cogsym.models.attention import AttentionHalf
+from cogsym.models.guard import why_own
 from cogsym.models.loading import check_model_folder, load_config
 from cogsym.sweeps.layers.actions import Weights
 
@@ -43,6 +46,7 @@ class LayerSource(Protocol):
         model: the causal language model; its decoder layers may be without weights.
         device: where it computes.
         reasons: why layers run their own forward, one sentence each; where there is one, all of them do.
+        block: a description of the first layer; None where layers run their own forward.
         has_base: a base checkpoint is at hand.
     """
 
@@ -50,6 +54,10 @@ class LayerSource(Protocol):
     device: torch.device
     reasons: list[str]
     has_base: bool
+
+    @property
+    def block(self) -> Block | None:
+        """See above."""
 
     def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
         """Layers in the order they are needed, each there until the next is asked for."""
@@ -74,7 +82,7 @@ class ResidentLayers:
         Raises:
             CogsymError: the model has no decoder layers, or the base is of another shape.
         """
-        check_has_layers(model)
+        layers_of(model)
         self.model, self.device, self.has_base = model, model.device, base is not None
         self.reasons: list[str] = []
         self._models: dict[Weights, Any] = {"model": model}
@@ -87,6 +95,11 @@ class ResidentLayers:
         self._layers = {which: self._read(each) for which, each in self._models.items()}
         for projections in self._plain():
             projections.join()
+
+    @property
+    def block(self) -> Block | None:
+        """See `LayerSource`."""
+        return None if self.reasons else self._layers["model"][0].block
 
     def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
         """See `LayerSource`."""
@@ -115,7 +128,7 @@ class ResidentLayers:
             module.training = True
 
     def _read(self, model: Any) -> list[Loaded]:
-        return [Loaded(layer, _block(layer, self.reasons)) for layer in model.get_decoder().layers]
+        return [Loaded(layer, _block(layer, self.reasons)) for layer in layers_of(model)]
 
     def _plain(self) -> list[Any]:
         blocks = [loaded.block for layers in self._layers.values() for loaded in layers if loaded.block]
@@ -145,18 +158,16 @@ class StreamedLayers:
         self._dtype = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
-        check_has_layers(self.model)
+        self._layers = layers_of(self.model)
         self._files: dict[Weights, _Checkpoint] = {"model": _Checkpoint(folder)}
         if base is not None:
             with init_empty_weights():
                 check_same_shape(self.model, AutoModelForCausalLM.from_config(load_config(base)))
             self._files["base"] = _Checkpoint(base)
-        decoder = self.model.get_decoder()
-        self._layers: nn.ModuleList = decoder.layers
-        (self._prefix,) = (f"{name}." for name, module in self.model.named_modules() if module is decoder.layers)
+        (self._prefix,) = (f"{name}." for name, module in self.model.named_modules() if module is self._layers)
         self._load_rest()
-        for layer in self._layers:
-            _block(layer, self.reasons)
+        blocks = [_block(layer, self.reasons, weights_follow=True) for layer in self._layers]
+        self.block = None if self.reasons else blocks[0]
 
     def pack(self) -> None:
         """See `LayerSource`. Each layer is there too shortly for it."""
@@ -260,26 +271,13 @@ class _Checkpoint:
         return result
 
 
-def check_has_layers(model: Any) -> None:
-    """Refuse a model whose layers are not where transformers keeps a decoder's.
-
-    Raises:
-        CogsymError: it has none there.
-    """
-    if not isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList):
-        raise CogsymError(
-            f"{type(model).__name__} has no decoder layers at get_decoder().layers, expected a decoder language model "
-            "such as Llama."
-        )
-
-
 def check_same_shape(model: Any, base: Any) -> None:
     """Refuse a base checkpoint whose layers do not fit.
 
     Raises:
         CogsymError: another number of layers, another kind of layer, or other shapes.
     """
-    ours, theirs = model.get_decoder().layers, base.get_decoder().layers
+    ours, theirs = layers_of(model), layers_of(base)
     if len(ours) != len(theirs):
         raise CogsymError(f"The base checkpoint has {len(theirs)} layers, expected {len(ours)}, as the model has.")
     for layer, other in zip(ours, theirs, strict=True):
@@ -314,10 +312,15 @@ def _digest(
     return digest.hexdigest()
 
 
-def _block(layer: Any, reasons: list[str]) -> Block | None:
+def _block(layer: Any, reasons: list[str], weights_follow: bool = False) -> Block | None:
+    """The layer's description; None, and the reason among `reasons`, where all of it runs its own forward."""
     try:
-        return read_block(layer)
+        block = read_block(layer, weights_follow)
+        reason = why_own(layer, weights_follow)
+        if not isinstance(block.attention, AttentionHalf):
+            reason = block.attention.reason
     except UnknownLayerError as error:
-        if str(error) not in reasons:
-            reasons.append(str(error))
-        return None
+        block, reason = None, str(error)
+    if reason and reason not in reasons:
+        reasons.append(reason)
+    return None if reason else block

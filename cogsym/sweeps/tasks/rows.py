@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cogsym.data import Document, Source, read_records
-from cogsym.data.sources import Record
+from cogsym.data.formats import Record
 from cogsym.errors import CogsymError
 
 WAYS = ("without_full_stop", "lower_first")  # in which a column may be written, beside a table

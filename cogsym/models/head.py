@@ -9,23 +9,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cogsym import ops
+from cogsym.models.families import logits_of
+from cogsym.models.hooks import hook_on
 
-_IGNORED = -100  # what transformers' losses leave out
+IGNORED = -100  # the label that transformers' losses leave out
 _OWN_WORDS = ("shift_labels", "logits_to_keep", "return_dict", "output_attentions", "output_hidden_states")
-
-# Models whose logits are (head · last hidden state), scaled and capped as `Head` says.
-_MODELS = (
-    "gemma2.modeling_gemma2.Gemma2ForCausalLM",
-    "gemma3.modeling_gemma3.Gemma3ForCausalLM",
-    "granite.modeling_granite.GraniteForCausalLM",
-    "llama.modeling_llama.LlamaForCausalLM",
-    "mistral.modeling_mistral.MistralForCausalLM",
-    "olmo2.modeling_olmo2.Olmo2ForCausalLM",
-    "phi3.modeling_phi3.Phi3ForCausalLM",
-    "qwen2.modeling_qwen2.Qwen2ForCausalLM",
-    "qwen3.modeling_qwen3.Qwen3ForCausalLM",
-    "smollm3.modeling_smollm3.SmolLM3ForCausalLM",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +30,23 @@ class Head:
     scale: float
     soft_cap: float | None
 
+    def why_logits(self) -> str | None:
+        """Why the logits must be made by the model's own head, or None."""
+        head = self.model.lm_head
+        if type(head) is not nn.Linear:
+            return f"its head is a {type(head).__qualname__}, expected a Linear"
+        if head.bias is not None:
+            return "its head has a bias"
+        if "forward" in vars(head):
+            return "another library has replaced the forward of its head"
+        if head.weight.is_meta:
+            return "the weights of its head are not in memory"
+        return "a hook on its head must fire" if hook_on(head) else None
+
     def serves(self, labels: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a call with these keywords may go without logits: training, on labels, with nothing unusual."""
-        head = self.model.lm_head
-        plain = type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
-        return bool(self.model.training and labels is not None and plain and not any(kwargs.get(w) for w in _OWN_WORDS))
+        plain = self.model.training and labels is not None and not any(kwargs.get(word) for word in _OWN_WORDS)
+        return bool(plain and self.why_logits() is None)
 
     def forward(self, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """The model's output with its loss and no logits.
@@ -57,12 +57,12 @@ class Head:
             kwargs: for the decoder.
         """
         outputs = self.model.model(**kwargs)
-        targets = nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+        targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
         loss = ops.linear_cross_entropy(
             outputs.last_hidden_state,
             self.model.lm_head.weight,
             targets.to(outputs.last_hidden_state.device),
-            ignore_index=_IGNORED,
+            ignore_index=IGNORED,
             soft_cap=self.soft_cap,
             scale=self.scale,
             reduction="mean" if num_items_in_batch is None else "sum",
@@ -80,10 +80,6 @@ class Head:
 def find_head(model: nn.Module) -> Head | None:
     """The causal language model that is `model`, or that peft has wrapped in it; None where it is not a known one."""
     for module in model.modules():
-        name = f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("transformers.models.")
-        if name in _MODELS and "forward" not in vars(module):
-            config: Any = module.config
-            return Head(
-                module, 1 / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
-            )
+        if isinstance(getattr(module, "lm_head", None), nn.Module) and (logits := logits_of(module)):
+            return Head(module, *logits)
     return None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +22,9 @@ from cogsym.data.sources import content_digest
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
-from cogsym.records import differences
+from cogsym.records import differences, reason, replacing, write_whole
 from cogsym.training.explain import explain
-from cogsym.training.memory import Memory
+from cogsym.training.keep import Memory
 from cogsym.training.prepare import prepare, restore
 from cogsym.training.trainer import OuterTrainer, RunCallback, checkpoints
 
@@ -327,9 +325,9 @@ def _open_folder(out: Path, asked: dict[str, Any], resume: bool) -> Path | None:
         raise CogsymError(f"There is no run in {out} to resume; leave --resume out to start one.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(asked, indent=1) + "\n", "utf-8")
+        write_whole(record, (json.dumps(asked, indent=1) + "\n").encode())
     except OSError as error:
-        raise CogsymError(f"The folder {out} cannot be written ({error.strerror}); choose another --out.") from error
+        raise CogsymError(f"The folder {out} cannot be written ({reason(error)}); choose another --out.") from error
     whole = checkpoints(out / "checkpoints")
     for folder in (out / "checkpoints").glob("checkpoint-*"):
         if folder not in whole:  # a kill cut it short
@@ -343,26 +341,13 @@ def _fixed(asked: dict[str, Any]) -> dict[str, Any]:
     return {**asked, "settings": settings}
 
 
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write that takes the place of `folder` once it is whole."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
-        with _replacing(folder) as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+        with replacing(folder) as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
     except (OSError, SafetensorError) as error:
-        why = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else str(error)
+        why = reason(error) if isinstance(error, OSError) else str(error)
         raise RunStopped(
             f"The trained model was not written to {folder} ({why}); the last checkpoint is intact, "
             "free some space and run again with --resume."

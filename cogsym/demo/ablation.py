@@ -10,7 +10,7 @@ from cogsym.demo.tasks import LONGEST, OPTIONS, HeldOut
 from cogsym.sweeps.results.plots import plot
 from cogsym.sweeps.runner import sweep
 
-ASKED = 60  # test meanings
+QUESTIONS = 60  # test meanings
 
 
 def ablate(model: Path, items: HeldOut, out: Path, console: Console) -> list[Path]:
@@ -28,11 +28,11 @@ def ablate(model: Path, items: HeldOut, out: Path, console: Console) -> list[Pat
     out.mkdir(parents=True, exist_ok=True)
     questions = [
         {"sentence": question.removesuffix(" =")} | {f"meaning{i}": option.strip() for i, option in enumerate(options)}
-        for question, options in items.questions[:ASKED]
+        for question, options in items.questions[:QUESTIONS]
     ]
     sentences = [
         {"english": source, "tavosi": reference}
-        for source, reference in zip(items.sources[:ASKED], items.references, strict=False)
+        for source, reference in zip(items.sources[:QUESTIONS], items.references, strict=False)
     ]
     pairs = out / "pairs.jsonl"
     _write(out / "questions.jsonl", [question | {"label": 0} for question in questions])

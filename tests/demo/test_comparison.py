@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cogsym.demo import language, run, tasks
+from cogsym.demo import comparison, language, semantics, tasks
 
 
 def numbers(value: Any) -> list[float]:
@@ -25,7 +25,7 @@ def numbers(value: Any) -> list[float]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     out = tmp_path_factory.mktemp("demo")
     text = io.StringIO()
-    report = run.run(out, seed=3, steps=2, count=6, console=Console(file=text, width=120))
+    report = comparison.run_demo(out, seed=3, steps=2, count=6, console=Console(file=text, width=120))
     return out, report, text.getvalue()
 
 
@@ -41,19 +41,19 @@ def test_demo_writes_its_files_with_finite_numbers(demo: tuple[Path, dict[str, A
 
 def test_demo_prints_its_numbers(demo: tuple[Path, dict[str, Any], str]) -> None:
     out, report, text = demo
-    for label in run.LABELS.values():
+    for label in comparison.LABELS.values():
         assert label in text
     for score in report["scores"].values():
         assert f"{score['bits_per_byte']:.2f}" in text
     assert report["sources"][0] in text
-    assert " ".join(run.conclusion(report).split()) in " ".join(text.split())
+    assert " ".join(comparison.conclusion(report).split()) in " ".join(text.split())
     assert str(out) in text.replace("\n", "")
 
 
 def test_demo_trains_what_it_says(demo: tuple[Path, dict[str, Any], str]) -> None:
     """CogSym changes the outer quarter of the layers, full fine-tuning everything."""
     out, report, _ = demo
-    with run.base_folder() as folder:
+    with comparison.base_folder() as folder:
         base = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     num_layers = AutoModelForCausalLM.from_pretrained(out / "full" / "model").config.num_hidden_layers
     outer = {f"model.layers.{i}." for i in (0, 1, num_layers - 2, num_layers - 1)}
@@ -69,7 +69,7 @@ def test_demo_trains_what_it_says(demo: tuple[Path, dict[str, Any], str]) -> Non
 
 def test_demo_replaces_an_earlier_one(demo: tuple[Path, dict[str, Any], str]) -> None:
     out, before, _ = demo
-    report = run.run(out, seed=4, steps=1, count=4, console=Console(file=io.StringIO()))
+    report = comparison.run_demo(out, seed=4, steps=1, count=4, console=Console(file=io.StringIO()))
     assert report["seed"] != before["seed"]
     assert json.loads((out / "demo.json").read_text("utf-8"))["seed"] == 4
 
@@ -77,14 +77,14 @@ def test_demo_replaces_an_earlier_one(demo: tuple[Path, dict[str, Any], str]) ->
 def test_training_and_test_share_no_meaning() -> None:
     seed = random.randrange(10**6)
     print("seed", seed)
-    with run.base_folder() as folder:
+    with comparison.base_folder() as folder:
         items = tasks.held_out(AutoTokenizer.from_pretrained(folder), 100, seed)
     seen = {side for document in tasks.training_documents(4000, seed) for side in document.text.split(" = ")}
     assert not seen & {*items.references, *items.sources}
 
 
 def test_questions_have_the_right_option_first() -> None:
-    with run.base_folder() as folder:
+    with comparison.base_folder() as folder:
         items = tasks.held_out(AutoTokenizer.from_pretrained(folder), 50, 1)
     for (context, options), source, reference in zip(items.questions, items.sources, items.references, strict=True):
         assert (context, options[0]) == (f"{reference} =", f" {source}")
@@ -93,7 +93,7 @@ def test_questions_have_the_right_option_first() -> None:
 
 def test_documents_say_the_same_on_both_sides() -> None:
     meanings = {}
-    stream = language.meanings("train", 5)
+    stream = semantics.meanings("train", 5)
     for _ in range(3000):
         meaning = next(stream)
         meanings[language.base_sentence(meaning)] = language.invented_sentence(meaning, language.TAVOSI)

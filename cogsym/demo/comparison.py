@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from cogsym.data import Document
+from cogsym.demo.ablation import ablate
 from cogsym.demo.language import RELATIVES, TAVOSI
 from cogsym.demo.plots import plot
-from cogsym.demo.sweep import ablate
 from cogsym.demo.tasks import OPTIONS, ROW, HeldOut, Scores, chrf_metric, held_out, score, training_documents
 from cogsym.errors import CogsymError
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
-from cogsym.training.run import TrainResult, TrainSettings, train
+from cogsym.training.finetune import TrainResult, TrainSettings, train
 
 STEPS = 600
 BATCH = 2  # rows a step
@@ -62,7 +62,7 @@ def base_folder() -> Iterator[Path]:
         yield folder
 
 
-def run(
+def run_demo(
     out: Path, seed: int = 0, steps: int = STEPS, count: int = HELD_OUT, console: Console | None = None
 ) -> dict[str, Any]:
     """Run the demo and write `demo.json`, `demo.png`, `demo.svg`, the two adapted models and a sweep to `out`.

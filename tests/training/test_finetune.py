@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 import cogsym
 from cogsym import CogsymError, LayerPlan, RunStopped, TrainSettings
 from cogsym.data import Document, Source
-from cogsym.training.memory import parse_bytes
 from cogsym.training.trainer import OuterTrainer, checkpoints
 
 SETTINGS: dict[str, Any] = {
@@ -312,17 +311,3 @@ def test_what_frozen_layers_keep_changes_no_weight_and_may_change_on_resuming(
     resumed = run(model_folder, text_file, tmp_path / "all", resume=True, keep="input")
     assert {keep for keep, gradient in seen if gradient} == {"input"}
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(resumed).items())
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("4GB", 4 * 10**9), ("512 MiB", 2**29), ("1.5kb", 1500), ("2e9", 2 * 10**9), ("10 TB", 10**13), ("7B", 7)],
-)
-def test_sizes_of_memory_are_read(text: str, expected: int) -> None:
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-4GB", "4 GB of", "1.2.3GB", "0", "4G", "nan"])
-def test_what_is_not_a_size_of_memory(text: str) -> None:
-    with pytest.raises(CogsymError, match="is not understood; give a number with a unit, such as 4GB"):
-        parse_bytes(text)

@@ -1,6 +1,6 @@
 """Frozen blocks under autograd: what is kept between the forward pass and the backward pass, and what is not.
 
-`keep` says what the node of a frozen block holds on to (bytes in `cogsym.models.frozen`):
+`keep` says what the node of a frozen block holds on to (bytes in `cogsym.models.block`):
 
     "all"        everything its gradient needs; nothing is computed again
     "attention"  its input, the residual stream and attention's output; the products before are repeated
@@ -23,30 +23,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cogsym.models import frozen
-from cogsym.models.block import Block, Positions
+from cogsym.models.block import Block, KeptBlock
+from cogsym.models.inputs import LayerInputs
 
 Keep = Literal["all", "attention", "input", "offload", "nothing"]
 KEEPS: tuple[Keep, ...] = ("all", "attention", "input", "offload", "nothing")
 
 
-def run_frozen(block: Block, x: Tensor, positions: Positions, keep: Keep) -> Tensor:
+def run_frozen(block: Block, x: Tensor, inputs: LayerInputs, keep: Keep) -> Tensor:
     """The output of a block none of whose parameters needs a gradient, [B, T, D].
 
     Args:
         block: its projections must be plain `nn.Linear`.
         x: the residual stream, [B, T, D].
-        positions: shared by the layers of this forward pass.
+        inputs: the layer's keywords, with `positions` where attention is ours.
         keep: what is held until the backward pass, where `x` needs a gradient.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         with torch.no_grad():
-            return frozen.forward(block, x, positions, "input")[0]
+            return block.run(x, inputs, "input")[0]
     run = None
     if keep == "nothing":
         run = _continued(x.grad_fn) or _Run()
-        run.steps.append((block, positions))
-    return _FrozenBlock.apply(x, block, positions, keep, run)
+        run.steps.append((block, inputs))
+    return _FrozenBlock.apply(x, block, inputs, keep, run)
 
 
 def _continued(node: Any) -> _Run | None:
@@ -59,12 +59,12 @@ class _Run:
     """Neighbouring blocks that keep nothing, and the inputs of some of them during a backward pass.
 
     Attributes:
-        steps: the blocks, from the first on, with their positions.
+        steps: the blocks, from the first on, with their keywords.
         first: a weak reference to the node of the first one, which keeps its input: the graph holds it.
     """
 
     def __init__(self) -> None:
-        self.steps: list[tuple[Block, Positions]] = []
+        self.steps: list[tuple[Block, LayerInputs]] = []
         self.first: weakref.ref[Any] | None = None
         self._inputs: dict[int, Tensor] = {}
 
@@ -90,8 +90,8 @@ class _Run:
         x = self._inputs[begin] if begin else self._first()
         segment = i // size * size
         for j in range(begin, i):
-            block, positions = self.steps[j]
-            x, _ = frozen.forward(block, x, positions, "input")
+            block, inputs = self.steps[j]
+            x, _ = block.run(x, inputs, "input")
             if j + 1 >= segment or (j + 1) % size == 0:
                 self._inputs[j + 1] = x
 
@@ -100,9 +100,9 @@ class _FrozenBlock(torch.autograd.Function):
     """One frozen block; its only gradient is that of its input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, positions: Positions, keep: Keep, run: _Run | None) -> Tensor:
-        y, kept = frozen.forward(block, x, positions, keep if keep in ("all", "attention") else "input")
-        ctx.block, ctx.positions, ctx.run = block, positions, run
+    def forward(ctx: Any, x: Tensor, block: Block, inputs: LayerInputs, keep: Keep, run: _Run | None) -> Tensor:
+        y, kept = block.run(x, inputs, keep if keep in ("all", "attention") else "input")
+        ctx.block, ctx.inputs, ctx.run = block, inputs, run
         ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
         ctx.device = x.device
         if run is not None:
@@ -114,7 +114,8 @@ class _FrozenBlock(torch.autograd.Function):
         if keep == "offload":
             # The copies both ways are queued on the stream that computes: in order, and no fence is needed.
             kept.x = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
-        ctx.save_for_backward(*vars(kept).values())
+        ctx.names = tuple(kept.attention), tuple(kept.mlp)
+        ctx.save_for_backward(kept.x, kept.h, *kept.attention.values(), *kept.mlp.values())
         return y
 
     @staticmethod
@@ -122,8 +123,15 @@ class _FrozenBlock(torch.autograd.Function):
         enabled, dtype = ctx.autocast
         with torch.autocast(ctx.device.type, dtype=dtype, enabled=enabled):
             if ctx.run is not None:
-                kept = frozen.Kept(ctx.run.input(ctx.place))
+                kept = KeptBlock(ctx.run.input(ctx.place))
             else:
-                kept = frozen.Kept(*ctx.saved_tensors)
-                kept.x = kept.x.to(ctx.device, non_blocking=True)
-            return frozen.input_gradient(ctx.block, dy, kept, ctx.positions), None, None, None, None
+                x, h, *rest = ctx.saved_tensors
+                of_attention, of_mlp = ctx.names
+                between = len(of_attention)
+                kept = KeptBlock(
+                    x.to(ctx.device, non_blocking=True),
+                    h,
+                    dict(zip(of_attention, rest[:between], strict=True)),
+                    dict(zip(of_mlp, rest[between:], strict=True)),
+                )
+            return ctx.block.input_gradient(dy, kept, ctx.inputs), None, None, None, None

@@ -7,18 +7,17 @@ share of attention is that of a full row of its length.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from cogsym.errors import CogsymError
+from cogsym.memory import free_bytes
 from cogsym.models.block import Block
-from cogsym.ops.attention import attention_pairs
-from cogsym.training.frozen import KEEPS, Keep
+from cogsym.models.half import Dial
+from cogsym.training.autograd import KEEPS, Keep
 
 
 @dataclass(frozen=True)
@@ -48,49 +47,22 @@ def cost(block: Block, keep: Keep, length: int, element_size: int, first_of_run:
         element_size: bytes of an element of the residual stream and the products, 2 for bfloat16.
         first_of_run: whether a layer that keeps nothing begins its run.
     """
-    (D,), (F, _), width = block.down.sizes, block.gate_up.sizes, sum(block.qkv.sizes)
-    heads = block.qkv.sizes[0] // block.attention.head_dim
-    product = {
-        "qkv": 2 * length * D * width,
-        "output": 2 * length * D * block.qkv.sizes[0],
-        "gate_up": 2 * length * D * 2 * F,
-        "down": 2 * length * D * F,
-    }
-    pairs = attention_pairs(length, block.sliding_window)
-    attention = 4 * block.qkv.sizes[0] * pairs
-    forward = sum(product.values()) + attention
-    gradient = sum(product.values()) + attention * 5 // 2
-    repeated = {"all": 0, "attention": product["qkv"] + product["gate_up"]}.get(keep)
-    if repeated is None:
-        repeated = forward - (0 if block.mlp_output_norm else product["down"])
-    stream = element_size * D
-    kept_once = 2 * stream + element_size * block.qkv.sizes[0] + 4 * heads + (stream if block.mlp_output_norm else 0)
-    held = {
-        "all": kept_once + element_size * (width + 2 * F),
-        "attention": kept_once,
-        "input": stream,
-        "offload": 0,
-        "nothing": stream if first_of_run else 0,
-    }[keep]
-    return Cost(held, forward + gradient + repeated, repeated)
+    dial: Dial = keep if keep in ("all", "attention") else "input"
+    repeated = block.repeated_flops(dial, length)
+    held = {"offload": 0, "nothing": block.kept_bytes("input", element_size) if first_of_run else 0}.get(
+        keep, block.kept_bytes(dial, element_size)
+    )
+    return Cost(held, block.forward_flops(length) + block.gradient_flops(length) + repeated, repeated)
 
 
 def run_flops(blocks: Sequence[Block], length: int) -> int:
     """What a run of blocks that keep nothing repeats besides, to compute their inputs again."""
     n = len(blocks)
     size = math.isqrt(n - 1) + 1
-    forwards = [cost(block, "all", length, 2).flops for block in blocks]
     # All but the last once; then, but for the last segment, whose inputs were kept, all but each segment's last again.
     last = (n - 1) // size * size
     again = [*range(n - 1)] + [j for j in range(last) if (j + 1) % size]
-    gradients = [_gradient_flops(block, length) for block in blocks]
-    return sum(forwards[j] - gradients[j] for j in again)
-
-
-def _gradient_flops(block: Block, length: int) -> int:
-    pairs = attention_pairs(length, block.sliding_window)
-    (D,), (F, _), width = block.down.sizes, block.gate_up.sizes, sum(block.qkv.sizes)
-    return 2 * length * D * (width + block.qkv.sizes[0] + 3 * F) + 10 * block.qkv.sizes[0] * pairs
+    return sum(blocks[j].forward_flops(length) for j in again)
 
 
 def choose(blocks: Sequence[Block], tokens: int, length: int, element_size: int, budget: int) -> list[Keep]:
@@ -116,30 +88,6 @@ def choose(blocks: Sequence[Block], tokens: int, length: int, element_size: int,
         held -= tokens * (costs[i][rung[i]].bytes_per_token - costs[i][rung[i] + 1].bytes_per_token)
         rung[i] += 1
     return [ladder[r] for r in rung]
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from a size as people write it: "4GB", "512 MiB", "2e9".
-
-    Raises:
-        CogsymError: anything else.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text, flags=re.IGNORECASE)
-    try:
-        number = float(match[1]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or not number:
-        raise CogsymError(f"The size of memory {text!r} is not understood; give a number with a unit, such as 4GB.")
-    return int(number * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower()))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that could still be taken on `device`."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
 
 
 class Memory:
