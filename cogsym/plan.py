@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from cogsym import strategies
+from cogsym.decoder import final_norm_of, layers_of
 from cogsym.errors import CogsymError
 
 
@@ -132,11 +133,10 @@ class LayerPlan:
         """The parts of a Hugging Face decoder model in order, each trained or not by this plan.
 
         Raises:
-            CogsymError: the model has another number of layers, or ties its head to its embeddings and the plan
-                trains only one of them.
+            CogsymError: the model has no decoder layers, or another number of them; or it ties its head to its
+                embeddings and the plan trains only one of them.
         """
-        decoder = model.get_decoder()  # type: ignore[operator]
-        layers = decoder.layers
+        layers = layers_of(model)
         if len(layers) != self.num_layers:
             raise CogsymError(
                 f"The plan is for {self.num_layers} layers and the model has {len(layers)}; "
@@ -150,7 +150,8 @@ class LayerPlan:
             )
         modules = [("embeddings", embeddings, self.embeddings)]
         modules += [(f"layer {i}", layer, i in self.trained) for i, layer in enumerate(layers)]
-        modules += [("final norm", getattr(decoder, "norm", None), self.final_norm), ("head", head, self.head)]
+        norm = final_norm_of(model)
+        modules += [("final norm", norm and norm[1], self.final_norm), ("head", head, self.head)]
         seen: set[int] = set()
         parts = [Part(name, _unseen(module, seen), on) for name, module, on in modules if module is not None]
         if other := _unseen(model, seen):

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.models.loading import load_tokenizer
+from cogsym.signals import as_interrupts, exit_status
 from cogsym.sweeps.engine.budget import PassMemory, TokenBytes, free_memory
 from cogsym.sweeps.engine.duration import DurationEstimate
 from cogsym.sweeps.engine.fallback import generate_fallback
@@ -131,7 +132,7 @@ def sweep(
         if dry_run:
             return None
         key = running.key(str(model) if isinstance(model, (str, Path)) else layers.model.config.name_or_path)
-        with Results.open(out, key, resume=resume) as results, running.progress() as progress:
+        with Results.open(out, key, resume=resume) as results, as_interrupts(), running.progress() as progress:
             try:
                 if search:
                     running.search(search, results, progress, Path(out))
@@ -139,7 +140,7 @@ def sweep(
                     running.ask(rounds[0].configurations, results, progress)
             except KeyboardInterrupt as error:
                 raise RunStopped(
-                    f"The sweep was stopped; what {out} holds is whole, go on with --resume.", 130
+                    f"The sweep was stopped; what {out} holds is whole, go on with --resume.", exit_status(error)
                 ) from error
     finally:
         if isinstance(layers, ResidentLayers):
