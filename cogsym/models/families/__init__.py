@@ -82,6 +82,14 @@ def register_family(
     )
 
 
+@cache
+def known_families() -> Registry[Family]:
+    """Every family: those that the files of this folder register, and those of other packages."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return FAMILIES
+
+
 def read_block(layer: nn.Module, weights_follow: bool = False) -> Block:
     """Describe a decoder layer without copying a weight; what must run its own forward on it says why.
 
@@ -92,29 +100,20 @@ def read_block(layer: nn.Module, weights_follow: bool = False) -> Block:
     Raises:
         UnknownLayerError: all of the layer must run its own forward, with the reason.
     """
-    _import_ours()
-    cls = type(layer)
-    if (path := _path(cls)) not in FAMILIES:
+    cls, known = type(layer), known_families()
+    if (path := _path(cls)) not in known:
         raise UnknownLayerError(f"{cls.__qualname__} is not a decoder layer known to cogsym")
     if not is_native(cls):
         raise UnknownLayerError(f"the forward of {cls.__qualname__} is not the one that transformers defines")
-    return guarded(FAMILIES[path].read(layer), weights_follow)
+    return guarded(known[path].read(layer), weights_follow)
 
 
 def logits_of(model: nn.Module) -> Logits | None:
     """What a causal language model makes of its head's products; None where it is not a known one."""
-    _import_ours()
-    path = _path(type(model))
-    family = next((family for family in map(FAMILIES.__getitem__, FAMILIES) if family.causal_lm == path), None)
+    path, known = _path(type(model)), known_families()
+    family = next((family for family in map(known.__getitem__, known) if family.causal_lm == path), None)
     return family.logits(model.config) if family and is_native(type(model)) else None
 
 
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-@cache
-def _import_ours() -> None:
-    """Import the files of this folder, each of which registers its families."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
