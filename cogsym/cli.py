@@ -220,8 +220,8 @@ def sweep(
         str,
         _option(
             "Which layers: input, output, grid, single, blocks, several with commas between; a .json or .yaml file "
-            "with a list such as `- {skip: [0, 1, 28-29]}`; or greedy, a search for the layers that are missed least "
-            "by the first metric of the first task.",
+            "with a list such as `- {skip: [0, 1, 28-29]}`; or greedy or beam, searches for the layers that are missed "
+            "least by the first metric of the first task.",
             panel="Layers",
         ),
     ] = "input,output",
@@ -230,7 +230,10 @@ def sweep(
         _option("What input, output ... do to their layers, such as skip, skip_mlp or revert.", panel="Layers"),
     ] = "skip",
     remove: Annotated[
-        int | None, _option("How many layers greedy removes; half of them by default.", panel="Layers")
+        int | None, _option("How many layers a search removes; half of them by default.", panel="Layers")
+    ] = None,
+    width: Annotated[
+        int | None, _option("How many sets of layers beam follows; four by default.", panel="Layers")
     ] = None,
     base: Annotated[
         str | None, _option("The model before it was adapted, whose layers `revert` puts in.", panel="Layers")
@@ -276,6 +279,7 @@ def sweep(
     settings = SweepSettings(
         action=action,
         remove=remove,
+        width=width,
         sampling=Sampling(temperature, top_p, seed),
         truncate=truncate,
         separator=separator,

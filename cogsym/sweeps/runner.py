@@ -28,8 +28,8 @@ from cogsym.sweeps.engine.unembedding import SweepHead
 from cogsym.sweeps.engine.weights import LayerSource, ResidentLayers, StreamedLayers
 from cogsym.sweeps.layers.actions import ACTIONS, SKIP
 from cogsym.sweeps.layers.configurations import Configuration, configurations, distinct
-from cogsym.sweeps.layers.greedy import Greedy
 from cogsym.sweeps.layers.schedule import schedule
+from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
 from cogsym.sweeps.results.store import Results, Row, Side, check_started, summary, values
@@ -46,7 +46,8 @@ class SweepSettings:
 
     Attributes:
         action: what "input", "output", "grid" ... do to the layers they choose.
-        remove: how many layers the search "greedy" takes away; None is half of them.
+        remove: how many layers a search takes away; None is half of them.
+        width: how many sets of layers a beam search follows; None is four.
         sampling: how tokens are chosen where the model writes.
         truncate: read documents that are longer than the context in windows, or cut their beginnings; else they are
             refused.
@@ -58,6 +59,7 @@ class SweepSettings:
 
     action: str = SKIP
     remove: int | None = None
+    width: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     truncate: bool = False
     separator: str | None = None
@@ -88,8 +90,7 @@ def sweep(
         model: a folder or hub id, or a causal language model of transformers; peft's wrapper has its adapters merged,
             and `revert` takes them away.
         configs: as `cogsym.sweeps.layers.configurations.configurations` takes them, such as
-            "input,output"; or "greedy", the search of `cogsym.sweeps.layers.greedy` by the first metric of the first
-            task.
+            "input,output"; or a search for them, "greedy" or "beam", by the first metric of the first task.
         tasks: as `cogsym.sweeps.tasks.task.load_task` takes each.
         out: folder of the results.
         tokenizer: of the model; needed where that is not a folder or id.
@@ -121,7 +122,7 @@ def sweep(
     rounds, merged, search = _chosen(configs, num_layers(model), settings)
     if not dry_run:
         check_started(out, resume)
-    needs_base = any(ACTIONS[name].needs_base for chosen in rounds for c in chosen for name in c.actions)
+    needs_base = any(ACTIONS[name].needs_base for asked in rounds for c in asked.configurations for name in c.actions)
     layers = load_layers(model, base, tokenizer, settings.stream, settings.dtype, needs_base, partial(_say, console))
     try:
         running = _Sweep(layers, tokenizer, rounds, loaded_tasks, settings, console)
@@ -134,7 +135,7 @@ def sweep(
                 if search:
                     running.search(search, results, progress, Path(out))
                 else:
-                    running.ask(rounds[0], results, progress)
+                    running.ask(rounds[0].configurations, results, progress)
             except KeyboardInterrupt as error:
                 raise RunStopped(
                     f"The sweep was stopped; what {out} holds is whole, go on with --resume.", 130
@@ -147,21 +148,20 @@ def sweep(
 
 def _chosen(
     configs: str | Path | Iterable[Any], layers: int, settings: SweepSettings
-) -> tuple[list[list[Configuration]], int, Greedy | None]:
+) -> tuple[list[Round], int, Search | None]:
     """(What is asked in each round, how many duplicates were merged, the search that chooses the rounds)."""
     ACTIONS[settings.action]
-    if configs == "greedy":
-        remove = layers // 2 if settings.remove is None else settings.remove
-        if not 1 <= remove <= layers:
-            raise CogsymError(
-                f"The search is to remove {remove} layers, expected 1 to {layers}; the model has {layers}."
-            )
-        search = Greedy(layers, remove, settings.action)
+    if isinstance(configs, str) and configs in SEARCHES:
+        search = SEARCHES[configs](SearchSettings(layers, settings.action, settings.remove, settings.width))
         return list(search.planned()), 0, search
-    if settings.remove is not None:
-        raise CogsymError(f"remove is {settings.remove} and only the search named greedy removes so many layers.")
+    for name, value in (("remove", settings.remove), ("width", settings.width)):
+        if value is not None:
+            raise CogsymError(
+                f"{name} is {value} and only a search takes it; name one in the place of the configurations: "
+                f"{', '.join(SEARCHES)}."
+            )
     once, merged = distinct(configurations(configs, layers, settings.action))
-    return [once], merged, None
+    return [Round(once, 1)], merged, None
 
 
 class _Sweep:
@@ -171,7 +171,7 @@ class _Sweep:
         self,
         layers: LayerSource,
         tokenizer: Any,
-        rounds: Sequence[Sequence[Configuration]],
+        rounds: Sequence[Round],
         tasks: Sequence[Task],
         settings: SweepSettings,
         console: Console,
@@ -179,9 +179,9 @@ class _Sweep:
         self._layers, self._tokenizer, self._tasks, self._settings = layers, tokenizer, tasks, settings
         self._say, self._console = partial(_say, console), console
         self._streamed = isinstance(layers, StreamedLayers)
-        self._check_actions({action for chosen in rounds for c in chosen for action in c.actions})
+        self._check_actions({name for asked in rounds for c in asked.configurations for name in c.actions})
         self._engine, self._head = Engine(layers), SweepHead(layers.model)
-        self._tries = [Trie(chosen, self._engine.topology) for chosen in rounds]
+        self._rounds = [(Trie(asked.configurations, self._engine.topology), asked.times) for asked in rounds]
         self._sizes = TokenBytes.of(layers)
         self._budget = settings.memory_budget or free_memory(layers.device)
         config = layers.model.config.get_text_config()
@@ -224,41 +224,46 @@ class _Sweep:
 
     def describe(self, merged: int) -> None:
         """Print the plan, and how many duplicates were merged."""
-        counts = [trie.counts() for trie in self._tries]
+        counts = [(trie.counts(), times) for trie, times in self._rounds]
+        at_most = "at most " if any(times > 1 for _, times in counts) else ""
         rounds = f" in {len(counts):,} rounds" if len(counts) > 1 else ""
         duplicates = f", {counted(merged, 'duplicate')} merged" if merged else ""
-        self._say(f"{counted(sum(c.configurations for c in counts), 'configuration')}{rounds}{duplicates}")
+        number = counted(sum(c.configurations * times for c, times in counts), "configuration")
+        self._say(f"{at_most}{number}{rounds}{duplicates}")
         for note in (note for task in self._tasks for note in task.notes):
             self._say(note)
         if self._layers.reasons:
             self._say(f"layers run their own forward, a state at a time: {'; '.join(self._layers.reasons)}")
         self._say(
-            f"layer-forwards: {sum(c.layer_forwards for c in counts):,.0f}, where a loop over the kept layers needs "
-            f"{sum(c.kept_layers for c in counts):,.0f} and one that computes and discards "
-            f"{sum(c.all_layers for c in counts):,}; head-forwards: {sum(c.head_forwards for c in counts):,}"
+            f"layer-forwards: {at_most}{sum(c.layer_forwards * times for c, times in counts):,.0f}, where a loop over "
+            f"the kept layers needs {sum(c.kept_layers * times for c, times in counts):,.0f} and one that computes and "
+            f"discards {sum(c.all_layers * times for c, times in counts):,}; head-forwards: "
+            f"{at_most}{sum(c.head_forwards * times for c, times in counts):,}"
         )
-        costs, slots = PassMemory(self._sizes, self._tries[0]), schedule(self._tries[0], narrow=False).slots
-        pieces = [piece for documents in self._documents for piece in self._pieces(documents, costs)]
-        largest = max(map(costs.of, pieces)) / 2**20
+        first, _ = self._rounds[0]
+        memory, slots = PassMemory(self._sizes, first), schedule(first, narrow=False).slots
+        pieces = [piece for documents in self._documents for piece in self._pieces(documents, memory)]
+        largest = max(map(memory.of, pieces)) / 2**20
         self._say(
             f"{counted(sum(map(len, self._documents)), 'document')} in {counted(len(pieces), 'piece')}, at most "
             f"{counted(slots, 'live state')}, {largest:,.0f} MiB of {self._budget / 2**20:,.0f} MiB"
+            f"{' in the first round' if len(counts) > 1 else ''}"
         )
         if self._layers.reasons or self._streamed:
             return
-        first = next(self._layers.walk([(0, {"model"})]))["model"].block
-        assert first is not None
-        clock = DurationEstimate(first, self._head, self._layers)
-        seconds = sum(clock.seconds(trie, documents) for trie in self._tries for documents in self._documents)
+        block = next(self._layers.walk([(0, {"model"})]))["model"].block
+        assert block is not None
+        estimate = DurationEstimate(block, self._head, self._layers)
+        seconds = sum(times * estimate.seconds(t, docs) for t, times in self._rounds for docs in self._documents)
         self._say(f"about {seconds:,.0f} s")
 
     def progress(self) -> SweepProgress:
         """Of all rounds."""
-        progress = SweepProgress(self._console, len(self._tries) * sum(map(len, self._documents)))
+        progress = SweepProgress(self._console, len(self._rounds) * sum(map(len, self._documents)))
         self._engine.on_forwards = progress.forwards
         return progress
 
-    def search(self, search: Greedy, results: Results, progress: SweepProgress, out: Path) -> None:
+    def search(self, search: Search, results: Results, progress: SweepProgress, out: Path) -> None:
         """Ask what a search wants to know of the first metric of the first task."""
         task, metric = self._tasks[0].name, METRICS[self._tasks[0].metrics[0]]
 
@@ -266,10 +271,10 @@ class _Sweep:
             self.ask(chosen, results, progress)
             return values(out, task, metric.name)
 
-        def tell(layer: int, value: float) -> None:
-            self._say(f"layer {layer} goes: {metric.label} {value:.4g}")
+        def report(words: str, value: float) -> None:
+            self._say(f"{words}: {metric.label} {value:.4g}")
 
-        search.run(ask, metric.higher_is_better, tell)
+        search.run(ask, metric.higher_is_better, report)
 
     def ask(self, chosen: Sequence[Configuration], results: Results, progress: SweepProgress) -> None:
         """Ask everything about some configurations that is not in `results` yet."""
@@ -290,9 +295,9 @@ class _Sweep:
         self, task: Task, documents: list[TaskDocument], trie: Trie, results: Results, progress: SweepProgress
     ) -> None:
         """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved."""
-        costs, most = PassMemory(self._sizes, trie), len(documents)
+        memory, most = PassMemory(self._sizes, trie), len(documents)
         while documents:
-            piece = documents[: min(most, costs.piece(documents, self._budget, self._streamed))]
+            piece = documents[: min(most, memory.piece(documents, self._budget, self._streamed))]
             try:
                 rows = list(self._rows(task, piece, trie))
             except (RuntimeError, MemoryError) as error:
@@ -313,9 +318,9 @@ class _Sweep:
                     "configurations at a time and go on with --resume."
                 )
 
-    def _pieces(self, documents: list[TaskDocument], costs: PassMemory) -> Iterator[list[TaskDocument]]:
+    def _pieces(self, documents: list[TaskDocument], memory: PassMemory) -> Iterator[list[TaskDocument]]:
         while documents:
-            number = costs.piece(documents, self._budget, self._streamed)
+            number = memory.piece(documents, self._budget, self._streamed)
             yield documents[:number]
             documents = documents[number:]
 

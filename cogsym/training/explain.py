@@ -154,6 +154,8 @@ def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
         reasons.append(f"but the model's own attention: {foreign}")
     device = next(layer.parameters()).device
     attention, mlp = (OWN if isinstance(half, OwnHalf) else backend.choose(device) for half in block.halves)
+    if not (how.trained or how.frozen):
+        reasons.append("its projections are called as modules: it keeps what autograd keeps")
     again = "; checkpointed" if how.frozen else ""
     reasons += [f"{half.reason}{again}" for half in block.halves if half.reason]
     reasons += list(dict.fromkeys(_norm_reasons(block)))

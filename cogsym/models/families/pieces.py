@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from transformers.activations import ACT2FN
+
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.block import Block
 from cogsym.models.half import Half
@@ -19,14 +21,13 @@ from cogsym.models.projections import Projections
 from cogsym.ops import AttentionOptions
 from cogsym.ops.activation import Activation
 
-# What transformers calls the activations that have kernels.
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
+# The classes of transformers' activations that have kernels: a config may name another one than the module holds.
+ACTIVATIONS: dict[type, Activation] = {
+    type(ACT2FN["silu"]): "silu",
+    type(ACT2FN["gelu"]): "gelu",
+    type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh",
+    type(ACT2FN["relu"]): "relu",
+    type(ACT2FN["relu2"]): "relu2",
 }
 
 HALVES = Rotary()  # a column of the first half turns with one of the second, as Llama's
@@ -156,10 +157,10 @@ def mlp(
         residual_scale: factor of what is added.
     """
     module, config = layer.mlp, layer.self_attn.config
-    hidden_act = getattr(config, "hidden_activation", None) or config.hidden_act
-    kind, reason = ACTIVATIONS.get(hidden_act), other_class(layer, module, f"{prefix(layer)}MLP")
+    cls = type(getattr(module, activation, None))
+    kind, reason = ACTIVATIONS.get(cls), other_class(layer, module, f"{prefix(layer)}MLP")
     if kind is None and nonlinearity is None:
-        reason = f"the activation {hidden_act!r} has no kernel"
+        reason = reason or f"the activation {cls.__name__} has no kernel"
     made = nonlinearity or (Gated if gated else Pointwise)(module, activation, kind or "silu")
     half = MlpHalf(
         owner=layer,

@@ -22,6 +22,7 @@ from cogsym.errors import CogsymError
 from cogsym.registry import unknown
 from cogsym.sweeps import user_files
 from cogsym.sweeps.layers.actions import ACTIONS, KEEP, SKIP
+from cogsym.sweeps.layers.search import SEARCHES
 
 Direction = Literal["none", "input", "output", "all", "both", "single", "block", "other"]
 
@@ -192,8 +193,13 @@ def configurations(what: str | Path | Iterable[Any], num_layers: int, action: st
             chosen.append(Configuration.of(num_layers, changes))
         elif entry in GENERATORS:
             chosen += GENERATORS[entry](num_layers, action)
+        elif isinstance(entry, str) and entry in SEARCHES:
+            raise CogsymError(
+                f"The search {entry} stands beside other configurations, expected it alone; run it apart."
+            )
         else:
-            raise unknown("set of configurations", entry, [*GENERATORS, "a .json or .yaml file with a list of them"])
+            known = [*GENERATORS, "a .json or .yaml file with a list of them", *SEARCHES]
+            raise unknown("set of configurations", entry, known)
     if not chosen:
         raise CogsymError("The list of configurations is empty, expected at least one; {} is the whole model.")
     return chosen

@@ -1,4 +1,4 @@
-"""Greedy search for layers that can go."""
+"""Searches for layers that can go, as sweeps."""
 
 from __future__ import annotations
 
@@ -43,6 +43,32 @@ def test_greedy_removes_what_is_missed_least(
     assert not asked(sweep, monkeypatch, "greedy", [task], settings=SweepSettings(remove=3), resume=True)
     fourth = asked(sweep, monkeypatch, "greedy", [task], settings=SweepSettings(remove=4), resume=True)
     assert {code for _, _, code in fourth} == {"ssss"}
+
+
+def test_beam_follows_the_best_two(
+    sweep: Callable[..., Any], tasks: Any, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choices of each round are those of plain models, and cost at most what the plan says."""
+    task = {**tasks[0], "metrics": ["bits_per_byte"], "limit": 3}
+    forwards: list[float] = []
+    progress = module.SweepProgress.forwards
+    monkeypatch.setattr(module.SweepProgress, "forwards", lambda s, n: (forwards.append(n), progress(s, n))[0])
+    told = sweep("beam", [task], settings=SweepSettings(remove=3, width=2))
+    said = sweep.said  # type: ignore[attr-defined]
+    assert "at most 15 configurations in 3 rounds" in said  # 1 + 4, then twice 3 and twice 2
+    assert sum(forwards) <= 10 + 2 * 5 + 2 * 2
+    assert "layer-forwards: at most 24," in said
+    beam: list[tuple[int, ...]] = [()]
+    for _ in range(3):
+        sets = {tuple(sorted((*gone, i))) for gone in beam for i in range(L) if i not in gone}
+        tried = {gone: Configuration.of(L, {"skip": gone}) for gone in sets}
+        sums: dict[str, Any] = {}
+        for (code, *_), measure in plain_rows(model_folder, list(tried.values()), [task]).items():
+            sums[code] = sums.get(code, 0) + np.array(measure.statistics)
+        beam = sorted(tried, key=lambda gone: sums[tried[gone].code][0] / sums[tried[gone].code][1])[:2]
+        assert f"best is {tried[beam[0]]}: bits per byte" in said
+        assert {c.code for c in tried.values()} <= set(told["configuration"])
+    assert not asked(sweep, monkeypatch, "beam", [task], settings=SweepSettings(remove=3, width=2), resume=True)
 
 
 def planned(said: str) -> float:
