@@ -85,7 +85,12 @@ class Watch:
     def __init__(self, layer: nn.Module) -> None:
         """Remember the layer as it is."""
         self._modules = list(layer.modules())
-        self._parameters = list(layer.parameters())  # held, so that no other takes their place in memory
+        attributes = [vars(module) for module in self._modules]
+        self._attributes = attributes
+        self._children = [d["_modules"] for d in attributes if d["_modules"]]
+        self._owned = [d["_parameters"] for d in attributes if d["_parameters"]]
+        self._hooks = [d[name] for d in attributes for name in HOOKS]
+        self._parameters = list(layer.parameters())  # held, so that no other takes the place of one in memory
         self._state = self._read()
 
     def changed(self) -> bool:
@@ -93,16 +98,17 @@ class Watch:
         return self._read() != self._state
 
     def _read(self) -> list[Any]:
-        state: list[Any] = []
-        for module in self._modules:
-            attributes = vars(module)
-            state.append(type(module).forward)
-            state.append(id(attributes.get("forward")))
-            state += map(id, attributes["_modules"].values())
-            for p in attributes["_parameters"].values():
+        classes = list(map(type, self._modules))
+        state: list[Any] = [cls.forward for cls in dict.fromkeys(classes)]
+        state += classes
+        state += [id(d.get("forward")) for d in self._attributes]
+        for children in self._children:
+            state += map(id, children.values())
+        for parameters in self._owned:
+            for p in parameters.values():
                 if p is not None:
                     state += (id(p), p.requires_grad)
-            for name in HOOKS:
-                if hooks := attributes[name]:
-                    state += hooks
+        if any(self._hooks):
+            for hooks in self._hooks:
+                state += hooks
         return state
