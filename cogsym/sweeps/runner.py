@@ -33,7 +33,8 @@ from cogsym.sweeps.layers.schedule import schedule
 from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
-from cogsym.sweeps.results.store import Results, Row, Side, check_started, summary, values
+from cogsym.sweeps.results.store import Results, Row, check_started, summary, values
+from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import METRICS
 from cogsym.sweeps.tasks.task import Task, load_task
 
@@ -266,11 +267,12 @@ class _Sweep:
 
     def search(self, search: Search, results: Results, progress: SweepProgress, out: Path) -> None:
         """Ask what a search wants to know of the first metric of the first task."""
-        task, metric = self._tasks[0].name, METRICS[self._tasks[0].metrics[0]]
+        task, name = self._tasks[0].name, self._tasks[0].metrics[0]
+        metric = METRICS[name]
 
         def ask(chosen: list[Configuration]) -> dict[str, float]:
             self.ask(chosen, results, progress)
-            return values(out, task, metric.name)
+            return values(out, task, name)
 
         def report(words: str, value: float) -> None:
             self._say(f"{words}: {metric.label} {value:.4g}")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sweeps.engine.test_generate import END, Numbers, chosen, prompts
 from tiny_models import VARIANTS, VOCABULARY, tiny_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from cogsym.errors import CogsymError
 from cogsym.sweeps.engine.forward import Engine
@@ -149,9 +149,9 @@ def test_shapes_of_a_base_in_memory() -> None:
         ResidentLayers(tiny_model("llama"), tiny_model("llama", num_hidden_layers=3))
     with pytest.raises(CogsymError, match=r"has shape \(56, 36\), expected \(52, 36\)"):
         ResidentLayers(tiny_model("llama"), tiny_model("llama", intermediate_size=56))
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9))
-    with pytest.raises(CogsymError, match="GPT2LMHeadModel has no decoder layers"):
-        ResidentLayers(gpt2)
+    config = BertConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=8, intermediate_size=8, vocab_size=9)
+    with pytest.raises(CogsymError, match="BertLMHeadModel has no decoder layers"):
+        ResidentLayers(BertLMHeadModel(config))
 
 
 def test_a_damaged_index_does_no_harm(tmp_path: Path) -> None:
