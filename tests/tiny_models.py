@@ -125,7 +125,7 @@ def exact_float64() -> Iterator[None]:
     def as_exact(x: torch.Tensor) -> torch.Tensor:
         return x if x.dtype == torch.float64 else single(x)
 
-    for family, _ in VARIANTS.values():
+    for family, _ in EVERY.values():
         getattr(transformers, f"{family}ForCausalLM")  # imports its file
     files = [m for name, m in sys.modules.items() if name.startswith("transformers.models.") and ".modeling_" in name]
     with pytest.MonkeyPatch.context() as patch:
