@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cogsym import ops
 from cogsym.models import Block
-from cogsym.models.attention import AttentionHalf
+from cogsym.models.attention import AttentionHalf, scaled
 from cogsym.models.calls import TokenCalls
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.prefixes import Batch, windowed
@@ -377,6 +377,8 @@ class _Decoder:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             store.k[here], store.v[here] = k[0], v[0]
+            if half.query_scale:
+                q = scaled(q, half.query_scale((keys.positions + step).to(q.device)))
             ranges = begins.to(q.device), ends.to(q.device)
             return ops.decode_attention(q[0], store.k, store.v, *ranges, half.in_ranges())[None]
 
