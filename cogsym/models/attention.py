@@ -219,6 +219,12 @@ class AttentionHalf(Half):
         """See `Half`."""
         return self.qkv, self.output
 
+    def operations(self) -> dict[str, dict[str, Any]]:
+        """See `Half`."""
+        it = self.options
+        facts = {"head_dim": self.head_dim, "window": it.window, "soft_cap": it.soft_cap}
+        return {"attention": facts} | ({"rotary": {}} if self.rotary else {})
+
     def bypassed(self) -> list[nn.Module]:
         """See `Half`."""
         return [self.module, *(norm.module for norm in (self.q_norm, self.k_norm) if norm)]
