@@ -7,6 +7,8 @@ tokens of the documents at hand, [N, D], in a slot of one buffer; several states
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from cogsym import ops
 from cogsym.errors import CogsymError
 from cogsym.models import Block
 from cogsym.models.attention import Attend, AttentionHalf
-from cogsym.models.calls import layer_calls
+from cogsym.models.calls import token_inputs
 from cogsym.sweeps.engine.fallback import FallbackRun
 from cogsym.sweeps.engine.prefixes import Batch, OnEnds
 from cogsym.sweeps.engine.weights import LayerSource
@@ -25,6 +27,8 @@ from cogsym.sweeps.layers.trie import Topology, Trie, Unit
 # Tokens, of all states together, that go through a layer at a time: enough for the products to run at full speed, few
 # enough for what lies between them to stay in cache.
 TOKENS_AT_ONCE = 4096
+# (tokens [N], positions [N]) -> as `token_inputs` of a model.
+Inputs = Callable[[Tensor, Tensor], tuple[Tensor, list[Any]]]
 # (unit, nodes, keys [states, N, KV, d], values): what an attention unit computed for all tokens of some states.
 OnKeys = Callable[[Unit, Sequence[int], Tensor, Tensor], None]
 
@@ -49,7 +53,9 @@ class Engine:
             return "whole"
         return "parallel" if self.layers.block.parallel else "sequential"
 
-    def run(self, trie: Trie, batch: Batch, on_ends: OnEnds, on_keys: OnKeys | None = None) -> None:
+    def run(
+        self, trie: Trie, batch: Batch, on_ends: OnEnds, on_keys: OnKeys | None = None, inputs: Inputs | None = None
+    ) -> None:
         """Compute every state of a trie for a batch.
 
         Args:
@@ -58,6 +64,7 @@ class Engine:
             on_ends: told the hidden states that configurations end with, before the final norm, as they come; they are
                 its own only until it returns.
             on_keys: told the keys and values of every unit that attends; not by layers that run their own forward.
+            inputs: what tokens come to the layers with; None asks the decoder.
 
         Raises:
             CogsymError: the trie is for layers of another topology.
@@ -71,14 +78,21 @@ class Engine:
             if trie.topology == "whole":
                 FallbackRun(self.layers, schedule(trie, narrow=False), batch, on_ends).run(self.on_forwards)
             else:
-                _Run(self.layers, schedule(trie, narrow=batch.narrow), batch, on_ends, on_keys).run(self.on_forwards)
+                order, ask = schedule(trie, narrow=batch.narrow), inputs or partial(token_inputs, self.layers.model)
+                _Run(self.layers, order, batch, on_ends, on_keys, ask).run(self.on_forwards)
 
 
 class _Run:
     """One pass on our blocks."""
 
     def __init__(
-        self, layers: LayerSource, schedule: Schedule, batch: Batch, on_ends: OnEnds, on_keys: OnKeys | None
+        self,
+        layers: LayerSource,
+        schedule: Schedule,
+        batch: Batch,
+        on_ends: OnEnds,
+        on_keys: OnKeys | None,
+        inputs: Inputs,
     ) -> None:
         self._layers, self._schedule, self._on_ends, self._on_keys = layers, schedule, on_ends, on_keys
         self._layout, device = batch.packed, layers.device
@@ -86,9 +100,8 @@ class _Run:
         self._scored = batch.places.to(device)
         self._starts = self._layout.starts[None].to(device)
         tokens, positions = self._layout.tokens.to(device), self._layout.positions.to(device)
-        # A token a row: no mask is needed where no layer looks at another token.
-        embedded, self._calls = layer_calls(layers.model, input_ids=tokens[:, None], position_ids=positions[:, None])
-        self._embedded = embedded[:, 0]
+        embedded, self._positions = inputs(tokens, positions)
+        self._embedded = embedded
         self._full = embedded.new_empty(schedule.slots, len(tokens), embedded.shape[-1])
         self._narrow = embedded.new_empty(schedule.narrow_slots, len(self._scored), embedded.shape[-1])
 
@@ -140,7 +153,7 @@ class _Run:
         """(cos, sin), [1, N, R / 2] each."""
         if half.rotary is None:
             return None, None
-        cos, sin = half.rotary.tables(self._calls[layer]["position_embeddings"])
+        cos, sin = half.rotary.tables(self._positions[layer])
         return cos[None, :, 0], sin[None, :, 0]
 
     def _attend(self, half: AttentionHalf, unit: Unit, nodes: tuple[int, ...], only_scored: bool) -> Attend:
