@@ -16,7 +16,7 @@ from torch import Tensor
 from cogsym import ops
 from cogsym.errors import CogsymError
 from cogsym.models import Block
-from cogsym.models.attention import Attend, AttentionHalf
+from cogsym.models.attention import Attend, AttentionHalf, scaled
 from cogsym.models.calls import token_inputs
 from cogsym.sweeps.engine.fallback import FallbackRun
 from cogsym.sweeps.engine.prefixes import Batch, OnEnds
@@ -95,11 +95,11 @@ class _Run:
         inputs: Inputs,
     ) -> None:
         self._layers, self._schedule, self._on_ends, self._on_keys = layers, schedule, on_ends, on_keys
-        self._layout, device = batch.packed, layers.device
+        self._packed, device = batch.packed, layers.device
         self._places = batch.places
         self._scored = batch.places.to(device)
-        self._starts = self._layout.starts[None].to(device)
-        tokens, positions = self._layout.tokens.to(device), self._layout.positions.to(device)
+        self._starts = self._packed.starts[None].to(device)
+        tokens, positions = self._packed.tokens.to(device), self._packed.positions.to(device)
         embedded, self._positions = inputs(tokens, positions)
         self._embedded = embedded
         self._full = embedded.new_empty(schedule.slots, len(tokens), embedded.shape[-1])
@@ -118,7 +118,7 @@ class _Run:
                 block = loaded[step.unit.weights].block
                 assert block is not None
                 self._apply(step, block)
-                self._tell(step)
+                self._hand_over(step)
                 on_forwards(step.unit.forwards * len(step.nodes))
 
     def _apply(self, step: Step, block: Block) -> None:
@@ -162,23 +162,26 @@ class _Run:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self._on_keys:
                 self._on_keys(unit, nodes, k, v)
+            if half.query_scale:
+                positions = self._packed.positions[self._places] if only_scored else self._packed.positions
+                q = scaled(q, half.query_scale(positions.to(q.device)))
             window = half.options.window
             if only_scored:
-                return attend_ranges(half, q, k, v, *self._layout.ranges_at(self._places, window))
+                return attend_ranges(half, q, k, v, *self._packed.ranges_at(self._places, window))
             if not _on_tiles(q):
                 everywhere = torch.arange(q.shape[1])
-                return attend_ranges(half, q, k, v, *self._layout.ranges_at(everywhere, window))
+                return attend_ranges(half, q, k, v, *self._packed.ranges_at(everywhere, window))
             roots = self._starts.shape[1]
             options = half.at(self._starts.expand(len(q), -1))
             o, _ = ops.attention(q[:, :roots], k[:, :roots], v[:, :roots], options)
             if roots == q.shape[1]:
                 return o
-            rest = attend_ranges(half, q[:, roots:], k, v, *self._layout.ranges(window))
+            rest = attend_ranges(half, q[:, roots:], k, v, *self._packed.ranges(window))
             return torch.cat([o, rest], dim=1)
 
         return attend
 
-    def _tell(self, step: Step) -> None:
+    def _hand_over(self, step: Step) -> None:
         buffer = self._narrow if step.narrow else self._full
         many = max(1, TOKENS_AT_ONCE // max(1, len(self._scored)))
         for i in range(0, len(step.ends), many):

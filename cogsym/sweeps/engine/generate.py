@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cogsym import ops
 from cogsym.models import Block
-from cogsym.models.attention import AttentionHalf
+from cogsym.models.attention import AttentionHalf, scaled
 from cogsym.models.calls import TokenInputs
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.prefixes import Batch, windowed
@@ -330,8 +330,8 @@ class _Decoder:
         nodes = torch.tensor([store.order[int(n)] for n in node_of[self._configuration[rows]]])
         chains = self._batch.packed.chains_at(places)
         chains[..., :2] += (nodes * self._tokens)[:, None, None]
-        own = len(store.order) * self._tokens + torch.from_numpy(store.regions[rows]) * self._max_new
-        written = torch.stack([own, own + step, self._batch.packed.positions[places] + 1], dim=-1)
+        begin = len(store.order) * self._tokens + torch.from_numpy(store.regions[rows]) * self._max_new
+        written = torch.stack([begin, begin + step, self._batch.packed.positions[places] + 1], dim=-1)
         begins, ends, first = (t.contiguous() for t in torch.cat([chains, written[:, None]], dim=1).unbind(-1))
         history = self._history[rows]
         return _Keys(histories.setdefault(history.tobytes(), self._index(history)), begins, ends, first)
@@ -377,10 +377,13 @@ class _Decoder:
             cos, sin = rotation[key]
         keys.ends[:, -1].add_(1)
         here = (keys.ends[:, -1] - 1).to(self._device)
-        begins, ends = windowed(keys.begins, keys.ends, keys.first, keys.first[:, -1] + step, half.options.window)
+        positions = keys.first[:, -1] + step
+        begins, ends = windowed(keys.begins, keys.ends, keys.first, positions, half.options.window)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             store.k[here], store.v[here] = k[0], v[0]
+            if half.query_scale:
+                q = scaled(q, half.query_scale(positions.to(q.device)))
             ranges = begins.to(q.device), ends.to(q.device)
             return ops.decode_attention(q[0], store.k, store.v, *ranges, half.in_ranges())[None]
 
