@@ -156,7 +156,8 @@ class LayerPlan:
                         f"Layers {first} and {i} of the model share weights, but the plan trains only layer "
                         f"{i if i in self.trained else first}; train both or neither."
                     )
-        modules = [("embeddings", nn.ModuleList([embeddings, *before_layers_of(model)]), self.embeddings)]
+        before: nn.Module = nn.ModuleList([embeddings, *before_layers_of(model)])
+        modules: list[tuple[str, nn.Module | None, bool]] = [("embeddings", before, self.embeddings)]
         modules += [(f"layer {i}", layer, i in self.trained) for i, layer in enumerate(layers)]
         modules += [("final norm", norm and norm[1], self.final_norm), ("head", head, self.head)]
         seen: set[int] = set()
