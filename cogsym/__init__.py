@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from cogsym.sweeps.layers.configurations import Configuration
     from cogsym.sweeps.runner import SweepSettings, sweep
     from cogsym.training.explain import explain
-    from cogsym.training.finetune import TrainResult, TrainSettings, train
+    from cogsym.training.finetune import TrainResult, train
     from cogsym.training.prepare import prepare, restore
+    from cogsym.training.settings import TrainSettings
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ _MODULES = {
     "LayerPlan": "cogsym.plan",
     "SweepSettings": "cogsym.sweeps.runner",
     "TrainResult": "cogsym.training.finetune",
-    "TrainSettings": "cogsym.training.finetune",
+    "TrainSettings": "cogsym.training.settings",
     "explain": "cogsym.training.explain",
     "prepare": "cogsym.training.prepare",
     "register_strategy": "cogsym.strategies",

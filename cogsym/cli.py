@@ -6,12 +6,13 @@ transformers are imported inside the commands, so that help appears at once.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -410,11 +411,15 @@ def main() -> None:
     try:
         app()
     except CogsymError as error:
-        print(f"cogsym: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        _end(str(error), error.exit_status)
     except KeyboardInterrupt:
-        print("cogsym: stopped at once; nothing after the last checkpoint was saved.", file=sys.stderr)
-        sys.exit(130)
+        _end("stopped at once; nothing after the last checkpoint was saved.", 130)
+
+
+def _end(sentence: str, status: int) -> NoReturn:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"cogsym: {sentence}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -133,8 +133,8 @@ class LayerPlan:
         """The parts of a Hugging Face decoder model in order, each trained or not by this plan.
 
         Raises:
-            CogsymError: the model has another number of layers; or the plan trains one of two parts that share weights,
-                such as a head tied to the embeddings.
+            CogsymError: the model has no decoder layers, or another number of them; or the plan trains one of two parts
+                that share weights, such as a head tied to the embeddings.
         """
         layers, norm = layers_of(model), final_norm_of(model)
         if len(layers) != self.num_layers:

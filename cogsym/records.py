@@ -1,15 +1,18 @@
-"""Files and folders that are whole whenever they are there, and what two records of a run differ in."""
+"""Files and folders that are whole whenever they are there, and locked for one writer; what two records differ in."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 TEMPORARY = ".tmp"  # the end of the name of what is not whole yet
 
@@ -55,8 +58,52 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what killed writes of `path` left behind."""
-    for left in path.parent.glob(f"{path.name}.????????{TEMPORARY}"):
-        _remove(left)
+    for left in path.parent.iterdir():
+        if is_leftover(left, path):
+            _remove(left)
+
+
+def is_leftover(left: Path, path: Path) -> bool:
+    """Whether a killed write of `path` may have left this behind."""
+    return re.fullmatch(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}", left.name) is not None
+
+
+class FolderLock:
+    """The right to write into a folder, which one process has at a time; a killed one loses it."""
+
+    def __init__(self, path: Path) -> None:
+        """Not locked yet.
+
+        Args:
+            path: the lock file, in the folder; it stays when the lock is released.
+        """
+        self._path, self._lock = path, FileLock(path)
+        self._file: tuple[int, int] | None = None
+
+    def acquire(self) -> None:
+        """Lock the folder.
+
+        Raises:
+            filelock.Timeout: another process, or another lock of this one, holds it.
+            OSError: the file cannot be made.
+        """
+        self._lock.acquire(timeout=0)
+        self._file = self._identity()
+
+    def held(self) -> bool:
+        """Whether the lock still guards the folder: not so once the folder was removed or replaced."""
+        return self._lock.is_locked and self._identity() == self._file
+
+    def release(self) -> None:
+        """Let another process lock it."""
+        self._lock.release()
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
 
 def reason(error: OSError) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import resource
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -172,6 +176,73 @@ def test_ctrl_c_then_resume_gives_the_same_weights(
     assert cogsym(*args(cut), "--resume").returncode == 0
     want, got = (load_file(out / "model" / "model.safetensors") for out in (whole, cut))
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def stopped(args: list[str | Path], written: Callable[[], bool], ending: str) -> tuple[int, str]:
+    """The exit status of a command and what it says when it is ended once something is written.
+
+    Ended by a signal of this name, or by its terminal that is closed.
+    """
+    terminal, end = os.openpty()
+    closing = ending == "terminal"
+    with subprocess.Popen(
+        command(*args), stdin=end, stderr=end if closing else subprocess.PIPE, text=True, cwd=FOLDER,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as running:  # fmt: skip
+        os.close(end)
+        while not written():
+            assert running.poll() is None
+            if select.select([terminal], [], [], 0.02)[0]:
+                os.read(terminal, 1 << 16)
+        if closing:
+            os.close(terminal)  # the system sends SIGHUP, and whatever is written now fails
+        else:
+            running.send_signal(signal.Signals[ending])
+        _, stderr = running.communicate(timeout=120)
+    if not closing:
+        os.close(terminal)
+    return running.returncode, stderr or ""
+
+
+@pytest.mark.parametrize("ending", ["SIGTERM", "terminal"])
+def test_ended_by_a_signal_then_resume_gives_the_same_weights(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path, ending: str
+) -> None:
+    def args(out: Path) -> list[str | Path]:
+        return ["train", model_folder, "--data", f"{text_file}#sw", "--out", out, "--steps", "60", *BIG]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    metrics = cut / "metrics.jsonl"
+    assert cogsym(*args(whole)).returncode == 0
+    status, stderr = stopped(args(cut), lambda: metrics.exists() and metrics.stat().st_size > 0, ending)
+    assert "Traceback" not in stderr
+    assert status == 128 + (signal.SIGHUP if ending == "terminal" else signal.SIGTERM), stderr
+    assert "and saved; the same command with --resume goes on from there." in stderr or ending == "terminal"
+    assert not (cut / "model").exists() and list((cut / "checkpoints").glob("*/complete"))
+    assert cogsym(*args(cut), "--resume").returncode == 0
+    want, got = (load_file(out / "model" / "model.safetensors") for out in (whole, cut))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.mark.parametrize("ending", ["SIGTERM", "terminal"])
+def test_a_sweep_ended_by_a_signal_goes_on(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path, ending: str
+) -> None:
+    out = tmp_path / "out"
+    task = f"text:{text_file}#sw"
+    args = ["sweep", model_folder, "--task", task, "--configs", "blocks", "--memory", "100kB", "--out", out]
+
+    def parts() -> set[Path]:
+        return set((out / "results").glob("part-*.parquet"))
+
+    status, stderr = stopped(args, lambda: bool(parts()), ending)
+    assert "Traceback" not in stderr
+    assert status == 128 + (signal.SIGHUP if ending == "terminal" else signal.SIGTERM), stderr
+    assert f"The sweep was stopped; what {out} holds is whole" in " ".join(stderr.split()) or ending == "terminal"
+    before = parts()
+    done = cogsym(*args, "--resume")
+    assert done.returncode == 0 and "11 configurations in" in done.stdout, done.stderr
+    assert before < parts()
 
 
 def test_a_disk_that_fills_up(cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path) -> None:

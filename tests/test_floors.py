@@ -34,6 +34,7 @@ FLOORS = {
     "cogsym.plotting": 1,
     "cogsym.records": 1,
     "cogsym.registry": 1,
+    "cogsym.signals": 1,
     "cogsym.strategies": 1,
 }
 APART = {"cogsym.training", "cogsym.sweeps"}

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_models import VOCABULARY as V
 from tiny_models import tiny_model
+from transformers import BloomConfig, BloomForCausalLM
 
 import cogsym
 from cogsym import CogsymError, LayerPlan, strategies
@@ -77,6 +79,15 @@ def test_parameter_counts(variant: str) -> None:
     trained = sum(p.numel() for i in (0, 3) for p in model.model.layers[i].parameters())
     assert sum(p.num_parameters for p in parts if p.trained) == trained
     assert f"trained: {trained:,} parameters" in plan.describe(model)
+
+
+def test_parts_of_a_model_that_calls_its_layers_otherwise() -> None:
+    config = BloomConfig(vocab_size=V, hidden_size=8, n_layer=3, n_head=2, tie_word_embeddings=False)
+    model = BloomForCausalLM(config)
+    parts = {part.name: part for part in LayerPlan.layers(3, [1], final_norm=True).parts(model)}
+    assert list(parts) == ["embeddings", "layer 0", "layer 1", "layer 2", "final norm", "head", "other"]
+    assert [name for name, part in parts.items() if part.trained] == ["layer 1", "final norm"]
+    assert parts["final norm"].parameters == (model.transformer.ln_f.weight, model.transformer.ln_f.bias)
 
 
 @pytest.mark.parametrize("fraction", [0, -0.25, 1.5, float("nan")])

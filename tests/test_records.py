@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 from pathlib import Path
 
 import pytest
 from children import in_child
+from filelock import Timeout
 
-from cogsym.records import TEMPORARY, differences, remove_leftovers, replacing, write_whole
+from cogsym.records import TEMPORARY, FolderLock, differences, remove_leftovers, replacing, write_whole
 
 
 def write_folder(folder: Path, text: str) -> None:
@@ -111,3 +113,26 @@ def test_differences_say_what_was_and_what_is() -> None:
     assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 2}}) == ""
     assert differences({"a": 1, "b": {"c": 2}}, {"a": 3, "b": {"c": 2, "d": 4}}) == "a 1 (now 3), d None (now 4)"
     assert differences({"data": [1]}, {"data": [2]}) == "other data"
+
+
+def test_a_lock_is_held_by_one_and_lost_with_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lock, other = FolderLock(folder / "it.lock"), FolderLock(folder / "it.lock")
+    assert not lock.held()
+    lock.acquire()
+    assert lock.held()
+    with pytest.raises(Timeout):
+        other.acquire()
+    shutil.rmtree(folder)
+    assert not lock.held()
+    folder.mkdir()
+    other.acquire()
+    assert other.held() and not lock.held()
+    lock.release()
+    assert other.held()
+    other.release()
+    assert not other.held()
+    lock.acquire()
+    assert lock.held()
+    lock.release()

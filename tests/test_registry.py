@@ -5,21 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from packages import install
 
 from cogsym.errors import CogsymError
 from cogsym.registry import Registry
 
 GROUP = "cogsym.fruits"
-
-
-def install(folder: Path, name: str, points: dict[str, str], source: str) -> None:
-    """A package as pip leaves it: a module, and the list of its entry points."""
-    (folder / f"{name}.py").write_text(source, "utf-8")
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", "utf-8")
-    lines = "".join(f"{point} = {value}\n" for point, value in points.items())
-    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{lines}", "utf-8")
 
 
 @pytest.fixture
@@ -68,8 +59,8 @@ def test_an_object_that_is_refused_is_not_there() -> None:
 
 
 def test_entry_points_are_imported_when_they_are_asked_for(site: Path) -> None:
-    install(site, "orchard_a", {"plum": "orchard_a:PLUM"}, "PLUM = 7\n")
-    install(site, "orchard_b", {"cherry": "orchard_b:CHERRY"}, "raise RuntimeError('no\\ncherries')\n")
+    install(site, "orchard_a", {GROUP: {"plum": "orchard_a:PLUM"}}, "PLUM = 7\n")
+    install(site, "orchard_b", {GROUP: {"cherry": "orchard_b:CHERRY"}}, "raise RuntimeError('no\\ncherries')\n")
     fruits = Registry[int]("fruit", GROUP)
     fruits.register("pear", 0)
     assert set(fruits) == {"pear", "plum", "cherry"} and next(iter(fruits)) == "pear"
@@ -83,7 +74,7 @@ def test_entry_points_are_imported_when_they_are_asked_for(site: Path) -> None:
 
 
 def test_a_package_may_not_take_a_name_that_there_is(site: Path) -> None:
-    install(site, "orchard_c", {"pear": "orchard_c:PEAR"}, "PEAR = 7\n")
+    install(site, "orchard_c", {GROUP: {"pear": "orchard_c:PEAR"}}, "PEAR = 7\n")
     fruits = Registry[int]("fruit", GROUP)
     fruits.register("pear", 0)
     assert fruits["pear"] == 0
@@ -92,7 +83,7 @@ def test_a_package_may_not_take_a_name_that_there_is(site: Path) -> None:
 
 
 def test_two_packages_may_not_have_the_same_name(site: Path) -> None:
-    install(site, "orchard_d", {"plum": "orchard_d:PLUM"}, "PLUM = 7\n")
-    install(site, "orchard_e", {"plum": "orchard_e:PLUM"}, "PLUM = 8\n")
+    install(site, "orchard_d", {GROUP: {"plum": "orchard_d:PLUM"}}, "PLUM = 7\n")
+    install(site, "orchard_e", {GROUP: {"plum": "orchard_e:PLUM"}}, "PLUM = 8\n")
     with pytest.raises(CogsymError, match="there is one of this name already"):
         Registry[int]("fruit", GROUP)["plum"]

@@ -11,6 +11,8 @@ import pytest
 import torch
 import transformers
 
+from cogsym.models import FAMILIES
+
 VOCABULARY = 61
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -33,7 +35,7 @@ _LLAMA3_ROPE = {
 _PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
-# name -> (what transformers calls the model, what the variant adds)
+# name -> (what transformers calls the model, what the variant adds): those that every test is about.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -68,11 +70,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+# Further families, for the tests that hold every family against transformers; one whose config adds nothing needs no
+# line.
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {}
+
+# The same, of models with a half, or a whole layer, that runs its own forward.
+PARTLY_OWN: dict[str, tuple[str, dict[str, Any]]] = {}
+
+
+def _plain_variants() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+    """Of the families that are registered and named above nowhere."""
+    named = {model for model, _ in (VARIANTS | FURTHER | PARTLY_OWN).values()}
+    known = FAMILIES
+    for path in known:
+        model = known[path].causal_lm.rpartition(".")[2].removesuffix("ForCausalLM")
+        if path.startswith("transformers.") and model not in named:
+            yield path.split(".")[2], (model, {})
+
+
+FURTHER |= dict(_plain_variants())
+EVERY = VARIANTS | FURTHER | PARTLY_OWN
+
 
 def tiny_model(variant: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A random model in evaluation mode, its norms and biases random too so that none can be forgotten."""
     torch.manual_seed(seed)
-    family, extra = VARIANTS[variant]
+    family, extra = EVERY[variant]
     config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")
     model = getattr(transformers, f"{family}ForCausalLM")(config(**{**_SHAPE, **extra, **changes}))
     for name, p in model.named_parameters():
@@ -102,6 +125,8 @@ def exact_float64() -> Iterator[None]:
     def as_exact(x: torch.Tensor) -> torch.Tensor:
         return x if x.dtype == torch.float64 else single(x)
 
+    for family, _ in VARIANTS.values():
+        getattr(transformers, f"{family}ForCausalLM")  # imports its file
     files = [m for name, m in sys.modules.items() if name.startswith("transformers.models.") and ".modeling_" in name]
     with pytest.MonkeyPatch.context() as patch:
         for file in (f for f in files if hasattr(f, "torch")):

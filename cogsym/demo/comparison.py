@@ -22,7 +22,9 @@ from cogsym.demo.tasks import OPTIONS, ROW, HeldOut, Scores, chrf_metric, held_o
 from cogsym.errors import CogsymError
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
-from cogsym.training.finetune import TrainResult, TrainSettings, train
+from cogsym.records import reason, write_whole
+from cogsym.training.finetune import TrainResult, train
+from cogsym.training.settings import TrainSettings
 
 STEPS = 600
 BATCH = 2  # rows a step
@@ -80,12 +82,12 @@ def run_demo(
         What `demo.json` holds.
 
     Raises:
-        CogsymError: `out` cannot be written.
+        CogsymError: `out` cannot be written, or holds files that no demo wrote.
         RunStopped: training was interrupted.
     """
     started = time.monotonic()
     console = console or Console()
-    _make_folder(out)
+    _make_folder(out, {"language": TAVOSI.name, "seed": seed, "steps": steps})
     with base_folder() as folder:
         tokenizer = load_tokenizer(folder)
         base = load_model(folder, torch.float32)
@@ -103,7 +105,7 @@ def run_demo(
         console.print("Which layers of the CogSym model understand, and which speak?")
         pictures = ablate(out / "cogsym" / "model", items, out / "sweep", console)
     report = _report(seed, steps, items, scores, results, base.num_parameters(), time.monotonic() - started)
-    (out / "demo.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(out, report)
     plot(report, LABELS, out / "demo.png", out / "demo.svg")
     console.rule("result")
     console.print(_table(report))
@@ -129,16 +131,22 @@ def conclusion(report: dict[str, Any]) -> str:
     )
 
 
-def _make_folder(out: Path) -> None:
+def _make_folder(out: Path, started: dict[str, Any]) -> None:
+    """Make a folder that is new, empty or an earlier demo's ready; demo.json says that it is a demo's."""
     try:
+        if out.is_dir() and any(out.iterdir()) and not (out / "demo.json").exists():
+            raise CogsymError(f"{out} holds files that no demo wrote; choose an empty or a new folder for --out.")
+        for name in (*(method.name for method in METHODS), "sweep"):
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
         out.mkdir(parents=True, exist_ok=True)
-        for method in METHODS:
-            if (out / method.name / "settings.json").exists():
-                shutil.rmtree(out / method.name)
-        if (out / "sweep" / "sweep.json").exists():
-            shutil.rmtree(out / "sweep")
+        _write(out, started)
     except OSError as error:
-        raise CogsymError(f"The folder {out} cannot be written ({error.strerror}); choose another one.") from error
+        raise CogsymError(f"The folder {out} cannot be written ({reason(error)}); choose another one.") from error
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    write_whole(out / "demo.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _introduce(console: Console, base: Any, documents: list[Document], items: HeldOut) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -167,11 +167,13 @@ class AttentionHalf(Half):
 
     def at(self, starts: Tensor | None) -> AttentionOptions:
         """The options for queries that see keys from `starts` on, int32 [B, T]; None for the first of all."""
-        return replace(self.options, starts=starts, sinks=self._sink_logits())
+        it = self.options
+        return AttentionOptions(it.scale, starts, it.window, it.soft_cap, self._sink_logits())
 
     def in_ranges(self) -> AttentionOptions:
         """The options for queries whose keys are given as ranges, the sliding window's ends among them."""
-        return replace(self.options, window=None, sinks=self._sink_logits())
+        it = self.options
+        return AttentionOptions(it.scale, soft_cap=it.soft_cap, sinks=self._sink_logits())
 
     def kept(self, dial: Dial) -> tuple[str, ...]:
         """See `Half`."""

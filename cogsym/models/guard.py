@@ -2,7 +2,8 @@
 
 Our operations stand in for modules of transformers whose arithmetic we know. A module computes what we think only if
 
-    its class is the one that its family has, and the class's forward is transformers' own (Liger and others replace it)
+    its class is the one that its family has, and the class's forward the one it was defined with (Liger and others
+        replace it)
     it has no forward of its own as an instance (accelerate's offloading, TRL and others set one)
     nothing waits on it: no forward or backward hook
     its weights are there: none on the meta device
@@ -16,6 +17,7 @@ of the layer as it was.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from cogsym.models.block import Block
 from cogsym.models.half import Half, OwnHalf
@@ -58,7 +61,7 @@ def why_own(module: Any, weights_follow: bool = False) -> str | None:
     if "forward" in vars(module):
         return f"another library has replaced the forward of {name}"
     if not is_native(type(module)):
-        return f"the forward of {name} is not the one that transformers defines"
+        return f"the forward of {name} is not the one that it was defined with"
     if hook_on(module):
         return f"a hook on {name} must fire"
     if not weights_follow and any(p.is_meta for p in module.parameters(recurse=False)):
@@ -67,16 +70,21 @@ def why_own(module: Any, weights_follow: bool = False) -> str | None:
 
 
 def is_native(cls: type) -> bool:
-    """Whether transformers or torch defines the class and its forward, decorators included."""
-    if not cls.__module__.startswith(("transformers.", "torch.")):
-        return False
+    """Whether a class's forward is the one it was defined with: decorators included, all of it lies in transformers,
+    in torch, or in the class's own file."""
+    own = getattr(sys.modules.get(cls.__module__), "__file__", None)
     function: Any = cls.forward  # type: ignore[attr-defined]
     while function is not None:
-        code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith(_LIBRARIES):
+        file = getattr(getattr(function, "__code__", None), "co_filename", "")
+        if file != own and not file.startswith(_LIBRARIES):
             return False
         function = getattr(function, "__wrapped__", None)
     return True
+
+
+def class_of(layer: nn.Module) -> type:
+    """The class of a layer as transformers made it: FSDP2 puts one of its own before it."""
+    return next(cls for cls in type(layer).__mro__ if not issubclass(cls, FSDPModule))
 
 
 class Watch:
@@ -98,7 +106,7 @@ class Watch:
         return self._read() != self._state
 
     def _read(self) -> list[Any]:
-        classes = list(map(type, self._modules))
+        classes: list[Any] = list(map(type, self._modules))
         state: list[Any] = [cls.forward for cls in dict.fromkeys(classes)]
         state += classes
         state += [id(d.get("forward")) for d in self._attributes]

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.models.loading import load_tokenizer
+from cogsym.signals import as_interrupts, exit_status
 from cogsym.sweeps.engine.budget import PassMemory, TokenBytes, free_memory
 from cogsym.sweeps.engine.duration import DurationEstimate
 from cogsym.sweeps.engine.fallback import generate_fallback
@@ -32,7 +33,8 @@ from cogsym.sweeps.layers.schedule import schedule
 from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
-from cogsym.sweeps.results.store import Results, Row, Side, check_started, summary, values
+from cogsym.sweeps.results.store import Results, Row, check_started, summary, values
+from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import METRICS
 from cogsym.sweeps.tasks.task import Task, load_task
 
@@ -130,7 +132,7 @@ def sweep(
         if dry_run:
             return None
         key = running.key(str(model) if isinstance(model, (str, Path)) else layers.model.config.name_or_path)
-        with Results.open(out, key, resume=resume) as results, running.progress() as progress:
+        with Results.open(out, key, resume=resume) as results, as_interrupts(), running.progress() as progress:
             try:
                 if search:
                     running.search(search, results, progress, Path(out))
@@ -138,7 +140,7 @@ def sweep(
                     running.ask(rounds[0].configurations, results, progress)
             except KeyboardInterrupt as error:
                 raise RunStopped(
-                    f"The sweep was stopped; what {out} holds is whole, go on with --resume.", 130
+                    f"The sweep was stopped; what {out} holds is whole, go on with --resume.", exit_status(error)
                 ) from error
     finally:
         if isinstance(layers, ResidentLayers):
@@ -265,11 +267,12 @@ class _Sweep:
 
     def search(self, search: Search, results: Results, progress: SweepProgress, out: Path) -> None:
         """Ask what a search wants to know of the first metric of the first task."""
-        task, metric = self._tasks[0].name, METRICS[self._tasks[0].metrics[0]]
+        task, name = self._tasks[0].name, self._tasks[0].metrics[0]
+        metric = METRICS[name]
 
         def ask(chosen: list[Configuration]) -> dict[str, float]:
             self.ask(chosen, results, progress)
-            return values(out, task, metric.name)
+            return values(out, task, name)
 
         def report(words: str, value: float) -> None:
             self._say(f"{words}: {metric.label} {value:.4g}")

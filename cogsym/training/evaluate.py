@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from cogsym import ops
 from cogsym.data import PackedDataset
 from cogsym.data.packing import IGNORE
-from cogsym.models import find_head
-from cogsym.models.head import Head
+from cogsym.models.head import Head, find_head
 
 
 def bits_per_byte(model: Any, dataset: PackedDataset, batch_size: int = 8) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cogsym.decoder import layers_of
 from cogsym.models import Block, UnknownLayerError, read_block
@@ -154,7 +155,8 @@ def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
         reasons.append(f"but the model's own attention: {foreign}")
     device = next(layer.parameters()).device
     attention, mlp = (OWN if isinstance(half, OwnHalf) else backend.choose(device) for half in block.halves)
-    if not (how.trained or how.frozen):
+    sharded = any(isinstance(p, DTensor) for p in layer.parameters())  # whole again while the layer runs
+    if not (how.trained or how.frozen or sharded):
         reasons.append("its projections are called as modules: it keeps what autograd keeps")
     again = "; checkpointed" if how.frozen else ""
     reasons += [f"{half.reason}{again}" for half in block.halves if half.reason]

@@ -10,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cogsym import CogsymError, RunStopped
 from cogsym.demo import comparison, language, semantics, tasks
 
 
@@ -72,6 +73,28 @@ def test_demo_replaces_an_earlier_one(demo: tuple[Path, dict[str, Any], str]) ->
     report = comparison.run_demo(out, seed=4, steps=1, count=4, console=Console(file=io.StringIO()))
     assert report["seed"] != before["seed"]
     assert json.loads((out / "demo.json").read_text("utf-8"))["seed"] == 4
+
+
+def test_demo_leaves_other_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a model that someone trained into a folder of the name that the demo's own has."""
+    (tmp_path / "cogsym").mkdir()
+    (tmp_path / "cogsym" / "settings.json").write_text("{}")
+    with pytest.raises(CogsymError, match="holds files that no demo wrote; choose an empty or a new folder"):
+        comparison.run_demo(tmp_path, steps=1, count=4, console=Console(file=io.StringIO()))
+    assert [p.name for p in tmp_path.rglob("*")] == ["cogsym", "settings.json"]
+
+
+def test_demo_replaces_one_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise RunStopped("stopped", 130)
+
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        patch.setattr(comparison, "ablate", stopped)
+        comparison.run_demo(tmp_path / "out", steps=1, count=4, console=Console(file=io.StringIO()))
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        patch.setattr(comparison, "train", stopped)  # it gets to where it trains
+        comparison.run_demo(tmp_path / "out", steps=1, count=4, console=Console(file=io.StringIO()))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["demo.json"]
 
 
 def test_training_and_test_share_no_meaning() -> None:

@@ -145,10 +145,10 @@ def test_frozen_layers_run_by_hand_or_explain_says_why_not(kind: str, results: A
         assert forwards == (0, 0, 0)
         assert all("layers 1-4: frozen, own forward (it was sharded before the model was" in text for text in told)
         return
-    alone = kind == "layers sharded"
+    alone = kind == "layers sharded"  # in float64 the logarithms of sums are float64 too: 6 heads of 8 bytes
     # Four forwards each; a run of four that keeps nothing computes three inputs again, and the first of each segment.
     assert forwards == (4, 4, 4 if alone else 8)
-    assert "layers 1-4: frozen, cpp, keeps all: 2,712 bytes a token, 0% repeated" in told[0]
+    assert "layers 1-4: frozen, cpp, keeps all: 2,736 bytes a token, 0% repeated" in told[0]
     assert "layers 1-4: frozen, cpp, keeps input: 288 bytes a token" in told[1]
     if alone:
         assert "layers 1-4: frozen, cpp, keeps input (not nothing: it is sharded by itself): 288 bytes" in told[2]

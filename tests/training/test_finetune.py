@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 import cogsym
 from cogsym import CogsymError, LayerPlan, RunStopped, TrainSettings
 from cogsym.data import Document, Source
-from cogsym.training.trainer import OuterTrainer, checkpoints
+from cogsym.training.run_folder import RunFolder
+from cogsym.training.trainer import OuterTrainer
 
 SETTINGS: dict[str, Any] = {
     "length": 64, "batch_size": 2, "steps": 8, "learning_rate": 1e-2, "dtype": "fp32", "save_every": 3, "log_every": 1,
@@ -47,13 +48,13 @@ def test_it_learns_and_writes_what_it_promises(whole: cogsym.TrainResult) -> Non
     assert whole.steps == 8
     out = whole.folder.parent
     assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoints", "loss.png", "metrics.jsonl", "model", "settings.json",
+        "checkpoints", "loss.png", "metrics.jsonl", "model", "settings.json", "train.lock",
     ]  # fmt: skip
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert lines == whole.history
-    assert [p.name for p in checkpoints(out / "checkpoints")] == ["checkpoint-6", "checkpoint-8"]
+    assert [p.name for p in RunFolder(out).complete_checkpoints()] == ["checkpoint-6", "checkpoint-8"]
 
 
 def test_plain_transformers_loads_the_result_and_only_the_outer_layers_moved(
@@ -139,7 +140,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
             run(model_folder, text_file, tmp_path / "out")
     assert stop.value.exit_status == 130
     assert signal.getsignal(signal.SIGINT) is before
-    assert [p.name for p in checkpoints(tmp_path / "out" / "checkpoints")] == ["checkpoint-2"]
+    assert [p.name for p in RunFolder(tmp_path / "out").complete_checkpoints()] == ["checkpoint-2"]
     resumed = run(model_folder, text_file, tmp_path / "out", resume=True)
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(resumed).items())
 
@@ -155,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(Trainer, "compute_loss", spoiled)
     with pytest.raises(RunStopped, match=r"loss became nan at step 5; the last good checkpoint is .*checkpoint-3\. "):
         run(model_folder, text_file, tmp_path / "out")
-    saved = load_file(checkpoints(tmp_path / "out" / "checkpoints")[-1] / "trained.safetensors")
+    saved = load_file(RunFolder(tmp_path / "out").complete_checkpoints()[-1] / "trained.safetensors")
     assert all(w.isfinite().all() for w in saved.values())
 
 

@@ -11,13 +11,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from cogsym.models.block import Block
-from cogsym.models.guard import guarded, is_native
+from cogsym.models.guard import class_of, guarded, is_native
 from cogsym.registry import Registry
 
 
@@ -92,18 +91,16 @@ def read_block(layer: nn.Module, weights_follow: bool = False) -> Block:
     Raises:
         UnknownLayerError: all of the layer must run its own forward, with the reason.
     """
-    _import_ours()
-    cls = type(layer)
+    cls = class_of(layer)
     if (path := _path(cls)) not in FAMILIES:
         raise UnknownLayerError(f"{cls.__qualname__} is not a decoder layer known to cogsym")
     if not is_native(cls):
-        raise UnknownLayerError(f"the forward of {cls.__qualname__} is not the one that transformers defines")
+        raise UnknownLayerError(f"the forward of {cls.__qualname__} is not the one that it was defined with")
     return guarded(FAMILIES[path].read(layer), weights_follow)
 
 
 def logits_of(model: nn.Module) -> Logits | None:
     """What a causal language model makes of its head's products; None where it is not a known one."""
-    _import_ours()
     path = _path(type(model))
     family = next((family for family in map(FAMILIES.__getitem__, FAMILIES) if family.causal_lm == path), None)
     return family.logits(model.config) if family and is_native(type(model)) else None
@@ -113,8 +110,5 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-@cache
-def _import_ours() -> None:
-    """Import the files of this folder, each of which registers its families."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")  # each registers its families

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms before and behind each half with 1 added to their weights, soft caps, norms of q and k."""
+"""Gemma: 1 added to the norms' weights; Gemma 2 and 3: norms behind each half too, soft caps, norms of q and k."""
 
 from __future__ import annotations
 
@@ -31,5 +31,6 @@ def _logits(config: Any) -> Logits:
     return Logits(soft_cap=config.final_logit_softcapping)
 
 
+register_family(f"{_MODELS}gemma.modeling_gemma.GemmaDecoderLayer", lambda layer: llama_like(layer, offset=1.0))
 register_family(f"{_MODELS}gemma2.modeling_gemma2.Gemma2DecoderLayer", _gemma2, logits=_logits)
 register_family(f"{_MODELS}gemma3.modeling_gemma3.Gemma3DecoderLayer", _gemma3, logits=_logits)

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.block import Block
+from cogsym.models.guard import class_of
 from cogsym.models.half import Half
 from cogsym.models.inputs import Rotary
 from cogsym.models.mlp import Gated, MlpHalf, Nonlinearity, Pointwise
@@ -222,12 +223,12 @@ def llama_like(
 
 def prefix(layer: Any) -> str:
     """What the names of a family's classes begin with."""
-    return type(layer).__name__.removesuffix("DecoderLayer")
+    return class_of(layer).__name__.removesuffix("DecoderLayer")
 
 
 def other_class(layer: Any, module: Any, name: str) -> str:
     """Why a module is not the class of that name beside the layer's (in torch.nn where there is no layer), or ""."""
-    expected = "torch.nn.modules" if layer is None else type(layer).__module__
+    expected = "torch.nn.modules" if layer is None else class_of(layer).__module__
     cls = type(module)
     if cls.__name__ == name and (cls.__module__ == expected or (layer is None and cls.__module__.startswith(expected))):
         return ""

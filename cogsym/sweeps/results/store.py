@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +19,11 @@ from cogsym.errors import CogsymError, RunStopped
 from cogsym.records import TEMPORARY, differences, reason, write_whole
 from cogsym.sweeps.layers.configurations import Configuration
 from cogsym.sweeps.results.bootstrap import paired_bootstrap
+from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Side = Literal["perception", "production"]
 
 _NAME = pa.dictionary(pa.int32(), pa.string())  # few distinct strings, each in thousands of rows
 _SCHEMA = pa.schema(

@@ -2,6 +2,9 @@
 
 A metric of a set of documents is a function of the sum of their statistics. So bits per byte weigh each document by its
 bytes, chrF++ and BLEU are the corpus scores that sacrebleu gives, and a bootstrap only adds rows of numbers up anew.
+
+Another package adds a metric for its kinds of tasks with `register_metric`, or with an entry point of the group
+"cogsym.metrics" (see `cogsym.registry`).
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
+from cogsym.registry import Registry
+
 Statistics = tuple[float, ...]
 _Combine = Callable[[np.ndarray], np.ndarray]
 
@@ -27,7 +32,6 @@ class Metric:
     """How the statistics of documents become one value.
 
     Attributes:
-        name: as in results.
         label: for an axis, with the unit.
         higher_is_better: whether it is.
         size: statistics a document, S.
@@ -35,15 +39,16 @@ class Metric:
             document's statistics it is that document's value.
         chance: sums of statistics [..., S] to what guessing gives [...]; None where guessing has no value.
         signature: sacrebleu's, to be quoted with the value; None for the others.
+        of_text: it judges what the model writes, not what it finds likely.
     """
 
-    name: str
     label: str
     higher_is_better: bool
     size: int
     combine: _Combine
     chance: _Combine | None = None
     signature: str | None = None
+    of_text: bool = False
 
 
 def chrf_statistics(output: str, reference: str) -> Statistics:
@@ -155,23 +160,30 @@ def _signature(scorer: Any) -> str:
 _CHRF = CHRF(word_order=2)
 _BLEU = BLEU()
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        # (1 where the right option is the likeliest, 1, 1 / options)
-        Metric("accuracy", "accuracy", True, 3, _ratio, chance=_guessing),
-        Metric("accuracy_per_byte", "accuracy by log-probability per byte", True, 3, _ratio, chance=_guessing),
-        # (log p of the right option - log p of the best wrong one, 1)
-        Metric("margin", "margin of the right option, nats", True, 2, _ratio),
-        # (log p, tokens) and (-log p, bytes)
-        Metric("log_likelihood", "log-likelihood, nats per token", True, 2, _ratio),
-        Metric("bits_per_byte", "bits per byte", False, 2, _bits_per_byte),
-        Metric("chrf++", "chrF++", True, 24, _chrf, signature=_signature(_CHRF)),
-        Metric("bleu", "BLEU", True, 10, _bleu, signature=_signature(_BLEU)),
-        # (1 where it is so, 1)
-        Metric("language", "share of outputs in the right language", True, 2, _ratio),
-        Metric("empty", "share of empty outputs", False, 2, _ratio),
-        Metric("repeated", "share of outputs that end in a loop", False, 2, _ratio),
-        Metric("cut", "share of outputs cut at the length limit", False, 2, _ratio),
-    )
-}
+METRICS = Registry[Metric]("metric", "cogsym.metrics")
+
+
+def register_metric(name: str, metric: Metric) -> None:
+    """Make a metric known under its name in results and in the settings of tasks.
+
+    Raises:
+        CogsymError: the name is another metric's.
+    """
+    METRICS.register(name, metric)
+
+
+# (1 where the right option is the likeliest, 1, 1 / options)
+register_metric("accuracy", Metric("accuracy", True, 3, _ratio, chance=_guessing))
+register_metric("accuracy_per_byte", Metric("accuracy by log-probability per byte", True, 3, _ratio, chance=_guessing))
+# (log p of the right option - log p of the best wrong one, 1)
+register_metric("margin", Metric("margin of the right option, nats", True, 2, _ratio))
+# (log p, tokens) and (-log p, bytes)
+register_metric("log_likelihood", Metric("log-likelihood, nats per token", True, 2, _ratio))
+register_metric("bits_per_byte", Metric("bits per byte", False, 2, _bits_per_byte))
+register_metric("chrf++", Metric("chrF++", True, 24, _chrf, signature=_signature(_CHRF), of_text=True))
+register_metric("bleu", Metric("BLEU", True, 10, _bleu, signature=_signature(_BLEU), of_text=True))
+# (1 where it is so, 1)
+register_metric("language", Metric("share of outputs in the right language", True, 2, _ratio, of_text=True))
+register_metric("empty", Metric("share of empty outputs", False, 2, _ratio, of_text=True))
+register_metric("repeated", Metric("share of outputs that end in a loop", False, 2, _ratio, of_text=True))
+register_metric("cut", Metric("share of outputs cut at the length limit", False, 2, _ratio, of_text=True))

@@ -1,4 +1,4 @@
-"""What a task is, as a user writes it: settings in a small file, checked here, and the rows of its data.
+"""What a task is, as a user writes it: settings in a small file, checked here.
 
 A task file is YAML or JSON, and a built-in task is one that comes with the package:
 
@@ -15,7 +15,7 @@ task, its data if it has none, and any setting that is to be another:
     xcopa-sw:sw.test.jsonl,limit=100
     my_task.yaml,shots=2,metrics=[bits_per_byte]
 
-The kinds, and what the model is asked:
+The kinds, and what the model is asked (`cogsym.sweeps.tasks.kinds` tells how another is added):
 
     text          How likely is the text? `template` is "{text}" unless given; data may be PATH#COLUMN.
     translation   How likely is the last column of the template after what stands before it, and what would the model
@@ -43,86 +43,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from cogsym.data import Source, read_records
-from cogsym.data.formats import Record
+from cogsym.data import Source
 from cogsym.errors import CogsymError
+from cogsym.registry import unknown
 from cogsym.sweeps import user_files
+from cogsym.sweeps.tasks.kinds import TASK_KINDS, Side, TaskKind
+from cogsym.sweeps.tasks.rows import WAYS
 
-GENERATION_METRICS = ("chrf++", "bleu", "language", "empty", "repeated", "cut")
-
-
-class _Kind(NamedTuple):
-    """What is a kind's own: its metrics, those it has unless told, its settings, and its side."""
-
-    metrics: tuple[str, ...]
-    default: tuple[str, ...]
-    settings: tuple[str, ...]
-    side: str  # "" where it must be said
-
-
-_LIKELIHOOD = ("bits_per_byte", "log_likelihood")
-_KINDS = {
-    "choice": _Kind(
-        ("accuracy", "accuracy_per_byte", "margin"),
-        ("accuracy", "margin"),
-        ("options", "label", "labels", "shots"),
-        "perception",
-    ),
-    "text": _Kind(_LIKELIHOOD, ("bits_per_byte",), (), "production"),
-    "translation": _Kind(
-        (*_LIKELIHOOD, *GENERATION_METRICS),
-        ("bits_per_byte", *GENERATION_METRICS),
-        ("output_language", "shots", "stops", "max_new_tokens"),
-        "",
-    ),
-}
-_SIDES = ("perception", "production")
-_WAYS = ("without_full_stop", "lower_first")
-OPTION = "option"  # stands in a template for each of the options
 _BUILTIN = {path.stem: path for path in sorted((Path(__file__).parent / "builtin").glob("*.yaml"))}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a task, as the head of this module tells.
-
-    Attributes:
-        data: column -> the file and column it is read from, or "" -> a file of all columns.
-    """
-
-    name: str
-    kind: str
-    data: Mapping[str, Source]
-    template: str = "{text}"
-    side: str = ""
-    language: str = "und"  # ISO 639: undetermined
-    output_language: str = ""
-    options: tuple[str, ...] = ()
-    label: str = "label"
-    labels: tuple[str, ...] = ()
-    write: Mapping[str, Any] = field(default_factory=dict)
-    metrics: tuple[str, ...] = ()
-    shots: int = 0
-    stops: tuple[str, ...] = ("\n",)
-    max_new_tokens: int = 128
-    limit: int | None = None
-    separator: str | None = None
-
-
-_NAMES = [f.name for f in fields(Settings)]
-_NUMBERS = {"shots": 0, "max_new_tokens": 1, "limit": 1}  # and the least of each
-_LISTS = ("options", "labels", "metrics", "stops")
+_SIDES = get_args(Side)
 _Given = dict[str, Any]
+_Type = Literal["text", "number", "texts", "columns", "data"]
 
 
-def load_settings(what: str | Path | Mapping[str, Any], separator: str | None = None) -> Settings:
-    """The settings of a task from what a user writes.
+def load_settings(what: str | Path | Mapping[str, Any], separator: str | None = None) -> tuple[TaskKind, list[str]]:
+    """(The settings of a task from what a user writes, sentences that the user should be told).
 
     Args:
         what: a task as the command line names it, or its settings, with paths relative to the working directory.
@@ -131,53 +73,52 @@ def load_settings(what: str | Path | Mapping[str, Any], separator: str | None = 
     Raises:
         CogsymError: an unknown task, setting, kind or metric, or a value that it cannot have.
     """
+    words: dict[str, str] = {}
     if isinstance(what, Mapping):
         given, folder = dict(what), Path()
     else:
-        given, folder = _named(str(what))
-    given.setdefault("name", "task")
-    if separator is not None:
-        given.setdefault("separator", separator)
-    where = f"task {given['name']}"
-    for name, value in given.items():
-        given[name] = _checked(name, value, where)
-    kind = given.get("kind")
-    if kind not in _KINDS:
-        raise CogsymError(f"The kind {kind!r} of {where} is unknown, expected one of {', '.join(_KINDS)}.")
-    for name in given:
-        owners = [other for other in _KINDS if name in _KINDS[other].settings]
-        if owners and kind not in owners:
-            raise CogsymError(f"The setting {name} of {where} is for the kind {' or '.join(owners)}, not for {kind}.")
-    given["data"], given["template"] = _data(given, folder, where)
-    given.setdefault("side", _KINDS[kind].side)
-    given["metrics"] = tuple(dict.fromkeys(given.get("metrics") or _KINDS[kind].default))
-    given["output_language"] = given.get("output_language") or given.get("language", Settings.language)
-    if kind == "choice":
-        given["labels"] = given.get("labels") or tuple(map(str, range(len(given.get("options", ())))))
-    settings = Settings(**given)
-    _check(settings, where)
-    return settings
+        given, words, folder = _named(str(what))
+    given = {"name": "task", "kind": None, "separator": separator} | given
+    task = f"task {words.get('name', given['name'])}"
+    kind = str(words.get("kind", given["kind"]))
+    if kind not in TASK_KINDS:
+        raise unknown("kind", words.get("kind", given["kind"]), TASK_KINDS, f" of {task}")
+    cls = TASK_KINDS[kind]
+    settings = {setting.name: setting for setting in fields(cls)}
+    for name in (*given, *words):
+        if name not in settings:
+            owners = [other for other in TASK_KINDS if name in {f.name for f in fields(TASK_KINDS[other])}]
+            if owners:
+                raise CogsymError(
+                    f"The setting {name} of {task} is for the kind {' or '.join(owners)}, not for {kind}."
+                )
+            raise unknown("setting", name, settings, f" of {task}")
+    types = {name: _type_of(name, hint) for name, hint in get_type_hints(cls).items() if name in settings}
+    given |= {name: _read_word(types[name], word) for name, word in words.items()}
+    given = {
+        name: _checked(settings[name], types[name], value, task) for name, value in given.items() if value is not None
+    }
+    given["data"], given["template"] = _data(given, cls, folder, task)
+    given.setdefault("side", cls.default_side)
+    given["metrics"] = tuple(dict.fromkeys(given.get("metrics") or cls.default_metrics))
+    return _fitting(cls(**given), task)
 
 
-def _named(text: str) -> tuple[_Given, Path]:
-    """The settings that "xcopa-sw:sw.test.jsonl,limit=100" and the like stand for, and the folder of their paths."""
+def _named(text: str) -> tuple[_Given, dict[str, str], Path]:
+    """What "xcopa-sw:sw.test.jsonl,limit=100" and the like stand for: the settings of the file, those of the command
+    line as words, and the folder of paths."""
     task, *changes = re.split(r",(?=\w+=)", text)
     word, data = (task, "") if Path(task).exists() else task.partition(":")[::2]
     path = _BUILTIN.get(word, Path(word).expanduser())
     if path.suffix not in user_files.SUFFIXES:
-        raise CogsymError(
-            f"The task {word!r} is unknown, expected one of {', '.join(_BUILTIN)}, or a file that ends in "
-            f"{', '.join(user_files.SUFFIXES)}."
-        )
+        raise unknown("task", word, [*_BUILTIN, f"a file that ends in {' or '.join(user_files.SUFFIXES)}"])
+    words = {name: value for name, _, value in (change.partition("=") for change in changes)}
+    data = words.setdefault("data", data)
+    if not data:
+        del words["data"]
     given = _read(path)
-    for change in changes:
-        name, _, value = change.partition("=")
-        given[name] = _typed(name, value)
-        data = value if name == "data" else data
-    if data:
-        given["data"] = data
     given.setdefault("name", path.stem + (f":{Path(data).name}" if data else ""))
-    return given, Path() if data else path.parent
+    return given, words, Path() if data else path.parent
 
 
 def _read(path: Path) -> _Given:
@@ -189,30 +130,38 @@ def _read(path: Path) -> _Given:
     return given
 
 
-def _typed(name: str, value: str) -> Any:
+def _type_of(name: str, hint: Any) -> _Type:
+    """What a user may write for a setting of this name and type."""
+    if name == "data":
+        return "data"
+    if int in (hint, *get_args(hint)):
+        return "number"
+    if str in (hint, *(get_args(hint) if isinstance(hint, UnionType) else ())):
+        return "text"
+    return "texts" if hint == tuple[str, ...] else "columns"
+
+
+def _read_word(sort: _Type, word: str) -> Any:
     """The value of a setting on the command line."""
-    if name not in _NUMBERS and name not in _LISTS and name != "write":
-        return value
+    if sort in ("text", "data"):
+        return word
     try:
-        read = yaml.safe_load(value)
+        read = yaml.safe_load(word)
     except yaml.YAMLError:
-        return value
-    return [read] if name in _LISTS and not isinstance(read, list) else read
+        return word
+    return [read] if sort == "texts" and not isinstance(read, list) else read
 
 
-def _checked(name: str, value: Any, where: str) -> Any:
+def _checked(setting: Field[Any], sort: _Type, value: Any, task: str) -> Any:
     """The value if it is of the type that the setting has."""
-    if name not in _NAMES:
-        raise CogsymError(f"The setting {name!r} of {where} is unknown, expected some of {', '.join(_NAMES)}.")
-    if name in _NUMBERS:
-        fits, expected = type(value) is int and value >= _NUMBERS[name], f"a whole number from {_NUMBERS[name]}"
-    elif name == "labels":
-        fits, expected = isinstance(value, list), "a list such as [0, 1]"
-        value = tuple(map(str, value)) if fits else value
-    elif name in _LISTS:
-        fits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-        value, expected = tuple(value) if fits else value, "a list of texts"
-    elif name == "write":
+    if sort == "number":
+        least = setting.metadata.get("least", 0)
+        fits, expected = type(value) is int and value >= least, f"a whole number from {least}"
+    elif sort == "texts":
+        entries = object if setting.metadata.get("any") else str
+        fits = isinstance(value, list) and all(isinstance(entry, entries) for entry in value)
+        value, expected = tuple(map(str, value)) if fits else value, "a list of texts"
+    elif sort == "columns":
         fits, expected = isinstance(value, dict), "columns, and how each is written"
         if fits:
             value = {
@@ -220,139 +169,50 @@ def _checked(name: str, value: Any, where: str) -> Any:
                 for column, way in value.items()
             }
     else:
-        fits = isinstance(value, str) or (name == "data" and isinstance(value, (Path, dict)))
+        fits = isinstance(value, str) or (sort == "data" and isinstance(value, (Path, dict)))
         expected = "a text; put it in quotes"
     if not fits:
-        raise CogsymError(f"The setting {name} of {where} is {value!r}, expected {expected}.")
+        raise CogsymError(f"The setting {setting.name} of {task} is {value!r}, expected {expected}.")
     return value
 
 
-def _data(given: _Given, folder: Path, where: str) -> tuple[dict[str, Source], str]:
+def _data(given: _Given, cls: type[TaskKind], folder: Path, task: str) -> tuple[dict[str, Source], str]:
     """(The files by column, the template)."""
-    data, template = given.get("data"), given.get("template", "")
+    data = given.get("data")
     if not data:
-        raise CogsymError(f"The {where} names no data; write the file after it, as in {given['name']}:FILE.")
+        raise CogsymError(f"The {task} names no data; write the file after it, as in {given['name']}:FILE.")
     parts = {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {"": str(data)}
     sources = {column: Source.parse(str(folder / Path(part).expanduser())) for column, part in parts.items()}
     for source in sources.values():
         if source.weight != 1:
-            raise CogsymError(f"The data of {where} have the weight {source.weight:g}, but a task reads them once.")
-    whole = sources.get("")
-    if given["kind"] == "text":
-        return sources, template or f"{{{whole.field if whole and whole.field else 'text'}}}"
-    if whole and whole.field:
+            raise CogsymError(f"The data of {task} have the weight {source.weight:g}, but a task reads them once.")
+    column = sources[""].field if "" in sources else None
+    template = given.get("template") or cls.default_template(column)
+    if column and not cls.default_template(column):
         raise CogsymError(
-            f"The data of {where} name the column {whole.field!r}, but the template names the columns of a "
-            f"{given['kind']}; write the file alone."
+            f"The data of {task} name the column {column!r}, but the template names the columns of a {given['kind']}; "
+            "write the file alone."
         )
     if not template:
-        raise CogsymError(f'The {where} has no template, such as "English: {{en}}\\nSwahili: {{sw}}".')
+        raise CogsymError(f'The {task} has no template, such as "English: {{en}}\\nSwahili: {{sw}}".')
     return sources, template
 
 
-def _check(settings: Settings, where: str) -> None:
-    if settings.side not in _SIDES:
-        raise CogsymError(f"The side {settings.side!r} of {where} is unknown, expected {' or '.join(_SIDES)}.")
-    known = _KINDS[settings.kind].metrics
-    for metric in settings.metrics:
-        if metric not in known:
+def _fitting(kind: TaskKind, task: str) -> tuple[TaskKind, list[str]]:
+    """The settings if they fit together."""
+    if kind.side not in _SIDES:
+        raise CogsymError(f"The side {kind.side!r} of {task} is unknown, expected {' or '.join(_SIDES)}.")
+    for metric in kind.metrics:
+        if metric not in kind.known_metrics:
+            raise unknown("metric", metric, kind.known_metrics, f" of {task} for the kind {kind.kind}")
+    kind, notes = kind.checked()
+    texts, _ = kind.columns()
+    for column, way in kind.write.items():
+        if column not in texts:
+            raise CogsymError(f"The {task} writes the column {column!r}, which none of its templates names.")
+        if way not in WAYS and not isinstance(way, dict):
             raise CogsymError(
-                f"The metric {metric!r} of {where} is unknown for the kind {settings.kind}, expected some of "
-                f"{', '.join(known)}."
-            )
-    columns = columns_of(settings)
-    placed = [column for _, column in pieces(settings.template)]
-    if settings.kind == "choice":
-        if placed.count(OPTION) != 1 or len(settings.options) < 2:
-            raise CogsymError(
-                f"The {where} is a choice, expected one {{option}} in its template and two options or more."
-            )
-        if len(settings.labels) != len(settings.options):
-            raise CogsymError(
-                f"The {where} has {len(settings.labels)} labels for {len(settings.options)} options, expected one each."
-            )
-    elif settings.kind == "translation" and len(columns) < 2:
-        raise CogsymError(
-            f"The template {settings.template!r} of {where} needs two columns, such as "
-            '"English: {en}\\nSwahili: {sw}".'
-        )
-    for column, way in settings.write.items():
-        if column not in columns:
-            raise CogsymError(f"The {where} writes the column {column!r}, which none of its templates names.")
-        if way not in _WAYS and not isinstance(way, dict):
-            raise CogsymError(
-                f"The column {column!r} of {where} is written {way!r}, expected {', '.join(_WAYS)} or a table such as "
+                f"The column {column!r} of {task} is written {way!r}, expected {', '.join(WAYS)} or a table such as "
                 "{cause: because}."
             )
-
-
-def pieces(template: str) -> list[tuple[str, str | None]]:
-    """A template as (literal, column that follows it, or None at the end); one without columns is a literal."""
-    return Source(Path("task"), template=template).pieces if "{" in template else [(template, None)]
-
-
-def fill(template: str, record: Mapping[str, str]) -> str:
-    """The template with the columns of a row in it."""
-    return "".join(literal + (record[column] if column is not None else "") for literal, column in pieces(template))
-
-
-def columns_of(settings: Settings) -> list[str]:
-    """The columns of text that the templates name, each once."""
-    named = [column for template in (settings.template, *settings.options) for _, column in pieces(template)]
-    return list(dict.fromkeys(column for column in named if column not in (None, OPTION)))
-
-
-def read_rows(settings: Settings) -> tuple[list[Record], int]:
-    """(The rows of the data, columns written as the settings say; how many with a blank column were left out).
-
-    Raises:
-        CogsymError: a file that cannot be read, a missing column, or files that do not correspond.
-    """
-    columns = columns_of(settings)
-    labels = [settings.label] if settings.kind == "choice" else []
-    if "" in settings.data:
-        path = settings.data[""].path
-        read = list(read_records(path, columns, labels))
-    else:
-        read = _joined(settings, [*columns, *labels])
-        path = next(iter(settings.data.values())).path
-    kept = [(where, record) for where, record in read if all(record[column].strip() for column in columns)]
-    if not kept:
-        raise CogsymError(f"{path} holds no document of the task {settings.name}, expected rows with text in them.")
-    ways = settings.write
-    return [
-        (where, {c: _written(v, ways.get(c), f"{path}, {where}: column {c!r}") for c, v in record.items()})
-        for where, record in kept
-    ], len(read) - len(kept)
-
-
-def _joined(settings: Settings, columns: list[str]) -> list[Record]:
-    """Rows of files that correspond line by line; a line that is blank in one of them is blank in the row."""
-    rows: dict[str, dict[str, str]] = {}
-    last = {}
-    for column in columns:
-        if column not in settings.data:
-            raise CogsymError(
-                f"The data of the task {settings.name} have no column {column!r}, only {', '.join(settings.data)}."
-            )
-        source = settings.data[column]
-        name = source.fields[0]
-        for where, record in read_records(source.path, [name]):
-            rows.setdefault(where, dict.fromkeys(columns, ""))[column] = record[name]
-            last[source.path] = where
-    if len(set(last.values())) > 1:
-        ends = " and ".join(f"{path} at {where}" for path, where in last.items())
-        raise CogsymError(f"The files of the task {settings.name} do not correspond line by line: they end, {ends}.")
-    return list(rows.items())
-
-
-def _written(value: Any, way: Any, where: str) -> Any:
-    if way == "without_full_stop":
-        return value.rstrip().removesuffix(".")
-    if way == "lower_first":
-        return value[:1].lower() + value[1:]
-    if isinstance(way, dict):
-        if value not in way:
-            raise CogsymError(f"{where} is {value!r}, expected one of {', '.join(way)}.")
-        return way[value]
-    return value
+    return kind, notes

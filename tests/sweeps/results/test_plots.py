@@ -17,7 +17,8 @@ from cogsym import cli
 from cogsym.errors import CogsymError
 from cogsym.sweeps.layers.configurations import Configuration, configurations, distinct
 from cogsym.sweeps.results.plots import figures, plot
-from cogsym.sweeps.results.store import Results, Row, Side, summary
+from cogsym.sweeps.results.store import Results, Row, summary
+from cogsym.sweeps.tasks.kinds import Side
 
 LAYERS = 6
 LONG = "a translation of parliament's proceedings, with a long name"

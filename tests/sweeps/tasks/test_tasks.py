@@ -162,7 +162,7 @@ def test_labels_are_read_from_every_format(xcopa, tmp_path):
     (tmp_path / "x.tsv").write_text("\n".join(lines) + "\n", "utf-8")
     for path in (xcopa, tmp_path / "x.parquet", tmp_path / "x.tsv"):
         task = load_task(f"xcopa-sw:{path}")
-        answers = [task.measure(TaskDocument(key, ()), scored(-1, -2))[0].value for key in task._items]
+        answers = [task.measure(TaskDocument(key, ()), scored(-1, -2))[0].value for key in task._questions]
         assert answers == [1, 0]
 
 
@@ -263,7 +263,7 @@ def test_a_file_s_data_are_beside_it(tokenizer, pairs, tmp_path, monkeypatch):
 
 def test_settings_on_the_command_line(pairs):
     line = rf"en-sw:{pairs},template=A, b: {{en}}\nC={{sw}},shots=1,language=no,metrics=[chrf++, cut],stops=END"
-    settings = load_task(line).settings
+    settings = load_task(line).kind
     assert settings.template == r"A, b: {en}\nC={sw}" and settings.shots == 1
     assert settings.language == settings.output_language == "no"
     assert settings.metrics == ("chrf++", "cut") and settings.stops == ("END",)
