@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogsym.decoder import decoder_of, layers_of
@@ -207,7 +208,7 @@ def _checkpointed(layer: Any) -> bool:
 
 def _run_own(layer: nn.Module, own: Any, x: Tensor, args: tuple[Any, ...], memory: Memory) -> Any:
     """The layer's own forward; a frozen layer's activations are computed again rather than kept."""
-    cached = own.keywords.get("past_key_values") is not None or own.keywords.get("layer_past") is not None
+    cached = any(isinstance(value, Cache) for value in (*args, *own.keywords.values()))
     trained = any(p.requires_grad for p in layer.parameters())
     if memory.keep == "all" or cached or not x.requires_grad or trained or _checkpointed(layer):
         return own(x, *args)
