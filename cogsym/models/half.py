@@ -167,6 +167,10 @@ class Half:
         """The linear maps that are computed here, in order."""
         return ()
 
+    def operations(self) -> dict[str, dict[str, Any]]:
+        """Names of the operations that f takes, with what decides where they run, as `cogsym.ops.route` has it."""
+        return {}
+
     def bypassed(self) -> list[nn.Module]:
         """Modules whose own forward f does not call, so that nothing that waits on it would fire."""
         return []
@@ -222,6 +226,10 @@ class OwnHalf(Half):
     def kept(self, dial: Dial) -> tuple[str, ...]:
         """See `Half`."""
         return (self.PROJECTED,) if self.output_norm and dial != "input" else ()
+
+    def on_own_forward(self, reason: str) -> OwnHalf:
+        """See `Half`: it is."""
+        return self
 
     def draws(self) -> bool:
         """Whether its forward draws at random in training, so that running it again gives something else."""

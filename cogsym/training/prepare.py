@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogsym.decoder import decoder_of, layers_of
@@ -111,7 +112,8 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
         attach(layer, layer_forward, known)
         how = known.read(layer)
         if how.block is not None and how.frozen:
-            memory.blocks[i] = how.block
+            if not how.block.dropout:
+                memory.blocks[i] = how.block
             for projections in how.block.projections():
                 projections.join()
     head = find_head(model)
@@ -167,7 +169,7 @@ def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
         return own(hidden_states, *args, **kwargs)
     how, x = known.read(layer), hidden_states
     block, inputs = how.block, LayerInputs(kwargs)
-    if block is None or args:
+    if block is None or args or (layer.training and block.dropout):
         return _run_own(layer, partial(own, **kwargs), x, args, known.memory)
     if _wants_attentions(block, kwargs) or not _has_tables(block, inputs):
         return own(x, **kwargs)
@@ -206,7 +208,7 @@ def _checkpointed(layer: Any) -> bool:
 
 def _run_own(layer: nn.Module, own: Any, x: Tensor, args: tuple[Any, ...], memory: Memory) -> Any:
     """The layer's own forward; a frozen layer's activations are computed again rather than kept."""
-    cached = own.keywords.get("past_key_values") is not None or own.keywords.get("layer_past") is not None
+    cached = any(isinstance(value, Cache) for value in (*args, *own.keywords.values()))
     trained = any(p.requires_grad for p in layer.parameters())
     if memory.keep == "all" or cached or not x.requires_grad or trained or _checkpointed(layer):
         return own(x, *args)

@@ -12,7 +12,8 @@ from tiny_models import batch, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import cogsym
-from cogsym import CogsymError, LayerPlan
+from cogsym import CogsymError, LayerPlan, ops
+from cogsym.ops import backend
 
 
 def loss_of(model: Any) -> torch.Tensor:
@@ -239,3 +240,52 @@ def test_attention_that_must_be_the_model_s_own_is_told(changes: dict[str, Any],
     assert layers[1].reason == f"{reason}; checkpointed"
     layers = cogsym.explain(cogsym.prepare(model, LayerPlan.outer(4), keep="all")).layers
     assert layers[1].reason == (reason if whole else f"{reason}; checkpointed")
+
+
+def test_explain_names_what_computes_and_why_nothing_faster_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    fast = "reference" if backend.unavailable("cpp") else "cpp"
+    report = cogsym.explain(model)
+    assert report.layers[1].path == fast and report.head == f"loss without logits, {fast}"
+    monkeypatch.setenv("COGSYM_BACKEND", "reference")
+    report = cogsym.explain(model)
+    assert report.layers[1].path == "reference"
+    if fast == "cpp":
+        assert "attention on reference: COGSYM_BACKEND is reference" in report.layers[1].reason
+        assert report.head == "loss without logits, reference (COGSYM_BACKEND is reference)"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cap", "backend_of_attention", "reason"),
+    [
+        (torch.bfloat16, None, "flash", ""),
+        (torch.float32, None, "reference", "flash"),
+        (torch.bfloat16, 30.0, "reference", "flash"),
+    ],
+)
+def test_explain_on_a_gpu_does_not_claim_a_kernel_that_is_not_taken(
+    dtype: torch.dtype, cap: float | None, backend_of_attention: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is needed to be told where tensors on one would go."""
+    variant = "gemma2" if cap else "llama"
+    changes = {"attn_logit_softcapping": cap} if cap else {}
+    model = tiny_model(variant, dtype, head_dim=16, **changes)
+    cogsym.prepare(model, LayerPlan.outer(4))
+    route = ops.route
+    monkeypatch.setattr(
+        ops, "route", lambda name, device, *args, **facts: route(name, torch.device("cuda"), *args, **facts)
+    )
+    report = cogsym.explain(model).layers[0]
+    assert report.attention == backend_of_attention
+    assert reason in report.reason and bool(reason) == ("attention on reference" in report.reason)
+
+
+def test_explain_says_how_the_head_runs() -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    assert cogsym.explain(model).head == "logits by its own forward (a hook on its head must fire)"
+    assert str(cogsym.explain(model)).splitlines()[-1] == f"head: {cogsym.explain(model).head}"
+    handle.remove()
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert cogsym.explain(model).head == "logits by its own forward (another library has replaced the model's forward)"
