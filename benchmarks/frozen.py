@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import cogsym
 from cogsym.bench import floor, machine, method
 from cogsym.bench.models import build
-from cogsym.training.frozen import run_frozen
+from cogsym.training.autograd import run_frozen
 
 LAYERS, TOKENS, ROUNDS = 4, 2048, 7
 CPU = torch.device("cpu")

@@ -90,7 +90,7 @@ def write_questions(file: Path) -> None:
 def run(folder: Path, questions: Path, out: Path, stream: bool) -> None:
     """One sweep, in this process; prints what it took."""
     import cogsym
-    from cogsym.sweeps import run as sweeping
+    from cogsym.sweeps import runner as sweeping
 
     seconds = []
     ask = sweeping._Sweep.ask
@@ -141,7 +141,7 @@ def main() -> None:
                 runs.append(in_process(folder, questions, Path(scratch) / f"{name}-{i}", name == "streamed"))
 
         from cogsym.bench import machine
-        from cogsym.sweeps.results import frame
+        from cogsym.sweeps.results.store import frame
 
         names = ["configuration", "document", "metric", "value"]
         one, other = (frame(Path(scratch) / f"{name}-0")[names] for name in told)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cogsym import SweepSettings, sweep
 from cogsym.bench import machine
-from cogsym.sweeps.plots import plot
+from cogsym.sweeps.results.plots import plot
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY = 120_000_000  # of states at a time, so that a piece takes about half a minute

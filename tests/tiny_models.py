@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers.loss.loss_utils import LOSS_MAPPING
-from transformers.models.gemma2 import modeling_gemma2
-from transformers.models.gemma3 import modeling_gemma3
-from transformers.models.granite import modeling_granite
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.olmo2 import modeling_olmo2
-from transformers.models.phi3 import modeling_phi3
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
-from transformers.models.smollm3 import modeling_smollm3
+
+from cogsym.models import FAMILIES
 
 VOCABULARY = 61
 _SHAPE: dict[str, Any] = {
@@ -42,8 +34,9 @@ _LLAMA3_ROPE = {
 }  # fmt: skip
 _PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_LLAMA4_ROPE = _YARN_ROPE | {"original_max_position_embeddings": 5, "llama_4_scaling_beta": 0.5}
 
-# name -> (what transformers calls the model, what the variant adds)
+# name -> (what transformers calls the model, what the variant adds): those that every test is about.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -78,12 +71,88 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+# Further families, for the tests that hold every family against transformers; one whose config adds nothing needs no
+# line.
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus-biases": ("Apertus", {"attention_bias": True}),
+    "arcee": ("Arcee", {"mlp_bias": True}),
+    "cohere": ("Cohere", {"logit_scale": 0.3, "attention_bias": True}),
+    "cohere2": ("Cohere2", {"logit_scale": 0.3, "sliding_window": 5, "layer_types": _SLIDING}),
+    "cwm": (
+        "Cwm",
+        {
+            "sliding_window": 5, "layer_types": _SLIDING, "rope_parameters": _LLAMA3_ROPE, "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "ernie4_5": ("Ernie4_5", {"use_bias": True}),
+    "exaone4": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "exaone4-windows": ("Exaone4", {"sliding_window": 5, "layer_types": _SLIDING}),
+    "glm": ("Glm", {"rope_parameters": _PARTIAL_ROPE}),
+    "glm4": ("Glm4", {"rope_parameters": _PARTIAL_ROPE}),
+    "helium": ("Helium", {"head_dim": 6, "mlp_bias": True}),
+    "hyperclovax": (
+        "HyperCLOVAX",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 0.6},
+    ),
+    "hyperclovax-norms-behind": ("HyperCLOVAX", {"use_post_norm": True, "residual_multiplier": 0.7}),
+    "ministral": ("Ministral", {"sliding_window": 5, "layer_types": _SLIDING}),
+    "ministral3": ("Ministral3", {"rope_parameters": _LLAMA4_ROPE}),
+    "nemotron": ("Nemotron", {"rope_parameters": _PARTIAL_ROPE, "mlp_bias": True}),
+    "olmo3": ("Olmo3", {"sliding_window": 5, "layer_types": _SLIDING}),
+    "phi": ("Phi", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE}),
+    "phi-qk-norm": ("Phi", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "qk_layernorm": True}),
+    "seed_oss": ("SeedOss", {"residual_dropout": 0.0, "attention_dropout": 0.0}),
+    "stablelm": ("StableLm", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "StableLm",
+        {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "use_parallel_residual": True},
+    ),
+    "starcoder2": ("Starcoder2", {"sliding_window": 5}),
+}  # fmt: skip
+
+# The same, of models with a half, or a whole layer, that runs its own forward.
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 12, "mlp_only_layers": [1], "experts_implementation": "eager",
+}  # fmt: skip
+_LINEAR: dict[str, Any] = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "full_attention"],
+}  # fmt: skip
+PARTLY_OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {**_EXPERTS, "sliding_window": 5}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {**_EXPERTS, "use_sliding_window": True, "sliding_window": 5, "layer_types": _SLIDING, "qkv_bias": True},
+    ),
+    "qwen3-moe": ("Qwen3Moe", {**_EXPERTS, "attention_bias": True}),
+    "gpt-oss": ("GptOss", {**_EXPERTS, "sliding_window": 5, "layer_types": _SLIDING}),
+    "qwen3-next": ("Qwen3Next", {**_EXPERTS, **_LINEAR}),
+    "qwen3.5": ("Qwen3_5", {**_LINEAR, "attention_bias": True}),
+    "qwen3.5-moe": ("Qwen3_5Moe", {**_EXPERTS, **_LINEAR}),
+}
+
+
+def _plain_variants() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+    """Of the families that are registered and named above nowhere."""
+    named = {model for model, _ in (VARIANTS | FURTHER | PARTLY_OWN).values()}
+    for path in FAMILIES:
+        model = FAMILIES[path].causal_lm.rpartition(".")[2].removesuffix("ForCausalLM")
+        if path.startswith("transformers.") and model not in named:
+            yield path.split(".")[2], (model, {})
+
+
+FURTHER |= dict(_plain_variants())
+EVERY = VARIANTS | FURTHER | PARTLY_OWN
+
 
 def tiny_model(variant: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A random model in evaluation mode, its norms and biases random too so that none can be forgotten."""
     torch.manual_seed(seed)
-    family, extra = VARIANTS[variant]
-    config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")
+    family, extra = EVERY[variant]
+    text = "Text" if family in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else ""
+    config = getattr(transformers, f"{family}{text}Config")
     model = getattr(transformers, f"{family}ForCausalLM")(config(**{**_SHAPE, **extra, **changes}))
     for name, p in model.named_parameters():
         if p.dim() == 1:
@@ -92,34 +161,33 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return model.to(dtype).eval()
 
 
-def _exact_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    gemma = not hasattr(self, "variance_epsilon")
-    weight, eps = (1 + self.weight, self.eps) if gemma else (self.weight, self.variance_epsilon)
-    return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
+class _Exact:
+    """torch, but that what modeling files call float32 is float64."""
 
+    float32 = torch.float64
 
-def _exact_loss(logits: torch.Tensor, labels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 @contextlib.contextmanager
 def exact_float64() -> Iterator[None]:
-    """transformers computes norms, eager softmax and the loss in float32 even in float64; inside, they are exact."""
-    softmax = torch.nn.functional.softmax
+    """transformers computes norms, eager softmax and the loss in float32 even in float64; inside, they are exact.
 
-    def exact_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return softmax(x, dim=dim, dtype=x.dtype if x.dtype == torch.float64 else dtype)
+    No class is touched, so that layers are known as ever.
+    """
+    single = torch.Tensor.float
 
-    modules = (
-        modeling_gemma2, modeling_gemma3, modeling_granite, modeling_llama, modeling_mistral, modeling_olmo2,
-        modeling_phi3, modeling_qwen2, modeling_qwen3, modeling_smollm3,
-    )  # fmt: skip
+    def as_exact(x: torch.Tensor) -> torch.Tensor:
+        return x if x.dtype == torch.float64 else single(x)
+
+    for family, _ in EVERY.values():
+        getattr(transformers, f"{family}ForCausalLM")  # imports its file
+    files = [m for name, m in sys.modules.items() if name.startswith("transformers.models.") and ".modeling_" in name]
     with pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            (norm,) = (value for name, value in vars(module).items() if name.endswith("RMSNorm"))
-            patch.setattr(norm, "forward", _exact_norm)
-        patch.setattr(torch.nn.functional, "softmax", exact_softmax)
-        patch.setitem(LOSS_MAPPING, "ForCausalLM", _exact_loss)
+        for file in (f for f in files if hasattr(f, "torch")):
+            patch.setattr(file, "torch", _Exact())
+        patch.setattr(torch.Tensor, "float", as_exact)
         yield
 
 

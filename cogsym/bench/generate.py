@@ -23,14 +23,14 @@ from cogsym.bench.method import Variant
 from cogsym.bench.models import build, shape_of
 from cogsym.bench.sampled import SAMPLE, Question, add_loops, shares, spaced
 from cogsym.models import read_block
-from cogsym.sweeps.choose import Stops
-from cogsym.sweeps.configs import Configuration, configurations, distinct
-from cogsym.sweeps.engine import Engine
-from cogsym.sweeps.generate import generate
-from cogsym.sweeps.heads import SweepHead
-from cogsym.sweeps.layers import ResidentLayers
-from cogsym.sweeps.requests import Generate
-from cogsym.sweeps.trie import Trie
+from cogsym.sweeps.engine.forward import Engine
+from cogsym.sweeps.engine.generate import generate
+from cogsym.sweeps.engine.requests import Generate
+from cogsym.sweeps.engine.sampling import Stops
+from cogsym.sweeps.engine.unembedding import SweepHead
+from cogsym.sweeps.engine.weights import ResidentLayers
+from cogsym.sweeps.layers.configurations import Configuration, configurations, distinct
+from cogsym.sweeps.layers.trie import Trie
 
 PROMPT_TOKENS = 40
 NEW_TOKENS = {False: 8, True: 16}  # by whether the run is full
@@ -66,11 +66,12 @@ def case(
     drawn = torch.randint(vocabulary, (prompts, PROMPT_TOKENS), generator=generator)
     requests = [Generate(tuple(row), new_tokens) for row in drawn.tolist()]
     own = ResidentLayers(probe.model)
-    engine, head, trie = Engine(own), SweepHead(probe.model), Trie(chosen)
+    engine, head = Engine(own), SweepHead(probe.model)
+    trie = Trie(chosen, engine.topology)
     stops = Stops(_Numbers(), [])
 
     def ours() -> list[list[list[int]]]:
-        answers = generate(engine, head, Trie(chosen), requests, stops)
+        answers = generate(engine, head, Trie(chosen, engine.topology), requests, stops)
         return [[[int(word) for word in written.text.split()] for written in row] for row in answers]
 
     sample = spaced(chosen, SAMPLE)

@@ -18,7 +18,7 @@ import cogsym
 from cogsym.bench.case import difference, dtype_name, one_line
 from cogsym.bench.models import build, shape_of
 from cogsym.bench.ops import LENGTH, OPERATIONS, Operation, forced_backend
-from cogsym.training.frozen import KEEPS
+from cogsym.training.autograd import KEEPS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALLOWED = 2.0  # times PyTorch's own error

@@ -18,6 +18,7 @@ from rich.table import Table
 from cogsym import plotting
 from cogsym.bench.case import OURS
 from cogsym.errors import CogsymError
+from cogsym.records import write_whole
 
 FORMAT = "cogsym bench 1"
 HEAD_WIDTH, LABEL_WIDTH = 8, 21  # on the screen: numbers are as wide, and so is the longest word of a label
@@ -26,9 +27,7 @@ HEAD_WIDTH, LABEL_WIDTH = 8, 21  # on the screen: numbers are as wide, and so is
 def write(result: dict[str, Any], path: Path) -> None:
     """The result file, whole or not at all."""
     try:
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        new.replace(path)
+        write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     except OSError as error:
         raise CogsymError(f"'{path}' cannot be written: {error.strerror}; choose another --out.") from None
 

@@ -13,7 +13,7 @@ from cogsym.bench.case import Case, Setting, one_line
 from cogsym.bench.competitor import Competitor, Turn
 from cogsym.bench.loops import LOOPS, Loop, Probe, Settings
 from cogsym.bench.method import Variant
-from cogsym.sweeps.configs import Configuration
+from cogsym.sweeps.layers.configurations import Configuration
 
 ATTENTIONS = ("sdpa", "eager")
 SAMPLE = 6  # configurations that a loop is timed on

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import signal
-import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from cogsym.data import PackedDataset
 from cogsym.errors import RunStopped
+from cogsym.records import reason, write_whole
+from cogsym.signals import handled
+from cogsym.training import checkpoint
 from cogsym.training.evaluate import bits_per_byte
+from cogsym.training.run_folder import RunFolder
 
-_TRAINED = "trained.safetensors"
-# Written last, so that a checkpoint cut short by a kill is not taken for a whole one.
-_COMPLETE = "complete"
 _LOGGED = ("loss", "grad_norm", "learning_rate")
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    found = [p.parent for p in folder.glob(f"checkpoint-*/{_COMPLETE}")]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 class OuterTrainer(Trainer):
@@ -47,9 +41,21 @@ class OuterTrainer(Trainer):
     args: Any
     eval_dataset: Any
 
-    def __init__(self, *args: Any, bf16: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, bf16: bool, folder: RunFolder, history: list[dict[str, float]], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._bf16 = bf16
+        self._bf16, self._folder, self._history = bf16, folder, history
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, but that would train a step more where the checkpoint is that of the last step."""
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / checkpoint.STATE))
+            if state.global_step >= state.max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Trainer's contexts, and autocast.
@@ -76,7 +82,7 @@ class OuterTrainer(Trainer):
             raise self._not_finite("norm of the gradient", float(norm))
 
     def _not_finite(self, what: str, value: float) -> RunStopped:
-        kept = checkpoints(Path(self.args.output_dir))
+        kept = self._folder.complete_checkpoints()
         saved = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         return RunStopped(
             f"The {what} became {value} at step {self.state.global_step + 1}; {saved}. Start again with a lower "
@@ -99,47 +105,65 @@ class OuterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the trained parameters: the frozen ones are in the base model already."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, folder / _TRAINED)
+        save_file(trained, Path(output_dir or self.args.output_dir) / checkpoint.TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / _TRAINED)
+        saved = load_file(Path(resume_from_checkpoint) / checkpoint.TRAINED)
         with torch.no_grad():
             for name, p in (model or self.model).named_parameters():
                 if p.requires_grad:
                     p.copy_(saved[name])
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        checkpoint.save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir) / checkpoint.OPTIMIZER)
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is not None:
+            checkpoint.load_optimizer(self.optimizer, self.lr_scheduler, Path(folder) / checkpoint.OPTIMIZER)
+
+    def _load_rng_state(self, folder: str | None) -> None:
+        if folder is not None:
+            checkpoint.load_random(Path(folder) / checkpoint.RANDOM)
+
+    def _load_scaler(self, folder: str | None) -> None:
+        """There is none; a scaler.pt that lies in the folder is not read."""
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        """Write what a run goes on from, and remove the checkpoints that are not needed any more."""
+        self._folder.check_held()
+        self.store_flos()
+        step = self.state.global_step
         try:
-            super()._save_checkpoint(model, trial)
-            (folder / _COMPLETE).touch()
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            shutil.rmtree(folder, ignore_errors=True)
-            kept = checkpoints(folder.parent)
+            with self._folder.new_checkpoint(step) as new:
+                self._save(str(new))
+                self._save_optimizer_and_scheduler(str(new))
+                checkpoint.save_random(new / checkpoint.RANDOM)
+                self.state.save_to_json(str(new / checkpoint.STATE))
+                _write_lines(new / checkpoint.METRICS, self._history)
+        except (OSError, SafetensorError) as error:
+            kept = self._folder.complete_checkpoints()
             saved = f"{kept[-1]} is intact; free some space and resume" if kept else "free some space and start again"
-            raise RunStopped(
-                f"The checkpoint at step {self.state.global_step} was not written ({error}); {saved}."
-            ) from error
+            raise RunStopped(f"The checkpoint at step {step} was not written ({error}); {saved}.") from error
 
 
 class RunCallback(TrainerCallback):
-    """Shows progress, writes `metrics.jsonl`, checks gradients, and turns Ctrl-C into a checkpoint and a clean end.
+    """Shows progress, writes `metrics.jsonl`, checks gradients, and turns a signal into a checkpoint and a clean end.
 
     Attributes:
-        interrupted: whether a signal ended the run.
+        stopped_by: the signal that ended the run, or None.
         seconds: time spent in optimizer steps, this run's part of them.
         history: the lines of `metrics.jsonl`, of earlier parts of the run too.
     """
 
-    def __init__(self, metrics: Path, console: Console) -> None:
+    def __init__(self, folder: RunFolder, resumed: Path | None, console: Console) -> None:
         self.trainer: OuterTrainer | None = None
-        self.interrupted = False
+        self.stopped_by: int | None = None
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
-        self._metrics, self._console = metrics, console
+        if resumed:
+            self.history = [json.loads(line) for line in (resumed / checkpoint.METRICS).read_text("utf-8").splitlines()]
+        self._folder, self._console = folder, console
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -150,27 +174,34 @@ class RunCallback(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
         )
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._running = contextlib.ExitStack()
         self._first_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop lines written after the checkpoint that the run goes on from, and start the clock."""
-        if self._metrics.exists():
-            lines = [json.loads(line) for line in self._metrics.read_text("utf-8").splitlines() if line.endswith("}")]
-            self.history = [line for line in lines if line["step"] <= state.global_step]
-        self._metrics.write_text("".join(json.dumps(line) + "\n" for line in self.history), "utf-8")
+        """Write the lines up to the checkpoint that the run goes on from, and start the clock."""
+        with self._writing_metrics():
+            _write_lines(self._folder.metrics, self.history)
         self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, detail="")
-        self._progress.start()
         self._first_step, self._tokens = state.global_step, state.num_input_tokens_seen
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._interrupt)
+        self._running.enter_context(handled(self._stop))
+        self._running.callback(self._shown, self._progress.stop)
+        self._shown(self._progress.start)
 
-    def _interrupt(self, number: int, frame: Any) -> None:
-        if self.interrupted:  # asked twice: at once
-            raise KeyboardInterrupt
-        self.interrupted = True
-        self._console.print("Stopping after this step; press Ctrl-C again to stop at once without saving.")
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.stopped_by is not None:
+            if number == signal.SIGINT:  # a second time: at once
+                raise KeyboardInterrupt
+            return  # a closing terminal sends SIGHUP more than once
+        self.stopped_by = number
+        self._say("Stopping after this step; press Ctrl-C again to stop at once without saving.")
+
+    def _say(self, line: str) -> None:
+        self._shown(self._console.print, line)
+
+    def _shown(self, show: Callable[..., Any], *args: Any) -> None:
+        """Show something, or go on without where the terminal is gone."""
+        with contextlib.suppress(OSError):
+            show(*args)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Look at the gradients."""
@@ -190,7 +221,7 @@ class RunCallback(TrainerCallback):
         )
         if state.global_step >= state.max_steps:
             control.should_log = True
-        if self.interrupted:
+        if self.stopped_by is not None:
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
@@ -204,10 +235,21 @@ class RunCallback(TrainerCallback):
         if self.seconds:
             line["tokens_per_second"] = round((state.num_input_tokens_seen - self._tokens) / self.seconds, 1)
         self.history.append(line)
-        with self._metrics.open("a", encoding="utf-8") as file:
+        with self._writing_metrics(), self._folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if not self._console.is_terminal:
-            self._console.print(self._describe(line, state))
+            self._say(self._describe(line, state))
+
+    @contextlib.contextmanager
+    def _writing_metrics(self) -> Iterator[None]:
+        self._folder.check_held()
+        try:
+            yield
+        except OSError as error:
+            raise RunStopped(
+                f"{self._folder.metrics} was not written ({reason(error)}); free some space and run again with "
+                "--resume, from the last checkpoint."
+            ) from error
 
     def _describe(self, line: dict[str, float], state: TrainerState) -> str:
         words = [f"step {state.global_step}/{state.max_steps}"]
@@ -226,6 +268,13 @@ class RunCallback(TrainerCallback):
 
     def close(self) -> None:
         """Give the terminal and the signals back."""
-        self._progress.stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._running.close()
+
+
+def _write_lines(path: Path, history: list[dict[str, float]]) -> None:
+    """Write a whole `metrics.jsonl`.
+
+    Raises:
+        OSError: it was not written; what was there is as it was.
+    """
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in history).encode())
