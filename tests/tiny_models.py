@@ -164,7 +164,7 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float32, seed: int = 0, 
 class _Exact:
     """torch, but that what modeling files call float32 is float64."""
 
-    float32 = torch.float64
+    float32 = float = torch.float64
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -176,18 +176,13 @@ def exact_float64() -> Iterator[None]:
 
     No class is touched, so that layers are known as ever.
     """
-    single = torch.Tensor.float
-
-    def as_exact(x: torch.Tensor) -> torch.Tensor:
-        return x if x.dtype == torch.float64 else single(x)
-
     for family, _ in EVERY.values():
         getattr(transformers, f"{family}ForCausalLM")  # imports its file
     files = [m for name, m in sys.modules.items() if name.startswith("transformers.models.") and ".modeling_" in name]
     with pytest.MonkeyPatch.context() as patch:
         for file in (f for f in files if hasattr(f, "torch")):
             patch.setattr(file, "torch", _Exact())
-        patch.setattr(torch.Tensor, "float", as_exact)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
 
 
