@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Cache
 
 from cogsym.decoder import decoder_of, layers_of
+from cogsym.errors import CogsymError
+
+_BESIDE = object()  # what a layer hands on beside the residual stream, where it is not computed
 
 
 def layer_calls(model: Any, **inputs: Any) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -25,13 +29,23 @@ def layer_calls(model: Any, **inputs: Any) -> tuple[Tensor, list[dict[str, Any]]
         inputs: for its decoder, such as input_ids and position_ids, [B, T] each.
 
     Returns:
-        The first layer's input, [B, T, D], and for each layer the keywords it was called with.
+        The first layer's input, [..., B, T, D], where Gemma 3n has several columns of the stream before the batch; and
+        for each layer the keywords it was called with.
+
+    Raises:
+        CogsymError: a layer reads what one before it made beside the stream.
     """
-    decoder = decoder_of(model)
+    decoder, layers = decoder_of(model), layers_of(model)
     embedded: list[Tensor] = []
     calls: list[dict[str, Any]] = []
-    with _forwards(layers_of(model), lambda layer: _recorder(layer, embedded, calls)):
+    with _forwards({layer: _recorder(layer, embedded, calls) for layer in layers}):
         decoder(**inputs, use_cache=False)
+    for name, value in (item for call in calls for item in call.items()):
+        if value is _BESIDE:
+            raise CogsymError(
+                f"The layers of {type(model).__name__} hand on {name} beside the residual stream, which a sweep does "
+                "not carry; sweep a model whose layers hand on the stream alone."
+            )
     return embedded[0], calls
 
 
@@ -116,40 +130,70 @@ def own_logits(model: Any, hidden: Tensor) -> Tensor:
 
     Args:
         model: the model.
-        hidden: [..., D].
+        hidden: [..., D], all columns of the stream beside each other.
 
     Returns:
         Its logits, [..., V].
     """
-    rows = hidden.reshape(-1, 1, hidden.shape[-1])
-    ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=hidden.device)
-    with _forwards(layers_of(model), lambda _: lambda *_, **__: _Outcome.of(rows)):
+    rows = hidden.reshape(-1, hidden.shape[-1])
+
+    def behind(embedded: Tensor, *_: Any, **__: Any) -> Tensor:
+        columns, width = embedded.shape[:-3], embedded.shape[-1]
+        return _Outcome.of(rows.view(-1, *columns, 1, width).movedim(0, -3))
+
+    ids = torch.zeros(len(rows), 1, dtype=torch.int64, device=hidden.device)
+    with _forwards(dict.fromkeys(layers_of(model), behind)):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.as_subclass(Tensor).reshape(*hidden.shape[:-1], -1)
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+@contextmanager
+def without_layers(model: Any, skipped: Collection[int]) -> Iterator[None]:
+    """Let some layers hand on the residual stream as it is, for as long as it lasts.
+
+    All others keep their places, and with them what the model gives each: masks, positions, inputs of its own. In a
+    cache of keys and values, whose length is read off one of the layers, a skipped one has as many as they have.
+    """
+    layers = layers_of(model)
+    with _forwards({layers[i]: functools.partial(_hand_on, i) for i in skipped}):
+        yield
+
+
+def _hand_on(index: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
+        nothing = x.new_zeros(x.shape[0], 1, x.shape[1], 1)
+        cache.update(nothing, nothing, index)
+    return _Outcome.of(x)
 
 
 class _Outcome(Tensor):
-    """A layer's outcome for decoders that take it as it is, and for those that take the first entry of a tuple."""
+    """A layer's outcome for decoders that take it as it is, the first entry of a tuple, or both of a pair."""
+
+    # What is computed from it is an ordinary tensor, of which an index takes a row.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(x: Tensor) -> _Outcome:
-        return x.as_subclass(_Outcome)
+    def of(x: Tensor) -> Tensor:
+        return x.as_subclass(_Outcome) if x.dim() == 3 else x  # several columns of the stream are never in a tuple
 
     def __getitem__(self, index: Any) -> Any:
         plain = self.as_subclass(Tensor)
         return plain if isinstance(index, int) and index == 0 else plain[index]
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.as_subclass(Tensor), _BESIDE))
+
 
 @contextmanager
-def _forwards(layers: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
-    """Layers with `forward(layer)` in the place of their own."""
-    before = [vars(layer).get("forward") for layer in layers]
+def _forwards(forwards: dict[nn.Module, Any]) -> Iterator[None]:
+    """Layers with other forwards in the place of their own."""
+    before = {layer: vars(layer).get("forward") for layer in forwards}
     try:
-        for layer in layers:
-            layer.__dict__["forward"] = forward(layer)
+        for layer, forward in forwards.items():
+            layer.__dict__["forward"] = forward
         yield
     finally:
-        for layer, own in zip(layers, before, strict=True):
+        for layer, own in before.items():
             if own is None:
                 layer.__dict__.pop("forward", None)
             else:
@@ -159,15 +203,15 @@ def _forwards(layers: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
 def _recorder(layer: Any, embedded: list[Tensor], calls: list[dict[str, Any]]) -> Any:
     signature = _signature(type(layer).forward)
 
-    def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        bound = signature.bind(layer, hidden_states, *args, **kwargs).arguments
-        named = {name: value for name, value in bound.items() if name not in ("self", "hidden_states")}
+    def record(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(layer, x, *args, **kwargs).arguments
+        named = dict(list(bound.items())[2:])  # without the layer and the stream
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 named |= named.pop(name, {})
-        embedded.append(hidden_states)
+        embedded.append(x)
         calls.append(named)
-        return _Outcome.of(hidden_states)
+        return _Outcome.of(x)
 
     return record
 
