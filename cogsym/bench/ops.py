@@ -105,7 +105,8 @@ def case(
     operation = make(shape, rows, dtype, device)
     truth, dout = operation.results(operation.ours)
     result = Case("ops", title, {}, unit=operation.unit, work=operation.work[direction])
-    result.facts = {"backend": backend.choose(device), "dtype": dtype_name(dtype)}
+    called = title.rpartition(": ")[2].partition(",")[0]
+    result.facts = {"backend": ops.route(called, device, dtype).backend, "dtype": dtype_name(dtype)}
     for label, (function, forced) in _candidates(operation, device).items():
         name = title.rpartition(": ")[2].partition(",")[0]
         logits = rows * shape.heads * LENGTH**2 * 4
@@ -137,7 +138,7 @@ def case(
 def _candidates(operation: Operation, device: torch.device) -> dict[str, tuple[Callable[..., Outputs], str | None]]:
     """(function, backend it is forced to), by label; ours first."""
     found: dict[str, tuple[Callable[..., Outputs], str | None]] = {OURS: (operation.ours, None)}
-    chosen = backend.choose(device)
+    chosen = "cpp" if device.type == "cpu" else "triton"
     for name in ("triton", "reference") if device.type == "cuda" else ("cpp", "reference"):
         if name != chosen and not backend.unavailable(name):
             found[f"{OURS}, {name}"] = (operation.ours, name)
