@@ -6,14 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    ModelOutput,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
 
 from cogsym import ops
 from cogsym.models.families import logits_of
 from cogsym.models.hooks import hook_on
 
 IGNORED = -100  # the label that transformers' losses leave out
-_OWN_WORDS = ("shift_labels", "logits_to_keep", "return_dict", "output_attentions", "output_hidden_states")
+_OWN_WORDS = (
+    "shift_labels", "logits_to_keep", "return_dict", "output_attentions", "output_hidden_states",
+    "output_router_logits",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +47,8 @@ class Head:
             return "its head has a bias"
         if "forward" in vars(head):
             return "another library has replaced the forward of its head"
+        if getattr(self.model.config, "output_router_logits", False):
+            return "its loss depends on what its routers say"
         if head.weight.is_meta:
             return "the weights of its head are not in memory"
         return "a hook on its head must fire" if hook_on(head) else None
@@ -48,7 +58,7 @@ class Head:
         plain = self.model.training and labels is not None and not any(kwargs.get(word) for word in _OWN_WORDS)
         return bool(plain and self.why_logits() is None)
 
-    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
+    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> ModelOutput:
         """The model's output with its loss and no logits.
 
         Args:
@@ -69,7 +79,8 @@ class Head:
         )
         if num_items_in_batch is not None:
             loss = loss / num_items_in_batch
-        return CausalLMOutputWithPast(
+        mixture = isinstance(outputs, MoeModelOutputWithPast)
+        return (MoeCausalLMOutputWithPast if mixture else CausalLMOutputWithPast)(
             loss=loss,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
