@@ -93,10 +93,13 @@ def explain(model: nn.Module) -> Explanation:
     record = record_of(model)
     plan = record.plan
     parts = {part.name: part for part in plan.parts(model)}
+    adapters = hasattr(model, "peft_config")
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
     summary = plan.describe(model)
-    if adapters := hasattr(model, "peft_config"):
-        counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
+    if adapters:
         summary = f"{plan}\ntrained: {counts[0]:,} adapter parameters of {counts[1]:,} ({counts[0] / counts[1]:.1%})"
+    elif any(p.requires_grad is not part.trained for part in parts.values() for p in part.parameters):
+        summary += f"\nchanged since: {counts[0]:,} of {counts[1]:,} parameters need a gradient now"
     reports: list[LayerReport] = []
     gradient_below = any(p.requires_grad for p in parts["embeddings"].parameters)
     for i, layer in enumerate(layers_of(model)):

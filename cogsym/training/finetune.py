@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,8 +154,8 @@ def _trained(
         highlight=False,
     )
 
-    checkpoint = next(reversed(folder.complete_checkpoints()), None)
-    callback = RunCallback(folder, console)
+    checkpoint = folder.checkpoint_to_resume(partial(console.print, highlight=False, markup=False, soft_wrap=True))
+    callback = RunCallback(folder, checkpoint, console)
     trainer = OuterTrainer(
         model=adapted,
         args=_arguments(folder.checkpoints, settings, bool(held_out), checkpoint is None),
@@ -163,6 +164,7 @@ def _trained(
         callbacks=[callback],
         bf16=settings.dtype == "bf16",
         folder=folder,
+        history=callback.history,
     )
     trainer.remove_callback(PrinterCallback)
     callback.trainer = trainer
@@ -211,7 +213,6 @@ def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bo
         eval_steps=settings.eval_every or 10**9,
         eval_on_start=evaluates and fresh,
         save_steps=settings.save_every,
-        save_total_limit=2,
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all",
