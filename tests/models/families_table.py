@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import test_block
+from own_models import MODELS
 from tiny_models import EVERY, tiny_model
 from training import test_frozen
 
@@ -27,6 +28,7 @@ FILE = Path(__file__).parents[2] / "docs" / "families.md"
 DIALS = test_frozen.KEEPS
 HEADER = ("model", "attention", "MLP", "loss without logits", "what runs its own forward", "logits", "loss", "trained",
           *DIALS, "transformers")  # fmt: skip
+OWN_MODELS = dict.fromkeys(family for family, _ in MODELS.values())
 ABOUT = f"""# Families
 
 Which decoder layers of transformers run on cogsym's operations, and the largest error of each in float64 against the
@@ -35,7 +37,9 @@ layers are trained and where the middle ones are frozen and keep {", ".join(DIAL
 (`cogsym.prepare(keep=...)`). Tiny random models; plain, padded on the left, on the right, and packed batches.
 
 A half that is not *fast* runs its module's own forward beside the other, checkpointed where it is frozen. Any other
-decoder of transformers runs its own forward altogether, layer by layer.
+decoder of transformers runs its own forward altogether, layer by layer: planned, trained and swept all the same. Tests
+hold these against transformers, gradients bit for bit: {", ".join(OWN_MODELS)}.
+In Gemma 3n and 4 a sweep skips a layer whose keys and values later ones take only together with those.
 
 `python tests/models/families_table.py` writes this file.
 """
