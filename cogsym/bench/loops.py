@@ -43,7 +43,7 @@ class Probe:
 
     Attributes:
         model: from transformers, in evaluation mode.
-        bridge: what TransformerLens made of it, kept from turn to turn.
+        bridge: what TransformerLens made of it, kept while others take their turns.
     """
 
     model: Any
@@ -53,7 +53,7 @@ class Probe:
 class Loop(Protocol):
     """A way to ask a model without some of its layers."""
 
-    def attend(self, implementation: str) -> None:
+    def use_attention(self, implementation: str) -> None:
         """Take this implementation of attention."""
 
     def skipping(self, configuration: Configuration) -> AbstractContextManager[None]:
@@ -72,7 +72,7 @@ class _Transformers:
     def __init__(self, model: Any, skipping: Callable[[Any, Configuration], AbstractContextManager[None]]) -> None:
         self._model, self._skipping = model, skipping
 
-    def attend(self, implementation: str) -> None:
+    def use_attention(self, implementation: str) -> None:
         self._model.set_attn_implementation(implementation)
 
     def skipping(self, configuration: Configuration) -> AbstractContextManager[None]:
@@ -105,7 +105,7 @@ class _TransformerLens:
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
 
-    def attend(self, implementation: str) -> None:
+    def use_attention(self, implementation: str) -> None:
         self._bridge.original_model.set_attn_implementation(implementation)
 
     def skipping(self, configuration: Configuration) -> AbstractContextManager[None]:
@@ -173,14 +173,14 @@ def hooked(model: Any, configuration: Configuration) -> Iterator[None]:
 
 def _transformers(skipping: Callable[..., AbstractContextManager[None]]) -> Callable[[Probe], Any]:
     @contextmanager
-    def turn(probe: Probe) -> Iterator[Loop]:
+    def applied(probe: Probe) -> Iterator[Loop]:
         before = probe.model.config._attn_implementation
         try:
             yield _Transformers(probe.model, skipping)
         finally:
             probe.model.set_attn_implementation(before)
 
-    return turn
+    return applied
 
 
 @contextmanager
@@ -212,7 +212,7 @@ def likelihoods(
     """The log-likelihood of each continuation, by right-padded batches of requests of like length."""
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
     result = [0.0] * len(requests)
-    loop.attend(settings.attention)
+    loop.use_attention(settings.attention)
     with loop.skipping(configuration):
         for begin in range(0, len(order), settings.batch):
             group = [requests[i] for i in order[begin : begin + settings.batch]]
@@ -237,7 +237,7 @@ def texts(
 ) -> list[list[int]]:
     """The tokens that follow each prompt; prompts and answers have one length."""
     result: list[list[int]] = []
-    loop.attend(settings.attention)
+    loop.use_attention(settings.attention)
     with loop.skipping(configuration):
         for begin in range(0, len(prompts), settings.batch):
             group = prompts[begin : begin + settings.batch]
