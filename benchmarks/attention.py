@@ -53,7 +53,7 @@ def with_repeated_keys(make: Callable[[], Workload]) -> Workload:
     return dataclasses.replace(workload, plain=workload.plain | {"PyTorch, keys repeated": repeated})
 
 
-STUDY = Study("attention", cases, ops.table)
+STUDY = Study("attention", cases, ops.table, models=("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.1-8B"))
 
 if __name__ == "__main__":
-    main(STUDY, __doc__, models=("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.1-8B"))
+    main(STUDY, __doc__)

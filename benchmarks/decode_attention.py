@@ -160,7 +160,7 @@ def workload(shape: Shape, dtype: torch.dtype, make: Callable[[], tuple[Ranges, 
     return Workload({"q": q, "k": k, "v": v}, ours, plain, (), "B", {"forward": size})
 
 
-STUDY = Study("decode_attention", cases, ops.table)
+STUDY = Study("decode_attention", cases, ops.table, models=("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.1-8B"))
 
 if __name__ == "__main__":
-    main(STUDY, __doc__, models=("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.1-8B"))
+    main(STUDY, __doc__)

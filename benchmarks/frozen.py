@@ -119,7 +119,9 @@ def draw(lines: list[Line], path: Path) -> None:
     plots.draw_time_and_bytes(shown or lines, path)
 
 
-STUDY = Study("frozen", cases, report.by_case(cells, "shape, rows x tokens", ALTERNATIVES), (draw,))
+STUDY = Study(
+    "frozen", cases, report.by_case(cells, "shape, rows x tokens", ALTERNATIVES), (draw,), models=tuple(LENGTHS)
+)
 
 if __name__ == "__main__":
-    main(STUDY, __doc__, models=tuple(LENGTHS))
+    main(STUDY, __doc__)

@@ -102,7 +102,7 @@ def blocks_floor(hidden: Tensor, weight: Tensor) -> Callable[[], object]:
     return blocks
 
 
-STUDY = Study("linear_cross_entropy", cases, ops.table)
+STUDY = Study("linear_cross_entropy", cases, ops.table, models=tuple(TOKENS))
 
 if __name__ == "__main__":
-    main(STUDY, __doc__, models=tuple(TOKENS))
+    main(STUDY, __doc__)

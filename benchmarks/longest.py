@@ -164,8 +164,11 @@ def table(lines: list[Line]) -> Table:
     return head, rows
 
 
-STUDY = Study("longest", cases, table)
+MODELS = sorted(
+    (name for name in SHAPES if name.startswith(("Llama", "Qwen"))),
+    key=lambda name: SHAPES[name].width * SHAPES[name].layers,
+)
+STUDY = Study("longest", cases, table, pictures=(), models=tuple(MODELS))
 
 if __name__ == "__main__":
-    named = [name for name in SHAPES if name.startswith(("Llama", "Qwen"))]
-    main(STUDY, __doc__, models=tuple(sorted(named, key=lambda name: SHAPES[name].width * SHAPES[name].layers)))
+    main(STUDY, __doc__)

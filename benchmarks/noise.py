@@ -119,7 +119,7 @@ def table(lines: list[Line]) -> report.Table:
     return ["ratio", *names], rows
 
 
-STUDY = study.Study("noise", cases, table, pictures=())
+STUDY = study.Study("noise", cases, table, pictures=(), models=suite.QUICK_MODELS)
 
 if __name__ == "__main__":
-    study.main(STUDY, __doc__, models=suite.QUICK_MODELS)
+    study.main(STUDY, __doc__)

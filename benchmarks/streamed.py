@@ -147,7 +147,7 @@ def table(lines: list[Line]) -> Table:
     return ["layers", "memory at its peak, all in all", "seconds", "with loading and hashing"], rows
 
 
-STUDY = Study("streamed", cases, table, pictures=())
+STUDY = Study("streamed", cases, table, pictures=(), models=("Qwen2.5-1.5B",))
 
 if __name__ == "__main__":
-    main(STUDY, __doc__, models=("Qwen2.5-1.5B",))
+    main(STUDY, __doc__)

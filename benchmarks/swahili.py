@@ -158,7 +158,7 @@ def chance(scores: dict[str, float]) -> str:
     return "(chance)" if abs(scores["accuracy"] - 0.5) < 2 * 0.5 / scores["questions"] ** 0.5 else ""
 
 
-STUDY = Study("swahili", cases, table, pictures=())
+STUDY = Study("swahili", cases, table, pictures=(), needs=("model", "data", "work"))
 
 if __name__ == "__main__":
-    main(STUDY, __doc__, needs=("model", "data", "work"))
+    main(STUDY, __doc__)

@@ -66,7 +66,7 @@ def table(lines: list[Line]) -> Table:
     return ["", *asked], rows
 
 
-STUDY = Study("swahili_sweep", cases, table, pictures=())
+STUDY = Study("swahili_sweep", cases, table, pictures=(), needs=("model", "data", "work"))
 
 if __name__ == "__main__":
-    main(STUDY, __doc__, needs=("model", "data", "work"))
+    main(STUDY, __doc__)

@@ -142,7 +142,7 @@ def table(lines: list[Line]) -> Table:
     return ["", "seconds a step", "tokens a second"], rows
 
 
-STUDY = Study("train_speed", cases, table)
+STUDY = Study("train_speed", cases, table, needs=("model", "data"))
 
 if __name__ == "__main__":
-    main(STUDY, __doc__, needs=("model", "data"))
+    main(STUDY, __doc__)

@@ -37,12 +37,17 @@ class Study:
         cases: what there is to measure in a setting, in the order of their turns.
         table: of some of its cases.
         pictures: each is given all cases and the result file's path, and draws beside it.
+        models: those of a full run of its script; the first is that of a quick one.
+        needs: which of "model", "data" and "work" its script must be given; a study that needs no work folder has one
+            for as long as it runs.
     """
 
     name: str
     cases: Callable[[Setting], list[CaseSpec]]
     table: Callable[[list[Line]], report.Table]
     pictures: tuple[Callable[[list[Line], Path], None], ...] = (draw_ratios,)
+    models: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 def run(
@@ -143,24 +148,19 @@ def measure_all(
     return lines()
 
 
-def main(
-    study: Study, description: str, *, models: tuple[str, ...] = (), needs: Sequence[str] = (), words: Any = None
-) -> None:
+def main(study: Study, description: str, words: Sequence[str] | None = None) -> None:
     """The command line of a script in `benchmarks/`.
 
     Args:
         study: what it runs.
         description: the script's docstring.
-        models: those of a full run; the first is that of a quick one.
-        needs: which of "model", "data" and "work" must be given; a study that needs no work folder has one for as long
-            as it runs.
         words: of the command line; None takes those of the process.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required="model" in needs, help="a named model or a folder")
-    if "data" in needs:
+    parser.add_argument("--model", required="model" in study.needs, help="a named model or a folder")
+    if "data" in study.needs:
         parser.add_argument("--data", type=Path, required=True, help="folder of texts")
-    if "work" in needs:
+    if "work" in study.needs:
         parser.add_argument("--work", type=Path, required=True, help="folder for what the study makes on its way")
     parser.add_argument("--case", default="", help="only cases whose names match, a regular expression")
     parser.add_argument("--quick", action="store_true", help=f"a quick look, about {QUICK_SECONDS:.0f} seconds")
@@ -171,7 +171,7 @@ def main(
     command += "".join(f" --{name} {Path(args[name]).name}" for name in ("model", "data", "work") if args.get(name))
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(
-            (args["model"],) if args["model"] else models[: 1 if args["quick"] else None],
+            (args["model"],) if args["model"] else study.models[: 1 if args["quick"] else None],
             torch.device("cpu"),
             full=not args["quick"],
             seconds=QUICK_SECONDS if args["quick"] else None,
