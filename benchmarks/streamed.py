@@ -2,10 +2,10 @@
 
     python benchmarks/streamed.py
 
-The model has Qwen2.5-1.5B's shape and random bfloat16 weights, written to a temporary folder layer by layer; the sweep
-asks two-way choices under every number of last layers skipped. Each sweep is a process of its own, which reports its
-seconds, with and without loading and hashing the weights, and its peak resident memory with everything in it, Python
-and its libraries too; the files stay in the page cache. Answers must be the same bit for bit.
+The model has Qwen2.5-1.5B's shape and random bfloat16 weights, written to a temporary folder; the sweep asks two-way
+choices under every number of last layers skipped. Each sweep is a process of its own, which reports its seconds, with
+and without loading and hashing the weights, and its peak resident memory with everything in it, Python and its
+libraries too; the files stay in the page cache. Answers must be the same bit for bit.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import init_empty_weights
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cogsym.bench import process
 from cogsym.bench.case import OURS, Case, CaseSpec, Line, Setting
 from cogsym.bench.method import Variant
-from cogsym.bench.models import Shape, shape_of
+from cogsym.bench.models import shape_of
 from cogsym.bench.report import Table
 from cogsym.bench.study import Study, main
 from cogsym.sweeps.results import frame
@@ -35,6 +32,14 @@ WORDS = "habari ya leo mtoto anasoma kitabu shuleni mama anapika chakula kizuri 
 QUESTIONS, CONTEXT_WORDS, OPTION_WORDS, ROUNDS = 20, 36, 8, 3
 CONFIGS, BUDGET = "output", 500 * 10**6
 STREAMED = f"{OURS}, streamed"
+WRITE_MODEL = """
+import torch
+from cogsym.bench.models import build
+
+model = build(name, None, torch.bfloat16, torch.device("cpu"))
+model.save_pretrained(folder, max_shard_size="200MB")
+print(model.num_parameters())
+"""
 SWEEP = """
 import resource, time
 import cogsym
@@ -56,34 +61,13 @@ print(json.dumps({"seconds": sum(asking), "seconds_in_all": whole, "peak_bytes":
 
 def cases(setting: Setting) -> list[CaseSpec]:
     rounds = ROUNDS if setting.full else 1
-    shapes = map(shape_of, setting.models)
-    return [CaseSpec(f"{shape.name}, bfloat16", partial(case, shape, setting.work), rounds) for shape in shapes]
+    return [
+        CaseSpec(f"{shape_of(model).name}, bfloat16", partial(case, model, setting.work), rounds)
+        for model in setting.models
+    ]
 
 
-def write_model(folder: Path, shape: Shape) -> int:
-    """Random weights, one layer in memory at a time; how many parameters they are."""
-    config = shape.config()
-    config.dtype, config.bos_token_id, config.eos_token_id = torch.bfloat16, 0, 0
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    shards: dict[str, list[str]] = {}
-    for name in shapes:
-        shards.setdefault(name.split(".")[2] if ".layers." in name else "rest", []).append(name)
-    generator, weight_map = torch.Generator().manual_seed(0), {}
-    for shard, names in shards.items():
-        file = f"model-{shard}.safetensors"
-        tensors = {n: torch.empty(shapes[n], dtype=torch.bfloat16).normal_(0, 0.02, generator=generator) for n in names}
-        for n in names:
-            if n.endswith("norm.weight"):
-                tensors[n].fill_(1.0)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
+def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -93,7 +77,6 @@ def write_model(folder: Path, shape: Shape) -> int:
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>").save_pretrained(folder)
-    return sum(shape.numel() for shape in shapes.values())
 
 
 def write_questions(file: Path) -> None:
@@ -109,10 +92,11 @@ def write_questions(file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
-def case(shape: Shape, work: Path) -> Case:
-    folder, questions = work / shape.name, work / "questions.jsonl"
-    folder.mkdir()
-    parameters = write_model(folder, shape)
+def case(model: str, work: Path) -> Case:
+    folder, questions = work / "model", work / "questions.jsonl"
+    # In a process of its own: a child's peak begins at what its parent has held.
+    parameters = int(process.run_python(WRITE_MODEL, name=model, folder=str(folder)))
+    write_tokenizer(folder)
     write_questions(questions)
     task = {
         "name": "choices", "kind": "choice", "data": str(questions), "template": "{question} {option}",

@@ -23,7 +23,7 @@ from cogsym.sweeps.requests import Generate, Score
 
 
 @dataclass(frozen=True)
-class Settings:
+class LoopOptions:
     """What a loop may choose.
 
     Attributes:
@@ -62,7 +62,7 @@ class Loop(Protocol):
     def logits(self, ids: Tensor, wanted: Tensor, all_logits: bool) -> Tensor:
         """Those after the `wanted` positions, [n, V], of right-padded ids, [B, T]."""
 
-    def write(self, ids: Tensor, number: int) -> Tensor:
+    def generate(self, ids: Tensor, number: int) -> Tensor:
         """The most likely `number` tokens one after the other, [B, number], behind prompts of one length, [B, T]."""
 
 
@@ -87,7 +87,7 @@ class _Transformers:
         logits: Tensor = self._model.lm_head(hidden[wanted])
         return logits
 
-    def write(self, ids: Tensor, number: int) -> Tensor:
+    def generate(self, ids: Tensor, number: int) -> Tensor:
         written: Tensor = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -129,7 +129,7 @@ class _TransformerLens:
         every: Tensor = self._bridge(ids)
         return every[wanted]
 
-    def write(self, ids: Tensor, number: int) -> Tensor:
+    def generate(self, ids: Tensor, number: int) -> Tensor:
         written: Tensor = self._bridge.generate(
             ids, max_new_tokens=number, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
         )
@@ -207,7 +207,7 @@ LOOPS: tuple[Competitor[Probe, Loop], ...] = (
 
 @torch.inference_mode()
 def likelihoods(
-    loop: Loop, configuration: Configuration, settings: Settings, requests: Sequence[Score], device: torch.device
+    loop: Loop, configuration: Configuration, settings: LoopOptions, requests: Sequence[Score], device: torch.device
 ) -> list[float]:
     """The log-likelihood of each continuation, by right-padded batches of requests of like length."""
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
@@ -233,7 +233,7 @@ def likelihoods(
 
 @torch.inference_mode()
 def texts(
-    loop: Loop, configuration: Configuration, settings: Settings, prompts: Sequence[Generate], device: torch.device
+    loop: Loop, configuration: Configuration, settings: LoopOptions, prompts: Sequence[Generate], device: torch.device
 ) -> list[list[int]]:
     """The tokens that follow each prompt; prompts and answers have one length."""
     result: list[list[int]] = []
@@ -242,5 +242,5 @@ def texts(
         for begin in range(0, len(prompts), settings.batch):
             group = prompts[begin : begin + settings.batch]
             ids = torch.tensor([prompt.tokens for prompt in group], device=device)
-            result += loop.write(ids, group[0].max_new_tokens).tolist()
+            result += loop.generate(ids, group[0].max_new_tokens).tolist()
     return result

@@ -15,7 +15,7 @@ import torch
 from cogsym.bench import report
 from cogsym.bench.case import OURS, Case, CaseSpec, Line, Setting
 from cogsym.bench.generate import draw_prompts, write_tokens
-from cogsym.bench.loops import LOOPS, Probe, Settings, texts
+from cogsym.bench.loops import LOOPS, LoopOptions, Probe, texts
 from cogsym.bench.method import LEAST_ROUNDS, Variant
 from cogsym.bench.models import SHAPES, build
 from cogsym.bench.operations import OPERATIONS, PLAIN, Workload
@@ -56,7 +56,9 @@ def step(setting: Setting) -> Case:
     engine, head = Engine(ResidentLayers(probe.model)), SweepHead(probe.model)
     whole = Configuration.of(SHAPES[TINY].layers, {})
     prompts = draw_prompts(ROWS, NEW_TOKENS, probe.model)
-    loop = partial(texts, configuration=whole, settings=Settings("sdpa", ROWS), prompts=prompts, device=setting.device)
+    loop = partial(
+        texts, configuration=whole, settings=LoopOptions("sdpa", ROWS), prompts=prompts, device=setting.device
+    )
     return Case(
         {
             OURS: Variant(partial(write_tokens, engine, head, [whole], prompts), scale=1 / NEW_TOKENS),

@@ -9,7 +9,7 @@ from typing import Any
 
 from cogsym.bench import method, report
 from cogsym.bench.case import Case, Line, Setting, error_line
-from cogsym.bench.loops import LOOPS, Loop, Probe, Settings
+from cogsym.bench.loops import LOOPS, Loop, LoopOptions, Probe
 from cogsym.sweeps.configs import Configuration
 
 ATTENTIONS = ("sdpa", "eager")
@@ -17,18 +17,18 @@ SAMPLE = 6  # configurations that a loop is timed on
 
 
 def tried_settings(
-    run: Callable[[Settings], object], requests: int, all_logits: Sequence[bool]
-) -> dict[Settings, float]:
+    run: Callable[[LoopOptions], object], requests: int, all_logits: Sequence[bool]
+) -> dict[LoopOptions, float]:
     """Seconds of settings that were tried, the fastest first; one choice is varied after the other.
 
     Args:
         run: what is timed.
         requests: how many there are to a batch at most.
-        all_logits: the ways of taking logits, as `Settings` has them.
+        all_logits: the ways of taking logits, as `LoopOptions` have them.
     """
     batches = [b for b in sorted({1, 4, 16, min(requests, 64)}) if b <= requests]
-    seconds: dict[Settings, float] = {}
-    best = Settings(ATTENTIONS[0], min(requests, 16))
+    seconds: dict[LoopOptions, float] = {}
+    best = LoopOptions(ATTENTIONS[0], min(requests, 16))
     run(best)
     for vary in (
         lambda now: [replace(now, attention=a, all_logits=way) for a in ATTENTIONS for way in all_logits],
@@ -78,7 +78,7 @@ class Question:
         sample: the configurations that are timed.
         configurations: how many there are in all.
         requests: of each of them.
-        all_logits: the ways of taking logits, as `Settings` has them.
+        all_logits: the ways of taking logits, as `LoopOptions` have them.
     """
 
     ask: Callable[..., Any]
@@ -90,7 +90,7 @@ class Question:
     requests: int
     all_logits: Sequence[bool]
 
-    def ask_sample(self, settings: Settings, loop: Loop) -> list[Any]:
+    def ask_sample(self, settings: LoopOptions, loop: Loop) -> list[Any]:
         """The answers for every configuration of the sample."""
         return [self.ask(loop, configuration, settings) for configuration in self.sample]
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogsym.bench import generate, sampled, sweep
 from cogsym.bench.case import OURS, Setting, measure
 from cogsym.bench.competitor import Competitor
-from cogsym.bench.loops import LOOPS, Loop, Probe, Settings, likelihoods, texts
+from cogsym.bench.loops import LOOPS, Loop, LoopOptions, Probe, likelihoods, texts
 from cogsym.bench.models import build, shape_of
 from cogsym.sweeps.configs import Configuration, configurations, distinct, grid
 from cogsym.sweeps.engine import Engine
@@ -77,7 +77,7 @@ def test_a_loop_leaves_no_trace(competitor: Competitor[Probe, Loop], batch: int,
 
     before, whole = state(), probe.model(torch.arange(9)[None], use_cache=False).logits
     with competitor.applied(probe) as loop:
-        settings = Settings("eager", batch, all_logits)
+        settings = LoopOptions("eager", batch, all_logits)
         likelihoods(loop, Configuration.of(4, {"skip": [0, 3]}), settings, asked, CPU)
     assert state() == before
     assert torch.equal(probe.model(torch.arange(9)[None], use_cache=False).logits, whole)
@@ -180,12 +180,12 @@ def test_the_sample_keeps_as_many_layers_as_all_do(number: int) -> None:
 def test_the_fastest_settings_come_first() -> None:
     import time
 
-    def run(settings: Settings) -> None:
+    def run(settings: LoopOptions) -> None:
         cost = (settings.attention == "sdpa") + (settings.batch != 4) + settings.all_logits
         time.sleep(0.02 * cost)
 
     tried = sampled.tried_settings(run, 8, (False, True))
-    assert next(iter(tried)) == Settings("eager", 4, False)
+    assert next(iter(tried)) == LoopOptions("eager", 4, False)
     assert {s.batch for s in tried} == {1, 4, 8} and len(tried) == 6
 
 
@@ -193,5 +193,5 @@ def test_what_is_written_ends_where_it_is_told() -> None:
     probe, asked = tiny(), [Generate((3, 4, 5), 6), Generate((9, 8, 7), 6)]
     for competitor in HERE:
         with competitor.applied(probe) as loop:
-            rows = texts(loop, Configuration.of(4, {"skip": [1]}), Settings("sdpa", 2), asked, CPU)
+            rows = texts(loop, Configuration.of(4, {"skip": [1]}), LoopOptions("sdpa", 2), asked, CPU)
         assert [len(row) for row in rows] == [6, 6]
