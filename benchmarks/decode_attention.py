@@ -29,7 +29,7 @@ from cogsym.bench.case import CaseSpec, Setting, dtype_name
 from cogsym.bench.models import Shape, shape_of
 from cogsym.bench.operations import Workload
 from cogsym.bench.study import Study, main
-from cogsym.ops import decode_attention
+from cogsym.ops import AttentionOptions, decode_attention
 
 half, single = torch.bfloat16, torch.float32
 DECODING = {  # by model: dtype, rows, prompts, keys of a prompt, most keys of a row's own
@@ -150,7 +150,7 @@ def workload(shape: Shape, dtype: torch.dtype, make: Callable[[], tuple[Ranges, 
     begins, ends = torch.tensor(ranges).unbind(-1)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        return (decode_attention(q, k, v, begins, ends, scale=D**-0.5),)
+        return (decode_attention(q, k, v, begins, ends, AttentionOptions(D**-0.5)),)
 
     plain = {
         label: lambda q, k, v, function=function: (function(q, k, v).view_as(q),)

@@ -26,7 +26,7 @@ from cogsym.bench.method import Variant
 from cogsym.bench.models import shape_of
 from cogsym.bench.report import Table
 from cogsym.bench.study import Study, main
-from cogsym.sweeps.results import frame
+from cogsym.sweeps.results.store import frame
 
 WORDS = "habari ya leo mtoto anasoma kitabu shuleni mama anapika chakula kizuri sana".split()
 QUESTIONS, CONTEXT_WORDS, OPTION_WORDS, ROUNDS = 20, 36, 8, 3
@@ -43,14 +43,14 @@ print(model.num_parameters())
 SWEEP = """
 import resource, time
 import cogsym
-from cogsym.sweeps import run
+from cogsym.sweeps import runner
 
-asking, ask = [], run._Sweep.ask
+asking, ask = [], runner._Sweep.ask
 def timed(*args):
     began = time.perf_counter()
     ask(*args)
     asking.append(time.perf_counter() - began)
-run._Sweep.ask = timed
+runner._Sweep.ask = timed
 began = time.perf_counter()
 cogsym.sweep(model, configs, [task], out, settings=cogsym.SweepSettings(stream=stream, memory_budget=budget))
 whole = time.perf_counter() - began

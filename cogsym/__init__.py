@@ -7,11 +7,13 @@ from cogsym.errors import CogsymError, RunStopped
 
 if TYPE_CHECKING:
     from cogsym.plan import LayerPlan
-    from cogsym.sweeps.configs import Configuration
-    from cogsym.sweeps.run import SweepSettings, sweep
+    from cogsym.strategies import register_strategy
+    from cogsym.sweeps.layers.configurations import Configuration
+    from cogsym.sweeps.runner import SweepSettings, sweep
     from cogsym.training.explain import explain
+    from cogsym.training.finetune import TrainResult, train
     from cogsym.training.prepare import prepare, restore
-    from cogsym.training.run import TrainResult, TrainSettings, train
+    from cogsym.training.settings import TrainSettings
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,7 @@ __all__ = [
     "TrainSettings",
     "explain",
     "prepare",
+    "register_strategy",
     "restore",
     "sweep",
     "train",
@@ -32,16 +35,17 @@ __all__ = [
 
 # Imported when they are first used: torch and transformers take seconds, for which `cogsym --help` should not wait.
 _MODULES = {
-    "Configuration": "cogsym.sweeps.configs",
+    "Configuration": "cogsym.sweeps.layers.configurations",
     "LayerPlan": "cogsym.plan",
-    "SweepSettings": "cogsym.sweeps.run",
-    "TrainResult": "cogsym.training.run",
-    "TrainSettings": "cogsym.training.run",
+    "SweepSettings": "cogsym.sweeps.runner",
+    "TrainResult": "cogsym.training.finetune",
+    "TrainSettings": "cogsym.training.settings",
     "explain": "cogsym.training.explain",
     "prepare": "cogsym.training.prepare",
+    "register_strategy": "cogsym.strategies",
     "restore": "cogsym.training.prepare",
-    "sweep": "cogsym.sweeps.run",
-    "train": "cogsym.training.run",
+    "sweep": "cogsym.sweeps.runner",
+    "train": "cogsym.training.finetune",
 }
 
 

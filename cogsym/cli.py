@@ -6,12 +6,13 @@ transformers are imported inside the commands, so that help appears at once.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -40,15 +41,6 @@ class Dtype(enum.StrEnum):
 
     bf16 = "bf16"
     fp32 = "fp32"
-
-
-class LayerAction(enum.StrEnum):
-    """What is done to a layer."""
-
-    skip = "skip"
-    skip_attention = "skip_attention"
-    skip_mlp = "skip_mlp"
-    revert = "revert"
 
 
 class Loss(enum.StrEnum):
@@ -94,9 +86,18 @@ def train(
         str | None,
         _option("The token between documents; the tokenizer's bos or eos where it is left out.", panel="Text"),
     ] = None,
-    fraction: Annotated[float, _option("Share of the layers to train, outermost first.", panel="Layers")] = 0.25,
+    fraction: Annotated[
+        float | None, _option("Share of the layers to train, outermost first; 0.25 by default.", panel="Layers")
+    ] = None,
     front: Annotated[int | None, _option("Train this many of the first layers.", panel="Layers")] = None,
     back: Annotated[int | None, _option("Train this many of the last layers.", panel="Layers")] = None,
+    layers: Annotated[
+        str | None,
+        _option(
+            "Train these layers: a list such as 0-3,26-29, or a strategy with its options such as first,k=4.",
+            panel="Layers",
+        ),
+    ] = None,
     everything: Annotated[bool, _option("Full fine-tuning, for comparison.", "--all-layers", panel="Layers")] = False,
     embeddings: Annotated[bool, _option("Train the embeddings too.", "--embeddings", panel="Layers")] = False,
     head: Annotated[bool, _option("Train the output head too.", "--head", panel="Layers")] = False,
@@ -138,9 +139,9 @@ def train(
     _quiet_transformers()
     from cogsym import LayerPlan, TrainSettings
     from cogsym.data import Source
+    from cogsym.memory import parse_bytes
     from cogsym.models.loading import load_config
-    from cogsym.training.memory import parse_bytes
-    from cogsym.training.run import train as run
+    from cogsym.training.finetune import train as run
 
     settings = TrainSettings(
         length=length,
@@ -162,9 +163,10 @@ def train(
         save_every=save_every,
         seed=seed,
     )
+    strategy, options = _strategy(everything, layers, {"fraction": fraction, "front": front, "back": back})
     num_layers = load_config(model).get_text_config().num_hidden_layers
     parts = {"embeddings": embeddings, "head": head, "final_norm": final_norm}
-    plan = LayerPlan.all(num_layers) if everything else LayerPlan.outer(num_layers, fraction, front, back, **parts)
+    plan = LayerPlan.all(num_layers) if everything else LayerPlan.choose(num_layers, strategy, options, **parts)
 
     def source(text: str) -> Source:
         parsed = Source.parse(text)
@@ -190,6 +192,17 @@ def train(
     )
 
 
+def _strategy(everything: bool, layers: str | None, outer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The layer strategy that the options of `train` ask for, with its options; contradictions are refused."""
+    from cogsym.strategies import parse_strategy
+
+    options = {name: value for name, value in outer.items() if value is not None}
+    given = [*(["--all-layers"] * everything), *([f"--layers {layers}"] * (layers is not None))]
+    if given and len(given := [*given, *(f"--{name} {value}" for name, value in options.items())]) > 1:
+        raise CogsymError(f"{given[0]} and {given[1]} both say which layers are trained; give one of them.")
+    return ("outer", options) if layers is None else parse_strategy(layers)
+
+
 @app.command(
     epilog="Example: `cogsym sweep smollm2-sw/model --task xcopa-sw:sw.test.jsonl --task text:dev.jsonl#sw,language=sw "
     "--out smollm2-sweep`"
@@ -208,16 +221,20 @@ def sweep(
         str,
         _option(
             "Which layers: input, output, grid, single, blocks, several with commas between; a .json or .yaml file "
-            "with a list such as `- {skip: [0, 1, 28-29]}`; or greedy, a search for the layers that are missed least "
-            "by the first metric of the first task.",
+            "with a list such as `- {skip: [0, 1, 28-29]}`; or greedy or beam, searches for the layers that are missed "
+            "least by the first metric of the first task.",
             panel="Layers",
         ),
     ] = "input,output",
     action: Annotated[
-        LayerAction, _option("What input, output ... do to their layers.", panel="Layers")
-    ] = LayerAction.skip,
+        str,
+        _option("What input, output ... do to their layers, such as skip, skip_mlp or revert.", panel="Layers"),
+    ] = "skip",
     remove: Annotated[
-        int | None, _option("How many layers greedy removes; half of them by default.", panel="Layers")
+        int | None, _option("How many layers a search removes; half of them by default.", panel="Layers")
+    ] = None,
+    width: Annotated[
+        int | None, _option("How many sets of layers beam follows; four by default.", panel="Layers")
     ] = None,
     base: Annotated[
         str | None, _option("The model before it was adapted, whose layers `revert` puts in.", panel="Layers")
@@ -254,15 +271,16 @@ def sweep(
     _quiet_transformers()
     import torch
 
-    from cogsym.sweeps.choose import Sampling
+    from cogsym.memory import parse_bytes
+    from cogsym.sweeps.engine.sampling import Sampling
     from cogsym.sweeps.progress import counted
-    from cogsym.sweeps.run import SweepSettings
-    from cogsym.sweeps.run import sweep as run
-    from cogsym.training.memory import parse_bytes
+    from cogsym.sweeps.runner import SweepSettings
+    from cogsym.sweeps.runner import sweep as run
 
     settings = SweepSettings(
-        action=action.value,
+        action=action,
         remove=remove,
+        width=width,
         sampling=Sampling(temperature, top_p, seed),
         truncate=truncate,
         separator=separator,
@@ -296,7 +314,7 @@ def plot(
     Writes each picture as PNG and SVG: `directions` has curves from each end of the model, `grid` maps first against
     last layers, `layers` and `blocks` show single layers and contiguous ones, as far as the sweep ran them.
     """
-    from cogsym.sweeps.plots import plot as draw
+    from cogsym.sweeps.results.plots import plot as draw
 
     for path in draw(results, out, metric or ()):
         typer.echo(path)
@@ -313,9 +331,9 @@ def demo(
     compares. It needs no network and no files, and about two minutes on a laptop.
     """
     _quiet_transformers()
-    from cogsym.demo.run import run
+    from cogsym.demo.comparison import run_demo
 
-    run(out, seed=seed)
+    run_demo(out, seed=seed)
 
 
 @app.command(
@@ -394,11 +412,15 @@ def main() -> None:
     try:
         app()
     except CogsymError as error:
-        print(f"cogsym: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        _end(str(error), error.exit_status)
     except KeyboardInterrupt:
-        print("cogsym: stopped at once; nothing after the last checkpoint was saved.", file=sys.stderr)
-        sys.exit(130)
+        _end("stopped at once; nothing after the last checkpoint was saved.", 130)
+
+
+def _end(sentence: str, status: int) -> NoReturn:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"cogsym: {sentence}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

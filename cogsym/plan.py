@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from cogsym import strategies
+from cogsym.decoder import final_norm_of, layers_of
 from cogsym.errors import CogsymError
 
 
@@ -35,7 +38,8 @@ class Part:
 class LayerPlan:
     """Which decoder layers are trained, and whether embeddings, final norm and head are.
 
-    Build one with `outer`, `first`, `last`, `layers` or `all`.
+    Build one with `outer`, `first`, `last`, `layers` or `all`, or with `choose` by any strategy of
+    `cogsym.strategies`; all but `all` take the last three attributes as keywords.
 
         >>> print(LayerPlan.outer(30))
         train layers 0-3 and 26-29 (8 of 30); freeze layers 4-25, embeddings, final norm, head
@@ -57,77 +61,59 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if self.num_layers < 1:
             raise CogsymError(f"The plan is for {self.num_layers} layers, expected at least 1.")
-        if wrong := [i for i in self.trained if not 0 <= i < self.num_layers]:
-            raise CogsymError(
-                f"The plan trains layer {wrong[0]}, expected indices from 0 to {self.num_layers - 1} "
-                f"for a model of {self.num_layers} layers."
-            )
-        object.__setattr__(self, "trained", tuple(sorted(set(self.trained))))
+        for i in self.trained:
+            if not hasattr(i, "__index__") or not 0 <= i < self.num_layers:
+                raise CogsymError(
+                    f"The plan trains layer {i}, expected indices from 0 to {self.num_layers - 1} for a model of "
+                    f"{self.num_layers} layers."
+                )
+        object.__setattr__(self, "trained", tuple(sorted(set(map(operator.index, self.trained)))))
         if not (self.trained or self.embeddings or self.head or self.final_norm):
             raise CogsymError("The plan trains nothing; choose at least one layer, or embeddings, head or final norm.")
+
+    @classmethod
+    def choose(
+        cls, num_layers: int, strategy: str = "outer", options: Mapping[str, Any] | None = None, **parts: bool
+    ) -> LayerPlan:
+        """The layers that a strategy of `cogsym.strategies`, or of another package, chooses.
+
+        Args:
+            num_layers: decoder layers in the model, L.
+            strategy: its name.
+            options: its options.
+            parts: embeddings, head, final_norm.
+
+        Raises:
+            CogsymError: an unknown strategy or option, or layers that there are not.
+        """
+        return cls(num_layers, tuple(strategies.choose_layers(strategy, num_layers, options or {})), **parts)
 
     @classmethod
     def outer(
         cls,
         num_layers: int,
-        fraction: float = 0.25,
+        fraction: float | None = None,
         front: int | None = None,
         back: int | None = None,
-        embeddings: bool = False,
-        head: bool = False,
-        final_norm: bool = False,
+        **parts: bool,
     ) -> LayerPlan:
-        """The outermost layers: a few first, a few last, the middle frozen.
-
-        The number of trained layers is `fraction` of L rounded to the nearest whole number, a half rounded up, and at
-        least one at each end (L >= 2). It is split evenly; of an odd number the front has one more. L = 30 trains
-        4 + 4, L = 32 also 4 + 4, L = 28 trains 4 + 3, L = 2 trains both.
-
-        Args:
-            num_layers: decoder layers in the model, L.
-            fraction: share of the layers to train, in (0, 1].
-            front: how many of the first layers, instead of the even split.
-            back: how many of the last layers. One of the two given alone leaves the rest of `fraction` to the other.
-            embeddings: train the input embeddings too.
-            head: train the output head too.
-            final_norm: train the norm before the head too.
-
-        Raises:
-            CogsymError: a fraction outside (0, 1], or more layers than there are.
-        """
-        if not 0 < fraction <= 1:
-            raise CogsymError(
-                f"The fraction of layers to train is {fraction}, expected more than 0 and at most 1, such as 0.25."
-            )
-        count = min(num_layers, max(2, math.floor(fraction * num_layers + 0.5)))
-        if front is None and back is None:
-            front = (count + 1) // 2
-        if front is None:
-            front = max(count - (back or 0), 0)
-        if back is None:
-            back = max(count - front, 0)
-        if min(front, back) < 0 or front + back > num_layers:
-            raise CogsymError(
-                f"The plan trains {front} first and {back} last layers, expected both at least 0 and together at most "
-                f"the model's {num_layers}."
-            )
-        trained = (*range(front), *range(num_layers - back, num_layers))
-        return cls(num_layers, trained, embeddings, head, final_norm)
+        """The outermost layers, a quarter by default, as `cogsym.strategies.outer` says; the middle frozen."""
+        return cls(num_layers, tuple(strategies.outer(num_layers, fraction, front, back)), **parts)
 
     @classmethod
     def first(cls, num_layers: int, k: int, **parts: bool) -> LayerPlan:
-        """The k layers next to the embeddings; `parts` as in `outer`."""
-        return cls.outer(num_layers, 1, k, 0, **parts)
+        """The k layers next to the embeddings."""
+        return cls(num_layers, tuple(strategies.first(num_layers, k)), **parts)
 
     @classmethod
     def last(cls, num_layers: int, k: int, **parts: bool) -> LayerPlan:
-        """The k layers next to the head; `parts` as in `outer`."""
-        return cls.outer(num_layers, 1, 0, k, **parts)
+        """The k layers next to the head."""
+        return cls(num_layers, tuple(strategies.last(num_layers, k)), **parts)
 
     @classmethod
-    def layers(cls, num_layers: int, indices: Iterable[int], **parts: bool) -> LayerPlan:
-        """Exactly these layers; `parts` as in `outer`."""
-        return cls(num_layers, tuple(indices), **parts)
+    def layers(cls, num_layers: int, indices: str | Iterable[int], **parts: bool) -> LayerPlan:
+        """Exactly these layers, as numbers or as text such as "0-3,26-29"."""
+        return cls(num_layers, tuple(strategies.layers(num_layers, indices)), **parts)
 
     @classmethod
     def all(cls, num_layers: int) -> LayerPlan:
@@ -137,8 +123,8 @@ class LayerPlan:
     def __str__(self) -> str:
         rest = [i for i in range(self.num_layers) if i not in self.trained]
         parts = {"embeddings": self.embeddings, "final norm": self.final_norm, "head": self.head}
-        trained = [f"{_ranges(self.trained)} ({len(self.trained)} of {self.num_layers})"] if self.trained else []
-        frozen = [_ranges(rest)] if rest else []
+        trained = [f"{_named(self.trained)} ({len(self.trained)} of {self.num_layers})"] if self.trained else []
+        frozen = [_named(rest)] if rest else []
         trained += [name for name, on in parts.items() if on]
         frozen += [name for name, on in parts.items() if not on]
         return f"train {', '.join(trained)}; freeze {', '.join(frozen) or 'nothing'}"
@@ -147,11 +133,10 @@ class LayerPlan:
         """The parts of a Hugging Face decoder model in order, each trained or not by this plan.
 
         Raises:
-            CogsymError: the model has another number of layers, or ties its head to its embeddings and the plan
-                trains only one of them.
+            CogsymError: the model has no decoder layers, or another number of them; or it ties its head to its
+                embeddings and the plan trains only one of them.
         """
-        decoder = model.get_decoder()  # type: ignore[operator]
-        layers = decoder.layers
+        layers = layers_of(model)
         if len(layers) != self.num_layers:
             raise CogsymError(
                 f"The plan is for {self.num_layers} layers and the model has {len(layers)}; "
@@ -165,7 +150,8 @@ class LayerPlan:
             )
         modules = [("embeddings", embeddings, self.embeddings)]
         modules += [(f"layer {i}", layer, i in self.trained) for i, layer in enumerate(layers)]
-        modules += [("final norm", getattr(decoder, "norm", None), self.final_norm), ("head", head, self.head)]
+        norm = final_norm_of(model)
+        modules += [("final norm", norm and norm[1], self.final_norm), ("head", head, self.head)]
         seen: set[int] = set()
         parts = [Part(name, _unseen(module, seen), on) for name, module, on in modules if module is not None]
         if other := _unseen(model, seen):
@@ -202,14 +188,5 @@ def _unseen(module: nn.Module, seen: set[int]) -> tuple[nn.Parameter, ...]:
     return new
 
 
-def _ranges(indices: Iterable[int]) -> str:
-    """0, 1, 2, 5 as "layers 0-2 and 5"."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and runs[-1][1] == i - 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    words = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
-    head, last = ", ".join(words[:-1]), words[-1]
-    return f"layers {head} and {last}" if head else f"layer{'s' * (runs[0][0] != runs[0][1])} {last}"
+def _named(layers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(layers) > 1)} {strategies.format_layers(layers)}"

@@ -1,4 +1,4 @@
-// Gated activation: contract and formulas in cogsym/ops/gated_activation.py.
+// Gated activation: contract and formulas in cogsym/ops/activation.py.
 
 #include "scalar.h"
 

@@ -160,7 +160,14 @@ def combine_kernel(
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begins: Tensor,
+    ends: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> Tensor:
     """`cogsym.ops.decode_attention.decode_attention_reference` by one kernel, by two where rows are few."""
     o = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Triton kernels of `cogsym.ops.gated_activation`, which holds the contract and the formulas.
+"""Triton kernels of `cogsym.ops.activation`, which holds the contract and the formulas.
 
 Both activations are g · σ(k(g)), with k(g) = g for silu and k(g) = 2·√(2/π)·(g + 0.044715 g³) for gelu_tanh, because
 (1 + tanh t) / 2 = σ(2t). So no tanh is needed, nothing cancels where g is far below zero, and the slope of both is
@@ -119,7 +119,7 @@ def backward_kernel(
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """`cogsym.ops.gated_activation.gated_activation_reference` by one kernel."""
+    """`cogsym.ops.activation.gated_activation_reference` by one kernel."""
     z = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if z.numel():
         rows = _rows(gate, up)
@@ -135,7 +135,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def gated_activation_backward(
     dz: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
 ) -> Tensor:
-    """`cogsym.ops.gated_activation.gated_activation_backward_reference` by one kernel."""
+    """`cogsym.ops.activation.gated_activation_backward_reference` by one kernel."""
     both = need_dgate and need_dup
     d = gate.new_empty(*gate.shape[:-1], gate.shape[-1] * (need_dgate + need_dup))
     if d.numel():

@@ -111,6 +111,6 @@ def test_wheel_contains_every_module_once_and_nothing_else(wheel_without_compile
     modules = {f"cogsym/{file.relative_to(ROOT / 'cogsym')}" for file in (ROOT / "cogsym").rglob("*.py")}
     modules |= {f"cogsym/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
     assert sorted(name for name in names if name.endswith(".py")) == sorted(modules)
-    assert {"cogsym/py.typed", "cogsym/sweeps/builtin/xcopa-sw.yaml"} < set(names)
+    assert {"cogsym/py.typed", "cogsym/sweeps/tasks/builtin/xcopa-sw.yaml"} < set(names)
     assert [name for name in names if name.endswith("licenses/LICENSE")]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"cogsym"}

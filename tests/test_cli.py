@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import resource
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,6 +122,30 @@ def test_train_and_resume(
     assert again.endswith("holds a run already; continue it with --resume, or choose another --out.")
 
 
+@pytest.mark.parametrize(
+    ("options", "again", "trained"),
+    [
+        (["--layers", "0,2-3"], ["--layers", "2,0,3"], [0, 2, 3]),
+        (["--layers", "first,k=2"], ["--front", "2", "--back", "0"], [0, 1]),
+        (["--layers", "outer"], [], [0, 3]),
+    ],
+)
+def test_layers_by_a_list_or_a_strategy(
+    complaint: Callable[..., str], cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path,
+    options: list[str], again: list[str], trained: list[int],
+) -> None:  # fmt: skip
+    """A run records the layers, and goes on however they are asked for."""
+    out = tmp_path / "out"
+    args = ["train", model_folder, "--data", f"{text_file}#sw", "--out", out, "--steps", "2", *BIG]
+    assert cogsym(*args, *options).returncode == 0
+    assert json.loads((out / "settings.json").read_text())["plan"]["trained"] == trained
+    base, got = (load_file(folder / "model.safetensors") for folder in (model_folder, out / "model"))
+    assert {int(n.split(".")[2]) for n, w in got.items() if not torch.equal(w, base[n])} == set(trained)
+    assert cogsym(*args, *again, "--resume").returncode == 0
+    line = complaint(*args, "--layers", "1", "--resume")
+    assert f"was started with trained {trained} (now [1])" in line
+
+
 def test_pairs_through_a_template(
     cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +176,73 @@ def test_ctrl_c_then_resume_gives_the_same_weights(
     assert cogsym(*args(cut), "--resume").returncode == 0
     want, got = (load_file(out / "model" / "model.safetensors") for out in (whole, cut))
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def stopped(args: list[str | Path], written: Callable[[], bool], ending: str) -> tuple[int, str]:
+    """The exit status of a command and what it says when it is ended once something is written.
+
+    Ended by a signal of this name, or by its terminal that is closed.
+    """
+    terminal, end = os.openpty()
+    closing = ending == "terminal"
+    with subprocess.Popen(
+        command(*args), stdin=end, stderr=end if closing else subprocess.PIPE, text=True, cwd=FOLDER,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as running:  # fmt: skip
+        os.close(end)
+        while not written():
+            assert running.poll() is None
+            if select.select([terminal], [], [], 0.02)[0]:
+                os.read(terminal, 1 << 16)
+        if closing:
+            os.close(terminal)  # the system sends SIGHUP, and whatever is written now fails
+        else:
+            running.send_signal(signal.Signals[ending])
+        _, stderr = running.communicate(timeout=120)
+    if not closing:
+        os.close(terminal)
+    return running.returncode, stderr or ""
+
+
+@pytest.mark.parametrize("ending", ["SIGTERM", "terminal"])
+def test_ended_by_a_signal_then_resume_gives_the_same_weights(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path, ending: str
+) -> None:
+    def args(out: Path) -> list[str | Path]:
+        return ["train", model_folder, "--data", f"{text_file}#sw", "--out", out, "--steps", "60", *BIG]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    metrics = cut / "metrics.jsonl"
+    assert cogsym(*args(whole)).returncode == 0
+    status, stderr = stopped(args(cut), lambda: metrics.exists() and metrics.stat().st_size > 0, ending)
+    assert "Traceback" not in stderr
+    assert status == 128 + (signal.SIGHUP if ending == "terminal" else signal.SIGTERM), stderr
+    assert "and saved; the same command with --resume goes on from there." in stderr or ending == "terminal"
+    assert not (cut / "model").exists() and list((cut / "checkpoints").glob("*/complete"))
+    assert cogsym(*args(cut), "--resume").returncode == 0
+    want, got = (load_file(out / "model" / "model.safetensors") for out in (whole, cut))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.mark.parametrize("ending", ["SIGTERM", "terminal"])
+def test_a_sweep_ended_by_a_signal_goes_on(
+    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path, ending: str
+) -> None:
+    out = tmp_path / "out"
+    task = f"text:{text_file}#sw"
+    args = ["sweep", model_folder, "--task", task, "--configs", "blocks", "--memory", "100kB", "--out", out]
+
+    def parts() -> set[Path]:
+        return set((out / "results").glob("part-*.parquet"))
+
+    status, stderr = stopped(args, lambda: bool(parts()), ending)
+    assert "Traceback" not in stderr
+    assert status == 128 + (signal.SIGHUP if ending == "terminal" else signal.SIGTERM), stderr
+    assert f"The sweep was stopped; what {out} holds is whole" in " ".join(stderr.split()) or ending == "terminal"
+    before = parts()
+    done = cogsym(*args, "--resume")
+    assert done.returncode == 0 and "11 configurations in" in done.stdout, done.stderr
+    assert before < parts()
 
 
 def test_a_disk_that_fills_up(cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -254,6 +349,19 @@ def test_bad_text(
         (["--fraction", "0"], "fraction of layers to train is 0.0, expected more than 0 and at most 1"),
         (["--front", "0", "--back", "0"], "The plan trains nothing"),
         (["--front", "3", "--back", "2"], "3 first and 2 last layers"),
+        (
+            ["--all-layers", "--fraction", "0.5"],
+            "--all-layers and --fraction 0.5 both say which layers are trained; give one of them.",
+        ),
+        (["--all-layers", "--layers", "0-1"], "--all-layers and --layers 0-1 both say which layers are trained"),
+        (["--all-layers", "--back", "0"], "--all-layers and --back 0 both say which layers are trained"),
+        (["--layers", "0-1", "--fraction", "0.25"], "--layers 0-1 and --fraction 0.25 both say which layers"),
+        (["--layers", "all", "--front", "2"], "--layers all and --front 2 both say which layers are trained"),
+        (["--fraction", "0.5", "--front", "1", "--back", "1"], "fraction of layers to train is 0.5 beside 1 first and"),
+        (["--layers", "0,4"], "The plan trains layer 4, expected indices from 0 to 3"),
+        (["--layers", "0-3;5"], "list of layers '0-3;5' is not understood at '0-3;5'; give numbers and ranges"),
+        (["--layers", "fisrt,k=2"], "layer strategy 'fisrt' is unknown, expected one of outer, first,"),
+        (["--layers", "first"], "options of the layer strategy 'first' are wrong (missing a required argument: 'k')"),
         (["--learning-rate", "-1"], "learning_rate is -1.0"),
         (["--keep", "some"], "keep is 'some', expected one of auto, all, attention, input, offload, nothing."),
         (["--keep", "offload"], "keep is 'offload' and the model is on cpu"),
@@ -335,9 +443,20 @@ def test_a_configuration_with_no_layer_left(
         (["--configs", "[]"], "The list of configurations is empty"),
         (["--configs", "sideways"], "The set of configurations 'sideways' is unknown, expected one of input, output, "),
         (["--configs", "nowhere.yaml"], "nowhere.yaml cannot be read (No such file or directory)."),
+        (["--action", "remove"], "The action 'remove' is unknown, expected one of keep, skip, "),
+        (["--action", "skip_mpl"], "did you mean skip_mlp?"),
+        (["--action", "skip_mpl", "--configs", "greedy"], "did you mean skip_mlp?"),
         (["--action", "revert"], "A configuration reverts layers but there is no base checkpoint"),
         (["--configs", "greedy", "--remove", "5"], "to remove 5 layers, expected 1 to 4; the model has 4."),
-        (["--remove", "2"], "only the search named greedy removes so many layers."),
+        (["--configs", "greedy", "--width", "2"], "width is 2 and the search greedy follows one set of layers; search"),
+        (["--configs", "beam", "--width", "0"], "width of the search is 0, expected 1 set of layers or more."),
+        (["--configs", "beem"], "did you mean beam?"),
+        (["--configs", "input,greedy"], "The search greedy stands beside other configurations, expected it alone"),
+        (["--width", "2"], "width is 2 and only a search takes it"),
+        (
+            ["--remove", "2"],
+            "remove is 2 and only a search takes it; name one in the place of the configurations: greedy, beam.",
+        ),
         (["--memory", "plenty"], "size of memory 'plenty' is not understood"),
         (["--temperature", "-1"], "temperature is -1.0, expected 0"),
         (["--resume"], "There is no sweep in"),
@@ -355,16 +474,6 @@ def test_bad_options_of_sweep(
     task = f"text:{text_file}#sw,limit=5"
     assert message in complaint("sweep", model_folder, "--task", task, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_action_that_there_is_not(
-    cogsym: Callable[..., Done], model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
-    done = cogsym(
-        "sweep", model_folder, "--task", f"text:{text_file}#sw", "--out", tmp_path / "out", "--action", "remove"
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "'remove' is not one of 'skip'" in done.stderr
 
 
 def test_a_base_that_does_not_fit(

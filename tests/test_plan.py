@@ -1,9 +1,22 @@
 from __future__ import annotations
 
-import pytest
-from tiny_models import tiny_model
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
-from cogsym import CogsymError, LayerPlan
+import numpy as np
+import pytest
+from tiny_models import VOCABULARY as V
+from tiny_models import tiny_model
+from transformers import BloomConfig, BloomForCausalLM
+
+import cogsym
+from cogsym import CogsymError, LayerPlan, strategies
+from cogsym.strategies import format_layers, parse_layers, parse_strategy
 
 
 @pytest.mark.parametrize("num_layers", range(2, 129))
@@ -68,6 +81,15 @@ def test_parameter_counts(variant: str) -> None:
     assert f"trained: {trained:,} parameters" in plan.describe(model)
 
 
+def test_parts_of_a_model_that_calls_its_layers_otherwise() -> None:
+    config = BloomConfig(vocab_size=V, hidden_size=8, n_layer=3, n_head=2, tie_word_embeddings=False)
+    model = BloomForCausalLM(config)
+    parts = {part.name: part for part in LayerPlan.layers(3, [1], final_norm=True).parts(model)}
+    assert list(parts) == ["embeddings", "layer 0", "layer 1", "layer 2", "final norm", "head", "other"]
+    assert [name for name, part in parts.items() if part.trained] == ["layer 1", "final norm"]
+    assert parts["final norm"].parameters == (model.transformer.ln_f.weight, model.transformer.ln_f.bias)
+
+
 @pytest.mark.parametrize("fraction", [0, -0.25, 1.5, float("nan")])
 def test_fraction_out_of_range(fraction: float) -> None:
     with pytest.raises(
@@ -100,3 +122,104 @@ def test_a_tied_head_goes_with_its_embeddings() -> None:
         CogsymError, match=r"ties its head to its embeddings.* only the head; set embeddings and head alike"
     ):
         LayerPlan.outer(4, head=True).parts(tiny_model("llama-tied-gelu"))
+
+
+def test_fraction_beside_front_and_back() -> None:
+    with pytest.raises(CogsymError, match=r"fraction of layers to train is 0\.5 beside 1 first and 2 last layers"):
+        LayerPlan.outer(8, 0.5, front=1, back=2)
+    assert LayerPlan.outer(8, 0.5, front=1).trained == (0, 5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("0-3,26-29", (0, 1, 2, 3, 26, 27, 28, 29)),
+        ("7", (7,)),
+        (" 28 - 29 , 0", (0, 28, 29)),
+        ("3-5,4,5-6", (3, 4, 5, 6)),
+    ],
+)
+def test_layers_as_text(text: str, layers: tuple[int, ...]) -> None:
+    plan = LayerPlan.layers(30, text, head=True)
+    assert plan == LayerPlan(30, layers, head=True)
+    assert LayerPlan.choose(30, *parse_strategy(text), head=True) == plan
+    assert parse_layers(format_layers(layers).replace(" and ", ",")) == list(layers)
+
+
+@pytest.mark.parametrize("text", ["", ",", "1-", "-1", "3-1", "1;2", "1.5", "0x1", "0-3 5"])
+def test_text_that_is_no_list_of_layers(text: str) -> None:
+    with pytest.raises(CogsymError, match=r"list of layers .* is not understood at .*, such as 0-3,26-29\."):
+        LayerPlan.layers(8, text)
+
+
+@pytest.mark.parametrize("indices", [[1.5], ["2"], [None], "8", [-1]])
+def test_layers_that_are_no_indices(indices: Any) -> None:
+    with pytest.raises(CogsymError, match=r"trains layer .*, expected indices from 0 to 7"):
+        LayerPlan.layers(8, indices)
+
+
+def test_strategies_by_name() -> None:
+    assert LayerPlan.choose(30) == LayerPlan.outer(30)
+    assert LayerPlan.choose(30, "outer", {"fraction": 0.5, "front": 1}) == LayerPlan.outer(30, 0.5, 1)
+    assert LayerPlan.choose(30, *parse_strategy("first, k=4")) == LayerPlan.first(30, 4)
+    assert LayerPlan.choose(30, *parse_strategy("last,k=4"), embeddings=True) == LayerPlan.last(30, 4, embeddings=True)
+    assert LayerPlan.choose(30, "layers", {"indices": [3]}) == LayerPlan.layers(30, "3")
+    assert LayerPlan.choose(3, "all") == LayerPlan(3, (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("frist,k=4", "layer strategy 'frist' is unknown, expected one of outer, first, .*; did you mean first"),
+        ("first", r"options of the layer strategy 'first' are wrong \(missing a required argument: 'k'\), expected: k"),
+        ("first,n=4", r"wrong \(.*\), expected: k"),
+        ("first,k=4,num_layers=3", r"options of the layer strategy 'first' are wrong \(multiple values"),
+        ("first,4", "choice of layers 'first,4' is not understood at '4'; give a list such as 0-3,26-29, or a strat"),
+        ("first,k=four", "number of layers is 'four', expected a whole number"),
+        ("last,k=", "number of layers is None, expected a whole number"),
+        ("outer,front=half", "number of layers is 'half', expected a whole number"),
+        ("first,k=-1", "-1 first and 0 last layers, expected both at least 0"),
+        ("outer,fraction=much", "fraction of layers to train is much, expected more than 0"),
+        ("layers,indices=3", "layer strategy 'layers' chooses 3, expected a list of layers"),
+        ("first,k=[", r"choice of layers 'first,k=\[' is not understood at 'k=\['"),
+    ],
+)
+def test_what_no_strategy_is_asked(text: str, message: str) -> None:
+    with pytest.raises(CogsymError, match=message) as error:
+        LayerPlan.choose(8, *parse_strategy(text))
+    assert "\n" not in str(error.value)
+
+
+def test_a_strategy_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategies, "STRATEGIES", copy.copy(strategies.STRATEGIES))
+    monkeypatch.setattr(strategies.STRATEGIES, "_objects", dict(strategies.STRATEGIES._objects))
+    cogsym.register_strategy("every", lambda num_layers, step=2: np.arange(0, num_layers, step))
+    plan = LayerPlan.choose(8, *parse_strategy("every,step=3"), head=True)
+    assert plan == LayerPlan(8, (0, 3, 6), head=True)
+    json.dumps(plan.trained)  # as a run records them, whatever the strategy counts with
+    with pytest.raises(CogsymError, match="layer strategy 'outer' is registered already"):
+        cogsym.register_strategy("outer", lambda num_layers: [])
+    for name in ("0-3", "a,b", "a=b", ""):
+        with pytest.raises(CogsymError, match=r"expected a word and a function of the number of layers"):
+            cogsym.register_strategy(name, lambda num_layers: [])
+    with pytest.raises(CogsymError, match=r"'odd' is 3, expected a word and a function"):
+        cogsym.register_strategy("odd", 3)  # type: ignore[arg-type]
+
+
+def test_a_package_adds_a_strategy_by_an_entry_point(tmp_path: Path) -> None:
+    (tmp_path / "thirds.py").write_text("def third(num_layers, of):\n    return range(of, num_layers, 3)\n")
+    info = tmp_path / "thirds-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thirds\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[cogsym.strategies]\nthird = thirds:third\n")
+    code = (
+        "import sys; from cogsym import LayerPlan; from cogsym.strategies import STRATEGIES, parse_strategy\n"
+        "assert list(STRATEGIES) == ['outer', 'first', 'last', 'layers', 'all', 'third']\n"
+        "assert 'thirds' not in sys.modules\n"
+        "print(LayerPlan.choose(8, *parse_strategy('third,of=1')))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(cogsym.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("train layers 1, 4 and 7 (3 of 8); "), done.stderr

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers.loss.loss_utils import LOSS_MAPPING
-from transformers.models.gemma2 import modeling_gemma2
-from transformers.models.gemma3 import modeling_gemma3
-from transformers.models.granite import modeling_granite
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.olmo2 import modeling_olmo2
-from transformers.models.phi3 import modeling_phi3
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
-from transformers.models.smollm3 import modeling_smollm3
+
+from cogsym.models import FAMILIES
 
 VOCABULARY = 61
 _SHAPE: dict[str, Any] = {
@@ -43,7 +35,7 @@ _LLAMA3_ROPE = {
 _PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
-# name -> (what transformers calls the model, what the variant adds)
+# name -> (what transformers calls the model, what the variant adds): those that every test is about.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -78,11 +70,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+# Further families, for the tests that hold every family against transformers; one whose config adds nothing needs no
+# line.
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {}
+
+# The same, of models with a half, or a whole layer, that runs its own forward.
+PARTLY_OWN: dict[str, tuple[str, dict[str, Any]]] = {}
+
+
+def _plain_variants() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+    """Of the families that are registered and named above nowhere."""
+    named = {model for model, _ in (VARIANTS | FURTHER | PARTLY_OWN).values()}
+    known = FAMILIES
+    for path in known:
+        model = known[path].causal_lm.rpartition(".")[2].removesuffix("ForCausalLM")
+        if path.startswith("transformers.") and model not in named:
+            yield path.split(".")[2], (model, {})
+
+
+FURTHER |= dict(_plain_variants())
+EVERY = VARIANTS | FURTHER | PARTLY_OWN
+
 
 def tiny_model(variant: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A random model in evaluation mode, its norms and biases random too so that none can be forgotten."""
     torch.manual_seed(seed)
-    family, extra = VARIANTS[variant]
+    family, extra = EVERY[variant]
     config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")
     model = getattr(transformers, f"{family}ForCausalLM")(config(**{**_SHAPE, **extra, **changes}))
     for name, p in model.named_parameters():
@@ -92,34 +105,33 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return model.to(dtype).eval()
 
 
-def _exact_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    gemma = not hasattr(self, "variance_epsilon")
-    weight, eps = (1 + self.weight, self.eps) if gemma else (self.weight, self.variance_epsilon)
-    return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
+class _Exact:
+    """torch, but that what modeling files call float32 is float64."""
 
+    float32 = torch.float64
 
-def _exact_loss(logits: torch.Tensor, labels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 @contextlib.contextmanager
 def exact_float64() -> Iterator[None]:
-    """transformers computes norms, eager softmax and the loss in float32 even in float64; inside, they are exact."""
-    softmax = torch.nn.functional.softmax
+    """transformers computes norms, eager softmax and the loss in float32 even in float64; inside, they are exact.
 
-    def exact_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return softmax(x, dim=dim, dtype=x.dtype if x.dtype == torch.float64 else dtype)
+    No class is touched, so that layers are known as ever.
+    """
+    single = torch.Tensor.float
 
-    modules = (
-        modeling_gemma2, modeling_gemma3, modeling_granite, modeling_llama, modeling_mistral, modeling_olmo2,
-        modeling_phi3, modeling_qwen2, modeling_qwen3, modeling_smollm3,
-    )  # fmt: skip
+    def as_exact(x: torch.Tensor) -> torch.Tensor:
+        return x if x.dtype == torch.float64 else single(x)
+
+    for family, _ in VARIANTS.values():
+        getattr(transformers, f"{family}ForCausalLM")  # imports its file
+    files = [m for name, m in sys.modules.items() if name.startswith("transformers.models.") and ".modeling_" in name]
     with pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            (norm,) = (value for name, value in vars(module).items() if name.endswith("RMSNorm"))
-            patch.setattr(norm, "forward", _exact_norm)
-        patch.setattr(torch.nn.functional, "softmax", exact_softmax)
-        patch.setitem(LOSS_MAPPING, "ForCausalLM", _exact_loss)
+        for file in (f for f in files if hasattr(f, "torch")):
+            patch.setattr(file, "torch", _Exact())
+        patch.setattr(torch.Tensor, "float", as_exact)
         yield
 
 

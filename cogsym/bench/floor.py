@@ -44,9 +44,10 @@ class Products:
     ) -> None:
         """A decoder block's linear maps; those of one input count as one. The `lowest` block that has a gradient needs
         none for the input of its first maps."""
-        for projections in block.projections():
-            shape = (sum(projections.sizes), projections.modules[0].weight.shape[1])
-            wanted = input_gradient and not (lowest and projections is block.qkv)
+        for product in block.products(rows):
+            reads_stream = product.reads_input and (product.name == "qkv" or block.parallel)
+            wanted = input_gradient and not (lowest and reads_stream)
+            shape = (product.outputs, product.inputs)
             self.add_linear(rows, shape, input_gradient=wanted, weight_gradient=weight_gradient)
 
     def __call__(self) -> None:

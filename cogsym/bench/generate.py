@@ -24,14 +24,14 @@ from cogsym.bench.models import build, shape_of
 from cogsym.bench.sampled import SAMPLE, Question, add_loops, evenly_spaced, sample_facts, table
 from cogsym.bench.study import Study
 from cogsym.models import read_block
-from cogsym.sweeps.choose import Stops
-from cogsym.sweeps.configs import Configuration, configurations, distinct
-from cogsym.sweeps.engine import Engine
-from cogsym.sweeps.generate import generate
-from cogsym.sweeps.heads import SweepHead
-from cogsym.sweeps.layers import ResidentLayers
-from cogsym.sweeps.requests import Generate
-from cogsym.sweeps.trie import Trie
+from cogsym.sweeps.engine.forward import Engine
+from cogsym.sweeps.engine.generate import generate
+from cogsym.sweeps.engine.requests import Generate
+from cogsym.sweeps.engine.sampling import Stops
+from cogsym.sweeps.engine.unembedding import SweepHead
+from cogsym.sweeps.engine.weights import ResidentLayers
+from cogsym.sweeps.layers.configurations import Configuration, configurations, distinct
+from cogsym.sweeps.layers.trie import Trie
 
 PROMPT_TOKENS = 40
 NEW_TOKENS = {False: 8, True: 16}  # by whether the run is full
@@ -62,7 +62,8 @@ def case(model: str, chosen: Sequence[Configuration], prompts: int, dtype: torch
     probe = Probe(build(model, None, dtype, setting.device).eval())
     new_tokens = NEW_TOKENS[setting.full]
     requests = draw_prompts(prompts, new_tokens, probe.model)
-    engine, head, trie = Engine(ResidentLayers(probe.model)), SweepHead(probe.model), Trie(chosen)
+    engine, head = Engine(ResidentLayers(probe.model)), SweepHead(probe.model)
+    trie = Trie(chosen, engine.topology)
 
     def ours() -> list[list[list[int]]]:
         return write_tokens(engine, head, chosen, requests)
@@ -111,7 +112,7 @@ def write_tokens(
     engine: Engine, head: SweepHead, chosen: Sequence[Configuration], requests: Sequence[Generate]
 ) -> list[list[list[int]]]:
     """The tokens that each configuration writes to each prompt."""
-    answers = generate(engine, head, Trie(chosen), requests, STOPS)
+    answers = generate(engine, head, Trie(chosen, engine.topology), requests, STOPS)
     return [[[int(word) for word in written.text.split()] for written in row] for row in answers]
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogsym.bench.competitor import Competitor
-from cogsym.sweeps.configs import Configuration
-from cogsym.sweeps.requests import Generate, Score
+from cogsym.sweeps.engine.requests import Generate, Score
+from cogsym.sweeps.layers.configurations import Configuration
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def attention(shape: Shape, B: int, T: int, dtype: torch.dtype, device: torch.de
     q, k, v = _random(B, T, H + 2 * KV, D, dtype=dtype, device=device).split((H, KV, KV), 2)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
-        return (ops.attention(q, k, v, scale=D**-0.5)[0],)
+        return (ops.attention(q, k, v, ops.AttentionOptions(D**-0.5))[0],)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -174,7 +174,7 @@ def decode_attention(shape: Shape, B: int, T: int, dtype: torch.dtype, device: t
     visible = ((place >= begins[..., None]) & (place < ends[..., None])).any(1)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
-        return (ops.decode_attention(q, k, v, begins, ends, scale=D**-0.5),)
+        return (ops.decode_attention(q, k, v, begins, ends, ops.AttentionOptions(D**-0.5)),)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))

@@ -21,10 +21,10 @@ from cogsym.bench.models import SHAPES, build
 from cogsym.bench.operations import OPERATIONS, PLAIN, Workload
 from cogsym.bench.ops import directed
 from cogsym.bench.study import Study
-from cogsym.sweeps.configs import Configuration
-from cogsym.sweeps.engine import Engine
-from cogsym.sweeps.heads import SweepHead
-from cogsym.sweeps.layers import ResidentLayers
+from cogsym.sweeps.engine.forward import Engine
+from cogsym.sweeps.engine.unembedding import SweepHead
+from cogsym.sweeps.engine.weights import ResidentLayers
+from cogsym.sweeps.layers.configurations import Configuration
 
 TINY, TOKENS = "tiny", 2  # the shape, and the tokens of an operation's one row
 ROWS, NEW_TOKENS = 4, 16

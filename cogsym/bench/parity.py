@@ -23,7 +23,7 @@ from cogsym.bench.operations import OPERATIONS, PLAIN
 from cogsym.bench.ops import LENGTH, forced_backend
 from cogsym.bench.report import Table
 from cogsym.bench.study import Study
-from cogsym.training.frozen import KEEPS
+from cogsym.training.autograd import KEEPS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALLOWED = 2.0  # times PyTorch's own error

@@ -10,7 +10,7 @@ from typing import Any
 from cogsym.bench import method, report
 from cogsym.bench.case import Case, Line, Setting, error_line
 from cogsym.bench.loops import LOOPS, Loop, LoopOptions, Probe
-from cogsym.sweeps.configs import Configuration
+from cogsym.sweeps.layers.configurations import Configuration
 
 ATTENTIONS = ("sdpa", "eager")
 SAMPLE = 6  # configurations that a loop is timed on

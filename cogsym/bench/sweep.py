@@ -24,15 +24,18 @@ from cogsym.bench.models import build, shape_of
 from cogsym.bench.plots import draw_curve, draw_ratios
 from cogsym.bench.sampled import SAMPLE, Question, add_loops, evenly_spaced, sample_facts, table
 from cogsym.bench.study import Study
+from cogsym.decoder import layers_of
 from cogsym.models import read_block
-from cogsym.sweeps.batch import Batch
-from cogsym.sweeps.configs import Configuration, configurations, distinct
-from cogsym.sweeps.engine import Engine
-from cogsym.sweeps.heads import SweepHead
-from cogsym.sweeps.layers import ResidentLayers
-from cogsym.sweeps.requests import Score
-from cogsym.sweeps.score import score
-from cogsym.sweeps.trie import Trie
+from cogsym.models.attention import AttentionHalf
+from cogsym.sweeps.engine.forward import Engine
+from cogsym.sweeps.engine.prefixes import Batch
+from cogsym.sweeps.engine.requests import Score
+from cogsym.sweeps.engine.score import score
+from cogsym.sweeps.engine.unembedding import SweepHead
+from cogsym.sweeps.engine.weights import ResidentLayers
+from cogsym.sweeps.layers.configurations import Configuration, configurations, distinct
+from cogsym.sweeps.layers.schedule import schedule
+from cogsym.sweeps.layers.trie import Trie
 
 KINDS = ("choices", "passages")
 ASKED = {False: 2, True: 8}  # questions or passages, by whether the run is full
@@ -70,10 +73,11 @@ def case(
     """One set of configurations with all loops, verified."""
     probe = Probe(build(model, None, dtype, setting.device).eval())
     requests = questions(kind, asked, probe.model.get_input_embeddings().weight.shape[0])
-    engine, head, trie = Engine(ResidentLayers(probe.model)), SweepHead(probe.model), Trie(chosen)
+    engine, head = Engine(ResidentLayers(probe.model)), SweepHead(probe.model)
+    trie = Trie(chosen, engine.topology)
 
     def ours() -> list[list[float]]:
-        scores = score(engine, head, Trie(chosen), requests)
+        scores = score(engine, head, Trie(chosen, engine.topology), requests)
         return [[scored.log_likelihood for scored in row] for row in scores]
 
     sample = evenly_spaced(chosen, SAMPLE)
@@ -130,26 +134,23 @@ def sweep_floor(model: Any, trie: Trie, requests: Sequence[Score]) -> floor.Prod
     nothing attends any more, and the head's at scored positions."""
     wanted = [(r, i - 1) for r, request in enumerate(requests) for i in range(request.first, len(request.tokens))]
     batch = Batch([request.tokens[:-1] for request in requests], wanted)
-    tokens, scored = len(batch.layout.tokens), len(batch.scored)
-    block = read_block(model.model.layers[0])
-    qkv, output, gate_up, down = (
-        (sum(projections.sizes), projections.modules[0].weight.shape[1]) for projections in block.projections()
-    )
-    q, kv = (block.qkv.sizes[0], qkv[1]), (sum(block.qkv.sizes[1:]), qkv[1])
+    tokens, scored = len(batch.packed.tokens), len(batch.scored)
+    block = read_block(layers_of(model)[0])
+    assert isinstance(block.attention, AttentionHalf)
+    qkv, output, up, down = ((product.outputs, product.inputs) for product in block.products(1))
+    queries, *others = block.attention.qkv.sizes
+    q, kv = (queries, qkv[1]), (sum(others), qkv[1])
     head = tuple(model.lm_head.weight.shape)
-    rows = dict.fromkeys([qkv, q, kv, output, gate_up, down, head], 0)
-    for step in trie.schedule(batch.narrow).steps:
+    rows = dict.fromkeys([qkv, q, kv, output, up, down, head], 0)
+    for step in schedule(trie, batch.narrow).steps:
         many = len(step.nodes) * (scored if step.narrow else tokens)
-        if step.unit.part == "mlp":
-            rows[gate_up] += many
+        if step.unit.part != "attention":
+            rows[up] += many
             rows[down] += many
-        elif step.narrow:
-            rows[kv] += len(step.nodes) * tokens
-            rows[q] += many
+        if step.unit.attends:
             rows[output] += many
-        else:
-            rows[qkv] += many
-            rows[output] += many
+            rows[q if step.narrow else qkv] += many
+            rows[kv] += len(step.nodes) * tokens if step.narrow else 0
     rows[head] += trie.counts().head_forwards * scored
     products = floor.Products(model.dtype, model.device)
     for weight, many in rows.items():

@@ -1,26 +1,20 @@
-"""Documents from text files: .txt, .jsonl, .tsv, .parquet and folders written by `datasets`."""
+"""Documents from files of text: a column of them, or a template that columns are put into, each as often as asked."""
 
-import codecs
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from cogsym.data.formats import DEFAULT_FIELD, open_file, read_records, reader_of
 from cogsym.errors import CogsymError
 
 Loss = Literal["all", "target"]
-Record = tuple[str, Mapping[str, Any]]  # where it stands ("line 7"), and its fields
 
-DEFAULT_FIELD = "text"
-_ARROW_ROWS = 4096  # rows of a table held as Python strings at a time
 _WEIGHT_SEED = 0  # fixed, so that a fractional weight keeps the same documents in every run
 
 
@@ -158,25 +152,6 @@ def read_once(source: Source, loss: Loss) -> list[Document]:
     return documents
 
 
-def read_records(path: Path, texts: Sequence[str], others: Sequence[str] = ()) -> Iterator[Record]:
-    """Read the lines or rows of a file or folder of any format that `Source` names, where each stands with it.
-
-    Args:
-        path: What to read.
-        texts: Columns that hold strings.
-        others: Columns that hold anything.
-
-    Raises:
-        CogsymError: The path cannot be read, or a column is not there; the message tells the line or row.
-    """
-    fields = [*texts, *others]
-    for where, record in _reader(path)(path, fields, texts):
-        _require_fields(fields, record, f"{path}, {where},")
-        for field in texts:
-            _require_text(record[field], field, f"{path}, {where}")
-        yield where, record
-
-
 def selection(source: Source, num_documents: int) -> np.ndarray:
     """Numbers of the documents that the source's weight asks for, int64 [N]: whole copies first, then the fraction.
 
@@ -201,12 +176,12 @@ def content_digest(source: Source) -> str:
     Raises:
         CogsymError: The path does not exist, cannot be read or has an unknown format.
     """
-    _reader(source.path)
+    reader_of(source.path)
     digest = hashlib.sha256(source.path.suffix.lower().encode())
     files = sorted(source.path.rglob("*")) if source.path.is_dir() else [source.path]
     for file in files:
         if file.is_file():
-            with _opened(file) as stream:
+            with open_file(file) as stream:
                 name = file.relative_to(source.path).as_posix()
                 digest.update(f"\0{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()
@@ -241,168 +216,3 @@ def _fill(pieces: Sequence[tuple[str, str | None]], record: Mapping[str, str], l
             target_start = len(text)
             text += record[field]
     return Document(text, target_start if loss == "target" else 0)
-
-
-def _require_fields(fields: Sequence[str], available: Mapping[str, Any] | Sequence[str], subject: str) -> None:
-    for field in fields:
-        if field not in available:
-            raise CogsymError(
-                f"{subject} has no field {field!r}; the fields there are: {', '.join(map(str, available)) or '(none)'}."
-            )
-
-
-def _require_text(value: Any, field: str, where: str) -> None:
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise CogsymError(f"{where}: field {field!r} is {kind}, expected a string.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        character = value[error.start].encode("unicode_escape").decode()
-        raise CogsymError(
-            f"{where}: field {field!r} holds {character}, half of a character that JSON wrote in two; write the file "
-            "as UTF-8."
-        ) from None
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise CogsymError(f"{path} cannot be opened: {error.strerror}.") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of every line that is not blank; only a line feed ends a line, U+2028 and the like do not."""
-    with _opened(path) as stream:
-        for number, raw in enumerate(stream, start=1):
-            if number == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            try:
-                line = raw.decode().removesuffix("\n").removesuffix("\r")
-            except UnicodeDecodeError as error:
-                raise CogsymError(
-                    f"{path} is not UTF-8: line {number}, byte {error.start + 1} of the line is "
-                    f"0x{raw[error.start]:02x}; save the file as UTF-8."
-                ) from None
-            if line.strip():
-                yield number, line
-
-
-def _read_txt(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
-    for number, line in _lines(path):
-        yield f"line {number}", {DEFAULT_FIELD: line}
-
-
-def _read_jsonl(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
-    for number, line in _lines(path):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise CogsymError(f"{path}, line {number} is not JSON ({reason}); expected one object a line.") from None
-        if not isinstance(record, dict):
-            raise CogsymError(
-                f'{path}, line {number} is JSON but not an object; expected one such as {{"{fields[0]}": "..."}}.'
-            )
-        yield f"line {number}", record
-
-
-def _read_tsv(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
-    lines = _lines(path)
-    _, header = next(lines, (0, ""))
-    columns = header.split("\t")
-    if header:
-        _require_fields(fields, columns, f"{path}, whose first line names the columns,")
-    for number, line in lines:
-        values = line.split("\t")
-        if len(values) != len(columns):
-            raise CogsymError(
-                f"{path}, line {number} has {len(values)} column(s), expected {len(columns)} as in the first line "
-                f"({', '.join(columns)})."
-            )
-        yield f"line {number}", dict(zip(columns, values, strict=True))
-
-
-def _read_parquet(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
-    try:
-        file = pq.ParquetFile(path)
-        _require_columns(path, fields, texts, file.schema_arrow)
-        yield from _rows(path, file.iter_batches(_ARROW_ROWS, columns=list(fields)))
-    except (pa.ArrowException, OSError) as error:
-        raise CogsymError(f"{path} is not a readable Parquet file ({_first_line(error)}); write it again.") from error
-
-
-def _read_datasets_folder(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
-    try:
-        import datasets
-    except ImportError:
-        raise CogsymError(
-            f'{path} is a folder, which needs the datasets package to read; run: pip install "cogsym[datasets]".'
-        ) from None
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, KeyError, TypeError, ValueError, OSError) as error:
-        raise CogsymError(
-            f"{path} is a folder but not one that datasets' save_to_disk wrote, or a damaged one "
-            f"({_first_line(error)})."
-        ) from error
-    if isinstance(dataset, datasets.DatasetDict):
-        example = path / next(iter(dataset), "train")
-        raise CogsymError(
-            f"{path} holds the splits {', '.join(dataset)}; give the folder of one of them, such as {example}."
-        )
-    _require_columns(path, fields, texts, dataset.features.arrow_schema)
-    tables = dataset.select_columns(list(fields)).with_format("arrow").iter(_ARROW_ROWS)
-    try:
-        yield from _rows(path, tables)
-    except (pa.ArrowException, OSError) as error:
-        raise CogsymError(f"{path} is damaged ({_first_line(error)}); save the dataset again.") from error
-
-
-def _require_columns(path: Path, fields: Sequence[str], texts: Sequence[str], schema: pa.Schema) -> None:
-    _require_fields(fields, schema.names, str(path))
-    for field in texts:
-        kind = schema.field(field).type
-        text = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(text) or pa.types.is_large_string(text) or pa.types.is_string_view(text)):
-            raise CogsymError(f"{path}: field {field!r} is of type {kind}, expected strings.")
-
-
-def _rows(path: Path, tables: Iterator[pa.RecordBatch | pa.Table]) -> Iterator[Record]:
-    number = 0
-    for table in tables:
-        try:
-            records = table.to_pylist()
-        except UnicodeDecodeError:
-            raise CogsymError(
-                f"{path} is not UTF-8 somewhere in rows {number + 1} to {number + table.num_rows}; write it again."
-            ) from None
-        for record in records:
-            number += 1
-            yield f"row {number}", record
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
-
-
-_READERS: dict[str, Callable[[Path, Sequence[str], Sequence[str]], Iterator[Record]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-}
-
-
-def _reader(path: Path) -> Callable[[Path, Sequence[str], Sequence[str]], Iterator[Record]]:
-    if not path.exists():
-        raise CogsymError(f"{path} does not exist; check the path of the text file.")
-    if path.is_dir():
-        return _read_datasets_folder
-    if path.suffix.lower() not in _READERS:
-        raise CogsymError(
-            f"{path} has the unknown suffix {path.suffix!r}; expected {', '.join(_READERS)} or a folder written by "
-            "datasets' save_to_disk."
-        )
-    return _READERS[path.suffix.lower()]

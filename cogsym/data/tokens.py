@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer
 
 from cogsym.data.sources import Document, Loss, Source, content_digest, read_once, selection
 from cogsym.errors import CogsymError
+from cogsym.records import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -205,24 +205,17 @@ def _checksum(batch: pa.RecordBatch) -> int:
 
 
 def _store(batch: pa.RecordBatch, file: Path) -> None:
-    """Write under a temporary name and rename, so that a file of that name is always whole."""
+    """Write it, with its checksum."""
     batch = batch.replace_schema_metadata({"crc32": str(_checksum(batch))})
-    temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", suffix=".tmp", delete=False) as stream:
-            temporary = Path(stream.name)
-            with pa.ipc.new_file(stream, batch.schema) as writer:
-                writer.write_batch(batch)
-        temporary.replace(file)
+        with replacing(file) as new, new.open("wb") as stream, pa.ipc.new_file(stream, batch.schema) as writer:
+            writer.write_batch(batch)
     except OSError as error:
         raise CogsymError(
             f"the token cache cannot be written to {file.parent} ({error.strerror or error}); free some space or "
             "choose another cache folder."
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _load(file: Path) -> pa.RecordBatch | None:

@@ -13,10 +13,10 @@ COLOURS = {"before": GREY, "cogsym": BLUE, "full": VERMILION}
 
 
 def plot(report: dict[str, Any], labels: Mapping[str, str], *paths: Path) -> None:
-    """Draw a report of `cogsym.demo.run`.
+    """Draw a report of `cogsym.demo.comparison`.
 
     Args:
-        report: what `run` returns.
+        report: what `run_demo` returns.
         labels: what "before", "cogsym" and "full" are called.
         paths: files to write, in the format of each suffix.
     """

@@ -11,7 +11,7 @@ from sacrebleu.metrics import CHRF
 from transformers import PreTrainedTokenizerBase
 
 from cogsym.data import Document, PackedDataset, pack, separator_id, tokenize
-from cogsym.demo import language
+from cogsym.demo import language, semantics
 from cogsym.training.evaluate import bits_per_byte, option_log_probabilities
 
 ROW = 256  # tokens; a pair of sentences has about 25
@@ -71,7 +71,7 @@ def training_documents(count: int, seed: int) -> list[Document]:
 
 def _documents(seed: int) -> Iterator[Document]:
     rng = random.Random(f"adaptation {seed}")
-    for meaning in language.meanings("train", seed):
+    for meaning in semantics.meanings("train", seed):
         base, new = language.base_sentence(meaning), language.invented_sentence(meaning, language.TAVOSI)
         texts = (new, language.pair(new, base), language.pair(base, new))
         yield Document(rng.choices(texts, SHARES)[0])
@@ -80,17 +80,17 @@ def _documents(seed: int) -> Iterator[Document]:
 def held_out(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> HeldOut:
     """Test items from `count` test meanings."""
     rng = random.Random(f"questions {seed}")
-    meanings = list(islice(language.meanings("test", seed), count))
+    meanings = list(islice(semantics.meanings("test", seed), count))
     base = [language.base_sentence(meaning) for meaning in meanings]
     new = [language.invented_sentence(meaning, language.TAVOSI) for meaning in meanings]
     questions = []
     for meaning, sentence in zip(meanings, new, strict=True):
-        options = [meaning, *language.distractors(meaning, rng, OPTIONS - 1)]
+        options = [meaning, *semantics.distractors(meaning, rng, OPTIONS - 1)]
         questions.append((f"{sentence} =", [f" {language.base_sentence(option)}" for option in options]))
-    bits = sum(map(language.surprisal, meanings))
+    bits = sum(map(semantics.surprisal, meanings))
     return HeldOut(
-        new_text=_packed(tokenizer, new),
-        base_text=_packed(tokenizer, base),
+        new_text=packed(tokenizer, new),
+        base_text=packed(tokenizer, base),
         new_floor=bits / sum(len(sentence.encode()) for sentence in new),
         questions=questions,
         sources=base,
@@ -98,7 +98,8 @@ def held_out(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> HeldO
     )
 
 
-def _packed(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> PackedDataset:
+def packed(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> PackedDataset:
+    """Sentences in rows for bits per byte."""
     documents = [Document(sentence) for sentence in sentences]
     return pack(tokenize(documents, tokenizer, "all", separator_id(tokenizer)), ROW, seed=None)
 

@@ -18,7 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cogsym.demo import language
+from cogsym.demo import language, semantics, tasks
+from cogsym.training.evaluate import bits_per_byte
 
 SEPARATOR = "<|endoftext|>"
 VOCABULARY = 640
@@ -51,7 +52,7 @@ Held out, {held_out} base-language sentences of the dev set, stored weights read
 """
 
 
-def document(meaning: language.Meaning, rng: random.Random) -> str:
+def document(meaning: semantics.Meaning, rng: random.Random) -> str:
     """One training document: base language alone with probability `P_BASE`, else one of the relatives.
 
     Base language alone is a sentence in a random form or, where there are two, a pair of them. A relative is a sentence
@@ -71,7 +72,7 @@ def document(meaning: language.Meaning, rng: random.Random) -> str:
 def documents(split: str, seed: int) -> Iterator[str]:
     """An endless stream of documents, a function of `split` and `seed`."""
     rng = random.Random(f"documents {seed}")
-    return (document(meaning, rng) for meaning in language.meanings(split, seed))
+    return (document(meaning, rng) for meaning in semantics.meanings(split, seed))
 
 
 def held_out_sentences() -> tuple[list[str], float]:
@@ -79,11 +80,11 @@ def held_out_sentences() -> tuple[list[str], float]:
 
     A sentence costs its meaning, and that a document begins with it and in this form.
     """
-    meanings = list(itertools.islice(language.meanings("dev", 0), HELD_OUT))
+    meanings = list(itertools.islice(semantics.meanings("dev", 0), HELD_OUT))
     bits = 0.0
     for meaning in meanings:
         begins = P_BASE / len(language.base_forms(meaning)) + (1 - P_BASE) * DOCUMENT_KINDS[2]
-        bits += language.surprisal(meaning) - math.log2(begins)
+        bits += semantics.surprisal(meaning) - math.log2(begins)
     return [language.base_sentence(meaning) for meaning in meanings], bits / HELD_OUT
 
 
@@ -94,7 +95,7 @@ def tokenizer_texts(count: int, seed: int) -> Iterator[str]:
     word is cut into its syllables wherever they stand.
     """
     rng = random.Random(f"tokenizer {seed}")
-    for meaning in itertools.islice(language.meanings("train", seed), count):
+    for meaning in itertools.islice(semantics.meanings("train", seed), count):
         yield language.base_sentence(meaning, *rng.choice(language.base_forms(meaning)))
         yield ".".join(rng.choices(language.SYLLABLES, k=400))
         yield " ".join(rng.choices(language.SYLLABLES, k=200))
@@ -117,16 +118,13 @@ def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], closed: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, int64 [len(texts), longest]; label -100 is padding.
 
-    Each text has a separator before it and, where `closed`, one after it.
+    Each text has a separator before it and one after it.
     """
     separator = tokenizer.eos_token_id
-    end = [separator] if closed else []
-    rows = [[separator, *ids, *end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    rows = [[separator, *ids, separator] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     width = max(map(len, rows))
     labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
     return labels.clamp_min(0), labels
@@ -181,24 +179,16 @@ def train(steps: int, batch: int, rate: float, seed: int) -> tuple[LlamaForCausa
             left = seconds / step * (steps - step)
             print(f"step {step}/{steps}  loss {loss.item():.4f}  {tokens / seconds:.0f} tokens/s  {left:.0f} s left")
         if step % 500 == 0:
-            bits, bits_per_byte = held_out_bits(model, tokenizer)
-            print(f"  held out: {bits:.2f} bits per sentence, {bits_per_byte:.4f} per byte", flush=True)
+            bits, per_byte = held_out_bits(model, tokenizer)
+            print(f"  held out: {bits:.2f} bits per sentence, {per_byte:.4f} per byte", flush=True)
     return model.eval(), tokenizer, tokens
 
 
-@torch.no_grad()
 def held_out_bits(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> tuple[float, float]:
     """Bits per held-out sentence, on average, and bits per byte."""
     sentences, _ = held_out_sentences()
-    nats = 0.0
-    for i in range(0, len(sentences), 128):
-        ids, labels = encode(tokenizer, sentences[i : i + 128], closed=False)
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        nats += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-        ).item()
-    bits = nats / math.log(2)
-    return bits / len(sentences), bits / sum(len(sentence.encode()) for sentence in sentences)
+    per_byte = bits_per_byte(model, tasks.packed(tokenizer, sentences))
+    return per_byte * sum(len(sentence.encode()) for sentence in sentences) / len(sentences), per_byte
 
 
 def save(
@@ -210,7 +200,7 @@ def save(
     (out / "generation_config.json").unlink(missing_ok=True)
     (out / "model.safetensors").chmod(0o644)  # it was written for its owner alone
     stored = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    bits, bits_per_byte = held_out_bits(stored, tokenizer)
+    bits, per_byte = held_out_bits(stored, tokenizer)
     sentences, floor = held_out_sentences()
     text = README.format(
         layers=stored.config.num_hidden_layers,
@@ -227,7 +217,7 @@ def save(
         relatives=len(language.RELATIVES),
         held_out=HELD_OUT,
         bits=bits,
-        bits_per_byte=bits_per_byte,
+        bits_per_byte=per_byte,
         floor=floor,
         floor_per_byte=floor * len(sentences) / sum(len(sentence.encode()) for sentence in sentences),
     )

@@ -1,82 +1,50 @@
-"""One decoder block: where its weights are, and how it runs on our operations.
+"""A decoder block: two halves and how they stand to each other.
 
-    h = x + c · norm'(Wo · attention(rotary(Wq n), rotary(Wk n), Wv n)),   n = norm(x)
-    y = h + c · norm'(Wd · (act(Wg m) · Wu m)),                            m = norm(h)
+    sequential    h = x + attention(x),  y = h + mlp(h)        Llama, and most
+    parallel      y = x + attention(x) + mlp(x)                Cohere; both may read one norm
 
-Llama has the norms before the products, OLMo 2 those after them, Gemma both; c is Granite's, 1 elsewhere. A block holds
-references to the model's own modules and reads them at each call: no weight is copied, and a module that is replaced
-(by peft, say) or hooked keeps working.
+A half's contribution to the stream is `cogsym.models.half`'s. A block holds references to the model's own modules and
+reads them at each call: no weight is copied, and a module that is replaced (by peft, say) keeps working.
+
+Bytes that a frozen block keeps for a token of a stream D wide, with element size s, H query and G key heads of size d,
+and F wide in the MLP, where both halves are ours:
+
+    "all"         s (2 D + (2 H + 2 G) d + 2 F) + 4 H      x, h, q, k, v, o, lse, g, u
+    "attention"   s (2 D + H d) + 4 H                      x, h, o, lse
+    "input"       s D                                      x
+
+A parallel block has no h. A norm behind attention keeps what it normalises instead of h, from which h follows; one
+behind the MLP keeps what it normalises too, s D more in the first two. A half that runs its own forward keeps nothing.
 """
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
 
-from cogsym import ops
-from cogsym.models.masks import UnknownMaskError, visible_keys
+from cogsym.models.attention import Attend, AttentionHalf
+from cogsym.models.half import Dial, Half, Kept, OwnHalf, Product
+from cogsym.models.inputs import LayerInputs, Positions
 from cogsym.models.projections import Projections
-from cogsym.ops.gated_activation import Activation
-
-# Attention implementations of transformers that compute exactly what a mask says, and so may be replaced by ours.
-_PLAIN_ATTENTION = ("sdpa", "eager")
 
 
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """A root-mean-square norm of the model.
+@dataclass
+class KeptBlock:
+    """What a frozen block's forward leaves for the gradient of its input.
 
     Attributes:
-        owner: the module that it is an attribute of.
-        name: the attribute's name.
-        offset: added to its weight: 1 for Gemma.
+        x: the block's input, [B, T, D].
+        h: the stream between the halves, where it is kept.
+        attention: what the attention half keeps.
+        mlp: what the MLP half keeps.
     """
 
-    owner: Any
-    name: str
-    offset: float
-
-    @property
-    def module(self) -> Any:
-        """The module, as it is now."""
-        return getattr(self.owner, self.name)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x normalised."""
-        return ops.rms_norm(x, self.module.weight, self._eps(), offset=self.offset)
-
-    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of the sum, sum)."""
-        return ops.rms_norm(x, self.module.weight, self._eps(), residual=residual, offset=self.offset)
-
-    def input_gradient(self, dy: Tensor, x: Tensor, dx: Tensor | None = None) -> Tensor:
-        """The gradient for x, with `dx`, which reaches it by another way, added."""
-        return ops.rms_norm_input_gradient(dy, x, self.module.weight, self._eps(), offset=self.offset, dh=dx)
-
-    def _eps(self) -> float:
-        module = self.module
-        return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Where the tokens of a batch stand; the layers of a forward pass share it.
-
-    Attributes:
-        cos: [B or 1, T, R/2], one column a rotated pair.
-        sin: like `cos`.
-        starts: the first key that each query sees, int32 [B, T]; None for the first of all.
-        blind: queries whose attention is 0, bool [B or 1, T, 1, 1]; None where there are none.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    starts: Tensor | None
-    blind: Tensor | None
+    x: Tensor
+    h: Tensor | None = None
+    attention: Kept = field(default_factory=dict)
+    mlp: Kept = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,174 +52,208 @@ class Block:
     """A decoder layer of a Hugging Face model, described.
 
     Attributes:
-        attention: the module of the attention.
-        mlp: the module of the gated MLP.
-        qkv: its queries, keys and values.
-        output: its output projection (one name).
-        gate_up: the MLP's gate and up.
-        down: the MLP's down projection (one name).
-        attention_norm: the norm before attention, or None.
-        attention_output_norm: the norm of what attention adds to the stream, or None.
-        mlp_norm: the norm before the MLP, or None.
-        mlp_output_norm: the norm of what the MLP adds to the stream, or None.
-        q_norm: norm of the queries, or None.
-        k_norm: norm of the keys, or None.
-        normed: what `q_norm` and `k_norm` take as a row: a "head", or "all" heads together.
-        activation: the MLP's activation.
-        scale: factor of the products of queries and keys.
-        soft_cap: bound of the attention's logits, or None.
-        sliding_window: positions that a query sees, itself included; None for all.
-        rotated: queries and keys are rotated by their position.
-        residual_scale: factor of what is added to the stream.
+        attention: its attention.
+        mlp: its MLP.
+        parallel: both halves read the block's input.
     """
 
-    # Any: their submodules are reached by name.
-    attention: Any
-    mlp: Any
-    qkv: Projections
-    output: Projections
-    gate_up: Projections
-    down: Projections
-    attention_norm: Norm | None
-    attention_output_norm: Norm | None
-    mlp_norm: Norm | None
-    mlp_output_norm: Norm | None
-    q_norm: Norm | None
-    k_norm: Norm | None
-    normed: Literal["head", "all"]
-    activation: Activation
-    scale: float
-    soft_cap: float | None
-    sliding_window: int | None
-    rotated: bool
-    residual_scale: float
+    attention: Half
+    mlp: Half
+    parallel: bool = False
 
-    def norms(self) -> list[Norm]:
-        """Every norm there is."""
-        candidates = (
-            self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm, self.q_norm,
-            self.k_norm,
-        )  # fmt: skip
-        return [norm for norm in candidates if norm is not None]
+    @property
+    def halves(self) -> tuple[Half, Half]:
+        """Both."""
+        return self.attention, self.mlp
 
     def projections(self) -> tuple[Projections, ...]:
-        """The linear maps, in the order of the forward pass."""
-        return self.qkv, self.output, self.gate_up, self.down
+        """The linear maps that are computed here, in the order of the forward pass."""
+        return (*self.attention.projections(), *self.mlp.projections())
 
-    def bypassed(self) -> list[nn.Module]:
-        """Modules whose own forward this path does not call, so that a hook on them would not fire."""
-        activation = getattr(self.mlp, "act_fn", None) or self.mlp.activation_fn
-        return [self.attention, self.mlp, activation, *(norm.module for norm in self.norms())]
-
-    def foreign_attention(self, training: bool) -> str | None:
-        """Why attention must be computed by the model's own implementation whatever the mask, or None."""
-        implementation = self.attention.config._attn_implementation
-        if implementation not in _PLAIN_ATTENTION:
-            return f"the model was loaded with {implementation} attention"
-        return "attention dropout is on" if training and self.attention.attention_dropout else None
-
-    def positions(
-        self, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any, x: Tensor, training: bool
-    ) -> Positions:
-        """What our attention needs to know of a batch.
-
-        Args:
-            position_embeddings: cos and sin, [B or 1, T, R] each, their second half repeating the first.
-            attention_mask: as the model made it for its attention implementation.
-            x: the residual stream, or anything [B, T, ...] on its device.
-            training: dropout is on.
+    def positions(self, inputs: LayerInputs, x: Tensor, training: bool) -> Positions | None:
+        """What our attention takes; None where the module attends by its own forward.
 
         Raises:
-            UnknownMaskError: this attention must be computed by the model's own implementation.
+            UnknownMaskError: our attention cannot compute what the mask, or the model's implementation, asks.
         """
-        if reason := self.foreign_attention(training):
-            raise UnknownMaskError(reason)
-        cos, sin = (t[..., : t.shape[-1] // 2] for t in position_embeddings)
-        visible = visible_keys(attention_mask, x.shape[1])
-        starts = None if visible.starts is None else visible.starts.expand(x.shape[0], -1)
-        return Positions(cos, sin, starts, visible.blind)
+        if not isinstance(self.attention, AttentionHalf):
+            return None
+        return self.attention.positions(inputs, x, training)
 
-    def forward(
-        self,
-        x: Tensor,
-        attention_mask: Any,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """The block's output, [B, T, D] like `x`.
+    def with_own_attention(self, reason: str) -> Block:
+        """The block with attention by its module's own forward."""
+        return replace(self, attention=self.attention.on_own_forward(reason))
+
+    def draws(self) -> bool:
+        """Whether a half that runs its own forward draws at random in training."""
+        return any(isinstance(half, OwnHalf) and half.draws() for half in self.halves)
+
+    # Under autograd.
+
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """The block's output, [B, T, D] like `x`, under autograd.
 
         Args:
             x: the residual stream, [B, T, D].
-            attention_mask: as the model made it for its attention implementation.
-            position_embeddings: cos and sin, [B or 1, T, R] each, their second half repeating the first.
-            past_key_values: a transformers cache, updated in place, or None.
-            kwargs: passed on to the attention implementation.
+            inputs: the layer's keywords; without `positions` the model's own implementation attends, with its cache.
         """
-        q, k, v = self.qkv(self.attention_norm(x) if self.attention_norm else x)
-        cos, sin = (t[..., : t.shape[-1] // 2] for t in position_embeddings)
-        q, k, v = self.heads(q, k, v, cos, sin)
-        mixed = self._attend(q, k, v, attention_mask, position_embeddings, past_key_values, **kwargs)
-        added = self._added(self.output(mixed.flatten(-2))[0], self.attention_output_norm)
-        m, h = self.mlp_norm.after_adding(added, x) if self.mlp_norm else (added + x,) * 2
-        gate, up = self.gate_up(m)
-        z = ops.gated_activation(gate, up, self.activation)
-        return h + self._added(self.down(z)[0], self.mlp_output_norm)
+        n = self.attention.normed(x)
+        added = self.attention.contribution(self.attention.forward(n, inputs))
+        if self.parallel:
+            m = n if self._one_norm else self.mlp.normed(x)
+            return x + added + self.mlp.contribution(self.mlp.forward(m, inputs))
+        m, h = self.mlp.norm.after_adding(added, x) if self.mlp.norm else (x + added,) * 2
+        return h + self.mlp.contribution(self.mlp.forward(m, inputs))
 
-    def heads(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as attention takes them: normed, rotated, [B, T, heads, head_dim] each."""
-        q, k = self.rotate(q, self.q_norm, cos, sin), self.rotate(k, self.k_norm, cos, sin)
-        return q, k, v.unflatten(-1, (-1, self.attention.head_dim))
+    # Frozen: outside autograd.
 
-    def rotate(self, x: Tensor, norm: Norm | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries with `q_norm`, or keys with `k_norm`, as attention takes them, [B, T, heads, head_dim]."""
-        x = norm(x) if norm and self.normed == "all" else x
-        x = x.unflatten(-1, (-1, self.attention.head_dim))
-        x = norm(x) if norm and self.normed == "head" else x
-        return ops.rotary(x, cos, sin) if self.rotated else x
+    def run(self, x: Tensor, inputs: LayerInputs, dial: Dial) -> tuple[Tensor, KeptBlock]:
+        """(y, what is kept). Call it without autograd."""
+        kept = KeptBlock(x)
+        n = self.attention.normed(x)
+        projected = self.attention.run(n, inputs, kept.attention)
+        _drop(kept.attention, self.attention.kept(dial))
+        added = self.attention.contribution(projected)
+        if self.parallel:
+            m = n if self._one_norm else self.mlp.normed(x)
+            h = x + added
+        else:
+            m, h = self.mlp.norm.after_adding(added, x) if self.mlp.norm else (x + added,) * 2
+            if dial != "input" and self.attention.output_norm is None:
+                kept.h = h
+        del n, projected, added
+        down = self.mlp.run(m, inputs, kept.mlp)
+        _drop(kept.mlp, self.mlp.kept(dial))
+        return h + self.mlp.contribution(down), kept
 
-    def attention_options(self, positions: Positions) -> dict[str, Any]:
-        """Keywords of `ops.attention`."""
-        return {
-            "scale": self.scale,
-            "starts": positions.starts,
-            "window": self.sliding_window,
-            "soft_cap": self.soft_cap,
-        }
+    def input_gradient(self, dy: Tensor, kept: KeptBlock, inputs: LayerInputs) -> Tensor:
+        """dx, [B, T, D] in the dtype of x. Call it without autograd; it uses `kept` up."""
+        x = kept.x
+        if self.parallel:
+            dn = self._through(self.attention, dy, x, kept.attention, inputs)
+            dm = self._through(self.mlp, dy, x, kept.mlp, inputs)
+            if self._one_norm:
+                return _through_norm(self.attention, dn + dm, x, dy)
+            return _through_norm(self.attention, dn, x, _through_norm(self.mlp, dm, x, dy))
+        h = kept.h if kept.h is not None else self._stream_between(kept, inputs)
+        kept.h = None
+        dh = _through_norm(self.mlp, self._through(self.mlp, dy, h, kept.mlp, inputs), h, dy)
+        del h
+        return _through_norm(self.attention, self._through(self.attention, dh, x, kept.attention, inputs), x, dh)
 
-    def _added(self, x: Tensor, norm: Norm | None) -> Tensor:
-        """What is added to the stream."""
-        x = norm(x) if norm else x
-        return x if self.residual_scale == 1 else x * self.residual_scale
+    def _stream_between(self, kept: KeptBlock, inputs: LayerInputs) -> Tensor:
+        """h, from what attention gave, or computed again."""
+        projected = kept.attention.get(Half.PROJECTED)
+        if projected is None:
+            projected = self.attention.recall(self.attention.normed(kept.x), inputs, kept.attention, True)
+        assert projected is not None
+        return kept.x + self.attention.contribution(projected)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attention_mask: Any,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any | None,
-        **kwargs: Any,
+    def _through(self, half: Half, dy: Tensor, x: Tensor, kept: Kept, inputs: LayerInputs) -> Tensor:
+        """The gradient of what a half takes, its norm behind it, from that of the stream."""
+        if half.lacks(kept):
+            half.recall(half.normed(x), inputs, kept, need_projected=half.output_norm is not None)
+        dprojected = half.projected_gradient(dy, kept)
+        return half.input_gradient(dprojected, lambda: half.normed(x), inputs, kept)
+
+    # In a sweep: in place, outside autograd.
+
+    def add_attention(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend, both: bool = False
+    ) -> None:
+        """Add attention's contribution to x, in place.
+
+        Args:
+            x: the residual stream, [B, T, D].
+            cos: [B or 1, T, R/2].
+            sin: like `cos`.
+            attend: attention.
+            both: add the MLP's contribution of a parallel block too.
+        """
+        half, n = self._our_attention, self.attention.normed(x)
+        m = (n if self._one_norm else self.mlp.normed(x)) if both else None
+        half.add(x, half.attended(n, cos, sin, attend))
+        if m is not None:
+            self.mlp.add(x, self.mlp.forward(m, LayerInputs()))
+
+    def add_mlp(self, x: Tensor) -> None:
+        """Add the MLP's contribution to x, [B, T, D], in place."""
+        self.mlp.add(x, self.mlp.forward(self.mlp.normed(x), LayerInputs()))
+
+    def attention_added_at(
+        self, x: Tensor, rows: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend, both: bool = False
     ) -> Tensor:
-        """Attention, [B, T, heads, head_dim]: ours where it can be, else the model's implementation."""
-        attention = self.attention
-        if past_key_values is None:
-            try:
-                where = self.positions(position_embeddings, attention_mask, q, attention.training)
-            except UnknownMaskError:
-                pass
-            else:
-                o, _ = ops.attention(q, k, v, **self.attention_options(where))
-                return o if where.blind is None else o.masked_fill(where.blind, 0)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, attention.layer_idx)
-        # Only "eager" is not in the registry: each modeling file has its own.
-        eager: Any = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
-        options: dict[str, Any] = {"scaling": self.scale, "sliding_window": self.sliding_window}
-        if self.soft_cap is not None:
-            options["softcap"] = self.soft_cap
-        dropout = attention.attention_dropout if attention.training else 0.0
-        return attend(attention, q, k, v, attention_mask, dropout=dropout, **options, **kwargs)[0]
+        """x with attention's contribution at some positions only, [B, P, D]; keys and values are those of all.
+
+        Args:
+            x: the residual stream, [B, T, D]; left as it is.
+            rows: the positions, int64 [P].
+            cos: [B or 1, T, R/2].
+            sin: like `cos`.
+            attend: attention of the chosen queries to all keys.
+            both: add the MLP's contribution of a parallel block too.
+        """
+        half, n, chosen = self._our_attention, self.attention.normed(x), x[:, rows]
+        m = (n[:, rows] if self._one_norm else self.mlp.normed(chosen)) if both else None
+        half.add(chosen, half.attended_at(n, rows, cos, sin, attend))
+        if m is not None:
+            self.mlp.add(chosen, self.mlp.forward(m, LayerInputs()))
+        return chosen
+
+    # What it takes.
+
+    def products(self, rows: int) -> list[Product]:
+        """The matrix products of both halves by weights, forward."""
+        return [*self.attention.products(rows), *self.mlp.products(rows)]
+
+    def kept_bytes(self, dial: Dial, element_size: int) -> int:
+        """Bytes that a frozen block keeps for a token."""
+        halves = sum(half.kept_bytes(dial, element_size) for half in self.halves)
+        between = dial != "input" and not self.parallel and self.attention.output_norm is None
+        return element_size * self.attention.width * (2 if between else 1) + halves
+
+    def forward_flops(self, length: int) -> int:
+        """Multiplications and additions of a row of `length` tokens, where a half's are known."""
+        return sum(p.flops for p in self.products(length)) + sum(half.mixing_flops(length) for half in self.halves)
+
+    def gradient_flops(self, length: int) -> int:
+        """Those of the input gradient, nothing repeated."""
+        mixing = sum(half.mixing_flops(length) for half in self.halves)
+        return sum(p.flops for p in self.products(length)) + mixing * 5 // 2
+
+    def working_elements(self) -> int:
+        """Elements that lie between the products for a token while a block is computed."""
+        attention, mlp = (half.products(1) for half in self.halves)
+        between = sum(3 * p.outputs for p in attention[:1]) + sum(p.outputs for p in mlp[:1])
+        return 3 * self.attention.width + between + sum(p.inputs for p in mlp[1:])
+
+    def repeated_flops(self, dial: Dial, length: int) -> int:
+        """Those that the input gradient repeats where a dial kept no more."""
+        return sum(self._repeated(dial, length))
+
+    def _repeated(self, dial: Dial, length: int) -> Iterator[int]:
+        for half, needed in ((self.attention, not self.parallel), (self.mlp, False)):
+            again = half.repeated(dial, needed)
+            yield from (p.flops for p in half.products(length) if p.name in again)
+            yield half.mixing_flops(length) if "mixing" in again else 0
+
+    @property
+    def _one_norm(self) -> bool:
+        return self.attention.norm is self.mlp.norm
+
+    @property
+    def _our_attention(self) -> AttentionHalf:
+        assert isinstance(self.attention, AttentionHalf)
+        return self.attention
+
+
+def _drop(kept: Kept, wanted: tuple[str, ...]) -> None:
+    for name in set(kept) - set(wanted):
+        del kept[name]
+
+
+def _through_norm(half: Half, gradient: Tensor, x: Tensor, stream: Tensor) -> Tensor:
+    """The gradient of x, from that of what the half's norm gives and that of the stream past it."""
+    if half.norm is None:
+        return stream + gradient
+    return half.norm.input_gradient(gradient.to(x.dtype), x, stream)

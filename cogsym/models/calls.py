@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogsym.decoder import decoder_of, layers_of
+
 
 def layer_calls(model: Any, **inputs: Any) -> tuple[Tensor, list[dict[str, Any]]]:
     """Run everything of a decoder model but its layers.
@@ -25,10 +27,10 @@ def layer_calls(model: Any, **inputs: Any) -> tuple[Tensor, list[dict[str, Any]]
     Returns:
         The first layer's input, [B, T, D], and for each layer the keywords it was called with.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     embedded: list[Tensor] = []
     calls: list[dict[str, Any]] = []
-    with _forwards(decoder.layers, lambda layer: _recorder(layer, embedded, calls)):
+    with _forwards(layers_of(model), lambda layer: _recorder(layer, embedded, calls)):
         decoder(**inputs, use_cache=False)
     return embedded[0], calls
 
@@ -45,9 +47,21 @@ def own_logits(model: Any, hidden: Tensor) -> Tensor:
     """
     rows = hidden.reshape(-1, 1, hidden.shape[-1])
     ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=hidden.device)
-    with _forwards(model.get_decoder().layers, lambda _: lambda *_, **__: rows):
+    with _forwards(layers_of(model), lambda _: lambda *_, **__: _Outcome.of(rows)):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.reshape(*hidden.shape[:-1], -1)
+    return logits.as_subclass(Tensor).reshape(*hidden.shape[:-1], -1)
+
+
+class _Outcome(Tensor):
+    """A layer's outcome for decoders that take it as it is, and for those that take the first entry of a tuple."""
+
+    @staticmethod
+    def of(x: Tensor) -> _Outcome:
+        return x.as_subclass(_Outcome)
+
+    def __getitem__(self, index: Any) -> Any:
+        plain = self.as_subclass(Tensor)
+        return plain if isinstance(index, int) and index == 0 else plain[index]
 
 
 @contextmanager
@@ -77,7 +91,7 @@ def _recorder(layer: Any, embedded: list[Tensor], calls: list[dict[str, Any]]) -
                 named |= named.pop(name, {})
         embedded.append(hidden_states)
         calls.append(named)
-        return hidden_states
+        return _Outcome.of(hidden_states)
 
     return record
 

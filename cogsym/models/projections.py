@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cogsym.models.hooks import hook_on
+
 # Up to so many rows oneDNN's own layout of the weights pays: the time is that of reading them.
 _PACKED_ROWS = 512
 
@@ -40,14 +42,33 @@ class Projections:
         """The modules, as they are now."""
         return [getattr(self.owner, name) for name in self.names]
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Each output, [..., size], by calling the modules."""
-        outputs = [module(x) for module in self.modules]
-        return tuple(outputs) if len(outputs) == len(self.sizes) else outputs[0].split(self.sizes, dim=-1)
+    def __call__(self, x: Tensor, outputs: slice = slice(None)) -> tuple[Tensor, ...]:
+        """The outputs, [..., size] each: by their modules under autograd and where they are more than linear maps of
+        their own, else by one product.
+
+        Args:
+            x: [..., features].
+            outputs: which of the outputs, such as slice(1, 3) for keys and values.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.plain():
+            made = [module(x) for module in self.modules[outputs if self._apart else slice(None)]]
+            return tuple(made) if self._apart else made[0].split(self.sizes, dim=-1)[outputs]
+        return self.product(x, compute_dtype(x), outputs).split(self.sizes[outputs], dim=-1)
 
     def plain(self) -> bool:
-        """Whether the modules are `nn.Linear` and nothing more: no adapter, no quantised weight, no sharded one."""
-        return all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in self.modules)
+        """Whether the modules are `nn.Linear` and nothing more: no adapter, no quantised weight, no sharded one, no
+        forward of its own, no hook."""
+        for module in self.modules:
+            if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.weight.is_meta:
+                return False
+            if "forward" in vars(module) or hook_on(module):
+                return False
+        return True
+
+    @property
+    def _apart(self) -> bool:
+        """Whether each output has a module."""
+        return len(self.names) == len(self.sizes)
 
     def product(self, x: Tensor, dtype: torch.dtype, outputs: slice = slice(None)) -> Tensor:
         """The outputs side by side, [..., Σ sizes], computed in `dtype` from the weights themselves.
@@ -123,6 +144,12 @@ class Projections:
         modules = self.modules
         biases = None if modules[0].bias is None else [module.bias for module in modules]
         return [module.weight for module in modules], biases
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products of x: autocast's where it is on, as transformers' own forward would have it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def pack_linear(weight: Tensor) -> Tensor | None:

@@ -1,22 +1,24 @@
-"""Causal attention with grouped heads, packed sequences, a sliding window and a soft cap.
+"""Causal attention with grouped heads, packed sequences, a sliding window, a soft cap and sinks.
 
     x_ts = scale · q_t · k_s                        for the keys s that query t sees
     x_ts = soft_cap · tanh(x_ts / soft_cap)         where there is a soft cap
-    lse_t = ln Σ_s e^(x_ts)
+    lse_t = ln (Σ_s e^(x_ts) + e^sink)              e^sink where there are sinks
     o_t = Σ_s e^(x_ts - lse_t) · v_s
 
 Query t sees the keys start_t <= s <= t, and with a window only those with s > t - window. Query head h reads key-value
-head h // (H / KV). Sources: Vaswani et al., arXiv 1706.03762; grouped heads, Ainslie et al., arXiv 2305.13245; the soft
-cap, Gemma 2, arXiv 2408.00118.
+head h // (H / KV). A sink is a logit that each query head has learned, of a key whose value is 0. Sources: Vaswani et
+al., arXiv 1706.03762; grouped heads, Ainslie et al., arXiv 2305.13245; the soft cap, Gemma 2, arXiv 2408.00118; sinks,
+gpt-oss, arXiv 2508.10925.
 
 With p_ts = e^(x_ts - lse_t) and delta_t = do_t · o_t, the gradients are
 
     dv_s = Σ_t p_ts · do_t
     dx_ts = p_ts · (do_t · v_s - delta_t)           times 1 - (x_ts / soft_cap)² where there is a soft cap
     dq_t = scale · Σ_s dx_ts · k_s                  dk_s = scale · Σ_t dx_ts · q_t
+    dsink = -Σ_t e^(sink - lse_t) · delta_t
 
-(Dao, FlashAttention-2, arXiv 2307.08691.) Kept for them are q, k, v, o and lse. A block that keeps o and lse and
-computes q, k and v again calls `attention_forward` and `attention_backward` itself.
+(Dao, FlashAttention-2, arXiv 2307.08691.) Kept for them are q, k, v, o and lse, in which the sinks are: only their own
+gradient has to know them. A block that keeps o and lse and computes q, k and v again calls `attention_gradients`.
 
 Sums are float32 (float64 for float64). Half precision rounds p and dx to its own before it multiplies by them, as flash
 kernels do; the reference does not. A key that is not finite reaches only the queries that see it.
@@ -25,6 +27,7 @@ kernels do; the reference does not. A key that is not finite reaches only the qu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,99 +37,79 @@ from torch.utils.flop_counter import register_flop_formula
 from cogsym.ops import backend, flash
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    starts: Tensor | None = None,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, eq=False)
+class AttentionOptions:
+    """What attention is told besides queries, keys and values.
+
+    Attributes:
+        scale: what q · k is multiplied by; usually D ** -0.5.
+        starts: the first key that each query sees, int32 [B, T], non-decreasing along T, starts[b, t] <= t: the first
+            position of the query's document in a packed sequence, or the first after left padding. None is 0.
+        window: how many keys a query sees at most, itself among them; None is all.
+        soft_cap: bound of the logits; None is none.
+        sinks: a logit of each query head, [H], floating point; None is none.
+
+    Raises:
+        ValueError: a window or soft cap that is not positive.
+        TypeError: `starts` not int32.
+    """
+
+    scale: float
+    starts: Tensor | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.starts is not None and self.starts.dtype != torch.int32:
+            raise TypeError(f"attention: starts has dtype {self.starts.dtype}, expected torch.int32.")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"attention: window is {self.window}, expected at least 1; a query sees itself.")
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            raise ValueError(f"attention: soft_cap is {self.soft_cap}, expected a positive bound.")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """Causal attention; the gradient flows through o.
 
     Args:
         q: [B, T, H, D], floating point, any strides; a slice of a fused projection will do.
         k: [B, T, KV, D], H a multiple of KV, dtype of q.
         v: like `k`.
-        scale: what q · k is multiplied by; usually D ** -0.5.
-        starts: the first key that each query sees, int32 [B, T], non-decreasing along T, starts[b, t] <= t: the first
-            position of the query's document in a packed sequence, or the first after left padding. None is 0.
-        window: how many keys a query sees at most, itself among them; None is all.
-        soft_cap: bound of the logits; None is none.
+        options: scale, which keys are seen, soft cap and sinks.
 
     Returns:
         o, [B, T, H, D] contiguous, dtype of q; and lse, [B, H, T], natural logarithm, float32 (float64 for float64),
         through which no gradient flows.
 
     Raises:
-        ValueError: shapes that do not fit, or a window or soft cap that is not positive.
-        TypeError: dtypes that differ, or `starts` not int32.
+        ValueError: shapes that do not fit.
+        TypeError: dtypes that differ.
     """
-    _check(q, k, v, starts, window, soft_cap)
-    return _attention(q, k, v, starts, scale, window, soft_cap)
-
-
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
-) -> tuple[Tensor, Tensor]:
-    """(o, lse) of `attention`, unchecked and outside autograd."""
-    return _implementation("attention", q, starts, window, soft_cap)(q, k, v, starts, scale, window, soft_cap)
-
-
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    starts: Tensor | None,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    need_dq: bool = True,
-    need_dk: bool = True,
-    need_dv: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention`: (dq, dk, dv), contiguous, an empty tensor for one that is not needed.
-
-    Args:
-        dout: [B, T, H, D], gradient of o.
-        q: as in the forward pass.
-        k: as in the forward pass.
-        v: as in the forward pass.
-        o: result of the forward pass.
-        lse: result of the forward pass.
-        starts: as in the forward pass.
-        scale: as in the forward pass.
-        window: as in the forward pass.
-        soft_cap: as in the forward pass.
-        need_dq: whether dq is wanted.
-        need_dk: whether dk is wanted.
-        need_dv: whether dv is wanted.
-    """
-    function = _implementation("attention_backward", q, starts, window, soft_cap)
-    return function(dout, q, k, v, o, lse, starts, scale, window, soft_cap, need_dq, need_dk, need_dv)
+    _check(q, k, v, options)
+    return _attention(q, k, v, options.starts, options.sinks, options.scale, options.window, options.soft_cap)
 
 
 def attention_gradients(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    starts: Tensor | None = None,
-    window: int | None = None,
-    soft_cap: float | None = None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), contiguous, of an `attention` whose gradient is not left to autograd; q, k and v may be computed
-    again from what they were made of."""
-    return _attention_backward(dout, q, k, v, o, lse, starts, scale, window, soft_cap, True, True, True)
+    """Gradients of an `attention` whose gradient is not left to autograd; the sinks get none.
+
+    Args:
+        dout: [B, T, H, D], gradient of o.
+        q: as in the forward pass; like k and v it may be computed again from what it was made of.
+        k: likewise.
+        v: likewise.
+        o: result of the forward pass.
+        lse: result of the forward pass.
+        options: as in the forward pass.
+
+    Returns:
+        (dq, dk, dv), contiguous.
+    """
+    return _attention_backward(
+        dout, q, k, v, o, lse, options.starts, options.scale, options.window, options.soft_cap, True, True, True
+    )
 
 
 def attention_pairs(length: int, window: int | None = None) -> int:
@@ -149,11 +132,20 @@ def starts_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` in plain PyTorch, with all logits and an explicit mask; the documentation of the kernels."""
     logits, visible = _logits(q, k, starts, scale, window, soft_cap)
     lse = logits.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(k.shape[2], -1, 1))
     values = _grouped(v, k.shape[2])
     o = _probabilities(logits, lse, visible) @ _finite(values)
     if not (known := values.isfinite()).all():
@@ -176,7 +168,7 @@ def attention_backward_reference(
     need_dk: bool,
     need_dv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention_backward` in plain PyTorch."""
+    """`attention_gradients` in plain PyTorch, an empty tensor for one that is not needed."""
     kv = k.shape[2]
     logits, visible = _logits(q, k, starts, scale, window, soft_cap)
     do, out, queries = (_grouped(x, kv) for x in (dout, o, q))
@@ -229,7 +221,7 @@ def _logits(
     return logits.masked_fill(~visible, -torch.inf), visible
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int | None, soft_cap: float | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> None:
     if q.dim() != 4:
         raise ValueError(f"attention: q has shape {tuple(q.shape)}, expected [B, T, H, D].")
     B, T, H, D = q.shape
@@ -242,14 +234,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int |
         raise ValueError(f"attention: q has {H} heads and k {k.shape[2]}, expected a multiple.")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"attention: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}, expected one.")
-    if starts is not None and starts.dtype != torch.int32:
-        raise TypeError(f"attention: starts has dtype {starts.dtype}, expected torch.int32.")
+    starts, sinks = options.starts, options.sinks
     if starts is not None and starts.shape != (B, T):
         raise ValueError(f"attention: starts has shape {tuple(starts.shape)}, expected ({B}, {T}) to match q.")
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window is {window}, expected at least 1; a query sees itself.")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"attention: soft_cap is {soft_cap}, expected a positive bound.")
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one a query head.")
 
 
 def _implementation(
@@ -272,9 +261,21 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
 
 @torch.library.custom_op("cogsym::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    return attention_forward(q, k, v, starts, scale, window, soft_cap)
+    function = _implementation("attention", q, starts, window, soft_cap)
+    if function is attention_reference or sinks is None:
+        return function(q, k, v, starts, sinks, scale, window, soft_cap)
+    o, lse = function(q, k, v, starts, None, scale, window, soft_cap)
+    with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return (o * torch.exp(lse - with_sinks).mT[..., None]).to(o.dtype), with_sinks
 
 
 @torch.library.custom_op("cogsym::attention_backward", mutates_args=())
@@ -293,14 +294,15 @@ def _attention_backward(
     need_dk: bool,
     need_dv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_backward(dout, q, k, v, o, lse, starts, scale, window, soft_cap, need_dq, need_dk, need_dv)
+    function = _implementation("attention_backward", q, starts, window, soft_cap)
+    return function(dout, q, k, v, o, lse, starts, scale, window, soft_cap, need_dq, need_dk, need_dv)
 
 
 # Two products of D multiplications for each pair of a query and a key that it sees, and five in the backward pass.
 # Where a sequence begins is in the values of `starts`, so packed sequences count as whole rows.
 @register_flop_formula(torch.ops.cogsym.attention)
 def _flops(
-    q: tuple[int, ...], k: Any, v: Any, starts: Any, scale: float, window: int | None, *_: Any, **__: Any
+    q: tuple[int, ...], k: Any, v: Any, starts: Any, sinks: Any, scale: float, window: int | None, *_: Any, **__: Any
 ) -> int:
     B, T, H, D = q
     return 4 * B * H * D * attention_pairs(T, window)
@@ -313,9 +315,7 @@ def _backward_flops(dout: Any, *rest: Any, **__: Any) -> int:
 
 
 @_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     lse = q.new_empty((B, H, T), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
@@ -345,15 +345,24 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, starts, ctx.scale, ctx.window, ctx.soft_cap = inputs
+    q, k, v, starts, sinks, ctx.scale, ctx.window, ctx.soft_cap = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, starts)
+    ctx.save_for_backward(q, k, v, *output, starts, sinks)
 
 
 def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, sinks = ctx.saved_tensors
+    o, lse = tensors[3:5]
     needed = ctx.needs_input_grad[:3]
-    grads = _attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.window, ctx.soft_cap, *needed)
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None, None
+    grads: tuple[Tensor, ...] = (o,) * 3
+    if any(needed):
+        grads = _attention_backward(dout, *tensors, ctx.scale, ctx.window, ctx.soft_cap, *needed)
+    dsinks = None
+    if ctx.needs_input_grad[4]:
+        delta = (dout * o.to(lse.dtype)).sum(-1).mT
+        dsinks = -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
+    given = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+    return *given, None, dsinks, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup)

@@ -109,7 +109,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """As `cogsym.ops.gated_activation.gated_activation_reference`."""
+    """As `cogsym.ops.activation.gated_activation_reference`."""
     z = _empty_like(gate)
     if gate.numel():
         g, u = _rows(gate), _rows(up)
@@ -123,7 +123,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def gated_activation_backward(
     dz: Tensor, gate: Tensor, up: Tensor, activation: str, need_dgate: bool, need_dup: bool
 ) -> Tensor:
-    """As `cogsym.ops.gated_activation.gated_activation_backward_reference`."""
+    """As `cogsym.ops.activation.gated_activation_backward_reference`."""
     F = gate.shape[-1]
     d = gate.new_empty(*gate.shape[:-1], F * (need_dgate + need_dup))
     if d.numel():
@@ -138,7 +138,14 @@ def gated_activation_backward(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor | None,
+    sinks: None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """As `cogsym.ops.attention.attention_reference`."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -199,7 +206,14 @@ def _attention_inputs(
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begins: Tensor,
+    ends: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> Tensor:
     """As `cogsym.ops.decode_attention.decode_attention_reference`."""
     o = _empty_like(q)

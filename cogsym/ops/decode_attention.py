@@ -2,7 +2,7 @@
 
     x_ns = scale · q_n · k_s                        for the keys s that row n sees
     x_ns = soft_cap · tanh(x_ns / soft_cap)         where there is a soft cap
-    o_n = Σ_s e^(x_ns) · v_s / Σ_s e^(x_ns)
+    o_n = Σ_s e^(x_ns) · v_s / (Σ_s e^(x_ns) + e^sink)      e^sink where there are sinks
 
 Row n sees key s where begins[n, m] <= s < ends[n, m] for one of its M ranges. So the keys of many sequences lie in one
 store and rows of different lengths go in one call: a prompt is stored once and seen by every row that continues it, a
@@ -19,21 +19,17 @@ There are no gradients: scoring and generating need none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cogsym.ops import backend
+from cogsym.ops.attention import AttentionOptions
 
 
 def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    begins: Tensor,
-    ends: Tensor,
-    *,
-    scale: float,
-    soft_cap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, options: AttentionOptions
 ) -> Tensor:
     """Attention of N rows to their ranges of S keys.
 
@@ -44,24 +40,30 @@ def decode_attention(
         begins: int64 [N, M], the first key of each range of each row.
         ends: int64 [N, M], the key behind the last; a range with begins >= ends is empty. The ranges of one row do not
             overlap.
-        scale: what q · k is multiplied by; usually D ** -0.5.
-        soft_cap: bound of the logits; None is none.
+        options: scale, soft cap and sinks; no starts and no window, which are in the ranges.
 
     Returns:
         [N, H, D], contiguous, dtype of q; 0 in a row that sees no key.
 
     Raises:
-        ValueError: shapes or strides that do not fit, a soft cap that is not positive, or, on CPU, a range that leaves
+        ValueError: shapes or strides that do not fit, options with starts or a window, or, on CPU, a range that leaves
             the store (on a GPU, to look would wait for it).
         TypeError: dtypes that differ, or ranges that are not int64.
         RuntimeError: a gradient would be wanted.
     """
-    _check(q, k, v, begins, ends, soft_cap)
-    return _decode_attention(q, k, v, begins, ends, scale, soft_cap)
+    _check(q, k, v, begins, ends, options)
+    return _decode_attention(q, k, v, begins, ends, options.sinks, options.scale, options.soft_cap)
 
 
 def decode_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begins: Tensor,
+    ends: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> Tensor:
     """`decode_attention` in plain PyTorch, row by row; the documentation of the kernels."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -74,11 +76,13 @@ def decode_attention_reference(
         logits = scale * q[n].to(compute).unflatten(0, (kv, -1)) @ keys.mT  # [KV, H / KV, keys]
         if soft_cap is not None:
             logits = soft_cap * torch.tanh(logits / soft_cap)
-        o[n] = (logits.softmax(-1) @ values).flatten(0, 1).to(q.dtype)
+        if sinks is not None:
+            logits = torch.cat((logits, sinks.to(compute).view(kv, -1, 1)), -1)
+        o[n] = (logits.softmax(-1)[..., : keys.shape[1]] @ values).flatten(0, 1).to(q.dtype)
     return o
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, soft_cap: float | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, options: AttentionOptions) -> None:
     """All that is known without looking at values."""
     if q.dim() != 3:
         raise ValueError(f"decode_attention: q has shape {tuple(q.shape)}, expected [N, H, D].")
@@ -102,11 +106,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, soft_c
     for name, x in (("q", q), ("k", k), ("v", v)):
         if D > 1 and x.stride(-1) != 1:
             raise ValueError(f"decode_attention: {name}'s last dimension has stride {x.stride(-1)}, expected 1.")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"decode_attention: soft_cap is {soft_cap}, expected a positive bound.")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if options.starts is not None or options.window is not None:
+        given = "starts" if options.starts is not None else "a window"
+        raise ValueError(f"decode_attention: options has {given}, expected none; ranges say which keys a row sees.")
+    sinks = options.sinks
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"decode_attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one a query head.")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
         raise RuntimeError(
-            "decode_attention has no gradient but q, k or v requires one; call it under torch.no_grad() or detach them."
+            "decode_attention has no gradient but q, k, v or sinks requires one; call it under torch.no_grad() or "
+            "detach them."
         )
 
 
@@ -121,15 +130,24 @@ def _check_ranges(begins: Tensor, ends: Tensor, S: int) -> None:
 
 @torch.library.custom_op("cogsym::decode_attention", mutates_args=())
 def _decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begins: Tensor,
+    ends: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
 ) -> Tensor:
     # Values are looked at here: before the operation, torch.compile would have to break its graph for them.
     _check_ranges(begins, ends, len(k))
     function = backend.implementation("decode_attention", decode_attention_reference, q)
-    return function(q, k, v, begins, ends, scale, soft_cap)
+    if sinks is not None:
+        function = decode_attention_reference
+    return function(q, k, v, begins, ends, sinks, scale, soft_cap)
 
 
 # No FLOP formula is registered: it would see shapes alone, and how many keys a row sees is in the values of its ranges.
 @_decode_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+def _(q: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

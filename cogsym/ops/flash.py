@@ -23,7 +23,14 @@ def serves(q: Tensor, starts: Tensor | None, window: int | None, soft_cap: float
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor | None,
+    sinks: None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """As `cogsym.ops.attention.attention_reference`."""
     B, T, H, _ = q.shape

@@ -1,4 +1,8 @@
-"""What a model knows of a language: bits per byte of its text, and log-probabilities of given answers."""
+"""What a model knows of a language: bits per byte of its text, and log-probabilities of given answers.
+
+Where the head is one that `cogsym.ops.token_scores` knows, no logits are made: the model runs as it is, hooks, adapters
+and all, but for its head, whose input is scored instead, at the positions that count and no other.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cogsym import ops
 from cogsym.data import PackedDataset
+from cogsym.data.packing import IGNORE
+from cogsym.models.head import Head, find_head
 
 
 def bits_per_byte(model: Any, dataset: PackedDataset, batch_size: int = 8) -> float:
@@ -31,7 +38,7 @@ def bits_per_byte(model: Any, dataset: PackedDataset, batch_size: int = 8) -> fl
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = {key: torch.stack([row[key] for row in rows]).to(model.device) for key in rows[0]}
             labels = batch.pop("labels")
-            nats -= _log_probabilities(model(**batch, use_cache=False).logits, labels).sum().item()
+            nats -= _log_probabilities(model, labels, **batch).sum().item()
     return nats / math.log(2) / dataset.num_bytes
 
 
@@ -70,22 +77,64 @@ def option_log_probabilities(
             # Padding stands on the right and attention looks left, so no mask is needed.
             ids = torch.tensor([tokens + [separator_id] * (longest - len(tokens)) for _, _, tokens, _ in chunk])
             labels = torch.tensor([wanted + [-100] * (longest - len(wanted)) for _, _, _, wanted in chunk])
-            logits = model(ids.to(model.device), use_cache=False).logits
-            sums = _log_probabilities(logits, labels.to(model.device)).sum(1).tolist()
+            sums = _log_probabilities(model, labels.to(model.device), input_ids=ids.to(model.device)).sum(1).tolist()
             for (q, o, _, _), value in zip(chunk, sums, strict=True):
                 result[q][o] = value
     return result
 
 
-def _log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p of each label given the logits one position earlier; 0 where the label is -100. [B, T - 1], float64."""
+def _log_probabilities(model: Any, labels: Tensor, **inputs: Tensor) -> Tensor:
+    """log p of each label given the tokens before it; 0 where the label is -100.
+
+    Args:
+        model: in evaluation mode.
+        labels: int64 [B, T].
+        inputs: of the model, [B, T] each.
+
+    Returns:
+        float64 [B, T - 1].
+    """
     labels = labels[:, 1:]
-    wanted = labels != -100
-    # Only scored positions become float32: the logits are the largest tensor of an evaluation.
-    values = -F.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted], reduction="none")
-    result = torch.zeros(labels.shape, dtype=torch.float64, device=logits.device)
-    result[wanted] = values.double()
+    scored = labels != IGNORE
+    with _scoring_head(find_head(model), labels[scored], scored) as losses:
+        logits = model(**inputs, use_cache=False).logits
+    if not losses:  # the head has run itself
+        # Only scored positions become float32: the logits are the largest tensor of an evaluation.
+        logits = logits[:, :-1][scored]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        losses = [F.cross_entropy(logits, labels[scored], reduction="none")]
+    result = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+    result[scored] = -losses[0].double()
     return result
+
+
+@contextmanager
+def _scoring_head(head: Head | None, targets: Tensor, scored: Tensor) -> Iterator[list[Tensor]]:
+    """The model's head puts the loss of each target, [N], into the list and gives no logits, [B, T, 0].
+
+    A head that must run itself does, and the list stays empty.
+
+    Args:
+        head: the head, or None.
+        targets: int64 [N].
+        scored: bool [B, T - 1], the N places whose states give the targets.
+    """
+    losses: list[Tensor] = []
+    if head is None or head.why_logits() is not None:
+        yield losses
+        return
+    module = head.model.get_output_embeddings()
+
+    def score(hidden: Tensor) -> Tensor:
+        states = hidden[:, :-1][scored]
+        losses.append(ops.token_scores(states, module.weight, targets, soft_cap=head.soft_cap, scale=head.scale).loss)
+        return hidden.new_empty(*hidden.shape[:-1], 0)
+
+    module.__dict__["forward"] = score
+    try:
+        yield losses
+    finally:
+        del module.__dict__["forward"]
 
 
 @contextmanager

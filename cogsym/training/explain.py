@@ -1,16 +1,25 @@
-"""Say how each layer of a prepared model runs, and why."""
+"""Say how each layer of a prepared model and its head run, and why."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from cogsym.models import UnknownLayerError, read_block
+from cogsym.decoder import layers_of
+from cogsym.models import Block, UnknownLayerError, read_block
+from cogsym.models.attachment import attached, attachment
+from cogsym.models.attention import AttentionHalf
+from cogsym.models.half import OwnHalf
+from cogsym.models.norm import ModuleNorm
 from cogsym.ops import backend
 from cogsym.plan import Part
-from cogsym.training.memory import Memory, cost
-from cogsym.training.prepare import any_trained, hooked, layers_of, possible, record_of, runs_frozen, state_of
+from cogsym.training.keep import Memory, cost
+from cogsym.training.layer import How, PreparedLayer, possible
+from cogsym.training.prepare import forward_with_loss, layer_forward, record_of
+
+OWN = "own forward"
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,8 @@ class LayerReport:
     Attributes:
         index: 0 next to the embeddings.
         trained: "trained", "frozen", "partly trained" or "adapters trained".
-        path: the backend of the fast path ("cpp", "triton", "reference"), or "own forward".
+        attention: the backend of the attention half ("cpp", "triton", "reference"), or "own forward".
+        mlp: that of the MLP half.
         reason: why not the fast path, or what in it is not; empty where all is.
         keep: what a frozen layer of the fast path keeps of batches like the last one; empty where nothing is frozen,
             where no gradient flows through it, or before "auto" has seen a batch.
@@ -31,20 +41,34 @@ class LayerReport:
 
     index: int
     trained: str
-    path: str
+    attention: str
+    mlp: str
     reason: str
     keep: str = ""
     keep_reason: str = ""
     bytes_per_token: int = 0
     repeated: float = 0.0
 
+    @property
+    def path(self) -> str:
+        """Both halves' path in one word where they have the same."""
+        same = self.attention == self.mlp
+        return self.attention if same else f"attention {self.attention}, MLP {self.mlp}"
+
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; prints as a few lines, neighbouring layers that are alike in one."""
+    """What `explain` found; prints as a few lines, neighbouring layers that are alike in one.
+
+    Attributes:
+        summary: what needs a gradient now.
+        layers: the decoder layers.
+        head: how the loss is computed in training.
+    """
 
     summary: str
     layers: tuple[LayerReport, ...]
+    head: str
 
     def __str__(self) -> str:
         lines, start = [self.summary], 0
@@ -58,7 +82,7 @@ class Explanation:
                 line += f", keeps {keeps}: {report.bytes_per_token:,} bytes a token, {report.repeated:.0%} repeated"
             lines.append(line)
             start = end
-        return "\n".join(lines)
+        return "\n".join([*lines, f"head: {self.head}"])
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -67,7 +91,8 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         CogsymError: the model is not prepared.
     """
-    plan = record_of(model).plan
+    record = record_of(model)
+    plan = record.plan
     parts = {part.name: part for part in plan.parts(model)}
     summary = plan.describe(model)
     if adapters := hasattr(model, "peft_config"):
@@ -76,16 +101,22 @@ def explain(model: nn.Module) -> Explanation:
     reports: list[LayerReport] = []
     gradient_below = any(p.requires_grad for p in parts["embeddings"].parameters)
     for i, layer in enumerate(layers_of(model)):
-        report = LayerReport(i, _trained(parts[f"layer {i}"], adapters), "own forward", _why_not(layer))
-        state = state_of(layer)
-        if not report.reason and state is not None and state.block is not None:
-            foreign = state.block.foreign_attention(training=True)
-            reason = f"but the model's own attention: {foreign}" if foreign else ""
-            report = replace(report, path=backend.choose(next(layer.parameters()).device), reason=reason)
-            report = _with_memory(report, layer, record_of(model).memory, gradient_below)
-        reports.append(report)
+        report = _report(i, layer, _trained(parts[f"layer {i}"], adapters))
+        reports.append(_with_memory(report, layer, record.memory, gradient_below))
         gradient_below |= report.trained != "frozen"
-    return Explanation(summary, tuple(reports))
+    return Explanation(summary, tuple(reports), _head(model))
+
+
+def _head(model: nn.Module) -> str:
+    head = record_of(model).head
+    if head is None:
+        return f"logits by its own forward ({type(model).__name__} is not a model whose head is known to cogsym)"
+    reason = head.why_logits()
+    if not attached(head.model, forward_with_loss):
+        reason = "another library has replaced the model's forward"
+    if reason:
+        return f"logits by its own forward ({reason})"
+    return f"loss without logits, {backend.choose(head.model.lm_head.weight.device)}"
 
 
 def _trained(part: Part, adapters: bool) -> str:
@@ -95,34 +126,60 @@ def _trained(part: Part, adapters: bool) -> str:
     return "trained" if needed == {True} else "frozen"
 
 
-def _with_memory(report: LayerReport, layer: nn.Module, memory: Memory, gradient_below: bool) -> LayerReport:
-    """The report with what the layer keeps, where a gradient flows through it."""
-    chosen, block = memory.last(report.index), memory.blocks.get(report.index)
-    if chosen is None or block is None or report.trained != "frozen" or not gradient_below:
-        return report
-    keep = possible(layer, chosen)
-    first = keep != "nothing" or report.index - 1 not in memory.blocks
-    length = memory.shape[1] if memory.shape else 1
-    it = cost(block, keep, length, block.down.modules[0].weight.element_size(), first)
-    repeated = it.repeated / (it.flops - it.repeated)
-    reason = "" if keep == chosen else f"not {chosen}: it is sharded by itself"
-    return replace(report, keep=keep, keep_reason=reason, bytes_per_token=it.bytes_per_token, repeated=repeated)
+def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
+    """How a layer runs, without what it keeps."""
 
+    def own(reason: str, how: How | None = None) -> LayerReport:
+        checkpointed = how is not None and not how.trained and known is not None and known.memory.keep != "all"
+        return LayerReport(index, trained, OWN, OWN, f"{reason}{'; checkpointed' if checkpointed else ''}")
 
-def _why_not(layer: nn.Module) -> str:
-    """Why a layer of a prepared model does not take the fast path, or the empty string."""
-    known = state_of(layer)
+    known: PreparedLayer | None = attachment(layer)
     if known is None:
         try:
             read_block(layer)
         except UnknownLayerError as error:
-            return str(error)
-        return "it was not there when the model was prepared"
-    if known.block is not None and (hook := hooked(known.block)):
-        return hook
-    if known.block is not None and runs_frozen(layer, known.block):
-        reason = known.block.foreign_attention(training=True)
-    else:
-        reason = known.reason
-    checkpointed = reason and known.memory.keep != "all" and not any_trained(layer)
-    return f"{reason or ''}{'; checkpointed' if checkpointed else ''}"
+            return own(str(error))
+        return own("it was not there when the model was prepared")
+    if not attached(layer, layer_forward):
+        return own("another library has replaced the layer's forward")
+    how = known.read(layer)
+    if how.block is None:
+        return own(how.reason, how)
+    block, reasons = how.block, []
+    foreign = block.attention.foreign(training=True) if isinstance(block.attention, AttentionHalf) else None
+    if foreign and how.frozen:
+        block = known.with_own_attention(foreign)
+        if block.draws():
+            return own(foreign, how)
+    elif foreign:
+        reasons.append(f"but the model's own attention: {foreign}")
+    device = next(layer.parameters()).device
+    attention, mlp = (OWN if isinstance(half, OwnHalf) else backend.choose(device) for half in block.halves)
+    sharded = any(isinstance(p, DTensor) for p in layer.parameters())  # whole again while the layer runs
+    if not (how.trained or how.frozen or sharded):
+        reasons.append("its projections are called as modules: it keeps what autograd keeps")
+    again = "; checkpointed" if how.frozen else ""
+    reasons += [f"{half.reason}{again}" for half in block.halves if half.reason]
+    reasons += list(dict.fromkeys(_norm_reasons(block)))
+    return LayerReport(index, trained, attention, mlp, "; ".join(reasons))
+
+
+def _norm_reasons(block: Block) -> list[str]:
+    """Why norms run their own forward."""
+
+    norms = [norm for half in block.halves for norm in (half.norm, half.output_norm)]
+    return [f"a norm by its own forward: {norm.reason}" for norm in norms if isinstance(norm, ModuleNorm)]
+
+
+def _with_memory(report: LayerReport, layer: nn.Module, memory: Memory, gradient_below: bool) -> LayerReport:
+    """The report with what the layer keeps, where a gradient flows through it."""
+    chosen, block = memory.last(report.index), memory.blocks.get(report.index)
+    if chosen is None or block is None or report.trained != "frozen" or report.path == OWN or not gradient_below:
+        return report
+    keep = possible(layer, chosen)
+    first = keep != "nothing" or report.index - 1 not in memory.blocks
+    length = memory.shape[1] if memory.shape else 1
+    it = cost(block, keep, length, next(layer.parameters()).element_size(), first)
+    repeated = it.repeated / max(it.flops - it.repeated, 1)
+    reason = "" if keep == chosen else f"not {chosen}: it is sharded by itself"
+    return replace(report, keep=keep, keep_reason=reason, bytes_per_token=it.bytes_per_token, repeated=repeated)

@@ -7,8 +7,8 @@ import json
 import math
 import shutil
 import signal
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from cogsym.data import PackedDataset
 from cogsym.errors import RunStopped
+from cogsym.records import reason, write_whole
+from cogsym.signals import handled
 from cogsym.training.evaluate import bits_per_byte
+from cogsym.training.run_folder import COMPLETE, RunFolder
 
 _TRAINED = "trained.safetensors"
-# Written last, so that a checkpoint cut short by a kill is not taken for a whole one.
-_COMPLETE = "complete"
 _LOGGED = ("loss", "grad_norm", "learning_rate")
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    found = [p.parent for p in folder.glob(f"checkpoint-*/{_COMPLETE}")]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 class OuterTrainer(Trainer):
@@ -47,9 +42,9 @@ class OuterTrainer(Trainer):
     args: Any
     eval_dataset: Any
 
-    def __init__(self, *args: Any, bf16: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, bf16: bool, folder: RunFolder, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._bf16 = bf16
+        self._bf16, self._folder = bf16, folder
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Trainer's contexts, and autocast.
@@ -76,7 +71,7 @@ class OuterTrainer(Trainer):
             raise self._not_finite("norm of the gradient", float(norm))
 
     def _not_finite(self, what: str, value: float) -> RunStopped:
-        kept = checkpoints(Path(self.args.output_dir))
+        kept = self._folder.complete_checkpoints()
         saved = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         return RunStopped(
             f"The {what} became {value} at step {self.state.global_step + 1}; {saved}. Start again with a lower "
@@ -112,13 +107,14 @@ class OuterTrainer(Trainer):
                     p.copy_(saved[name])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self._folder.check_held()
+        folder = self._folder.checkpoints / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            (folder / _COMPLETE).touch()
+            (folder / COMPLETE).touch()
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             shutil.rmtree(folder, ignore_errors=True)
-            kept = checkpoints(folder.parent)
+            kept = self._folder.complete_checkpoints()
             saved = f"{kept[-1]} is intact; free some space and resume" if kept else "free some space and start again"
             raise RunStopped(
                 f"The checkpoint at step {self.state.global_step} was not written ({error}); {saved}."
@@ -126,20 +122,20 @@ class OuterTrainer(Trainer):
 
 
 class RunCallback(TrainerCallback):
-    """Shows progress, writes `metrics.jsonl`, checks gradients, and turns Ctrl-C into a checkpoint and a clean end.
+    """Shows progress, writes `metrics.jsonl`, checks gradients, and turns a signal into a checkpoint and a clean end.
 
     Attributes:
-        interrupted: whether a signal ended the run.
+        stopped_by: the signal that ended the run, or None.
         seconds: time spent in optimizer steps, this run's part of them.
         history: the lines of `metrics.jsonl`, of earlier parts of the run too.
     """
 
-    def __init__(self, metrics: Path, console: Console) -> None:
+    def __init__(self, folder: RunFolder, console: Console) -> None:
         self.trainer: OuterTrainer | None = None
-        self.interrupted = False
+        self.stopped_by: int | None = None
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
-        self._metrics, self._console = metrics, console
+        self._folder, self._console = folder, console
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -150,27 +146,37 @@ class RunCallback(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
         )
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._running = contextlib.ExitStack()
         self._first_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop lines written after the checkpoint that the run goes on from, and start the clock."""
-        if self._metrics.exists():
-            lines = [json.loads(line) for line in self._metrics.read_text("utf-8").splitlines() if line.endswith("}")]
+        metrics = self._folder.metrics
+        if metrics.exists():
+            lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.endswith("}")]
             self.history = [line for line in lines if line["step"] <= state.global_step]
-        self._metrics.write_text("".join(json.dumps(line) + "\n" for line in self.history), "utf-8")
+        write_whole(metrics, "".join(json.dumps(line) + "\n" for line in self.history).encode())
         self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, detail="")
-        self._progress.start()
         self._first_step, self._tokens = state.global_step, state.num_input_tokens_seen
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._interrupt)
+        self._running.enter_context(handled(self._stop))
+        self._running.callback(self._shown, self._progress.stop)
+        self._shown(self._progress.start)
 
-    def _interrupt(self, number: int, frame: Any) -> None:
-        if self.interrupted:  # asked twice: at once
-            raise KeyboardInterrupt
-        self.interrupted = True
-        self._console.print("Stopping after this step; press Ctrl-C again to stop at once without saving.")
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.stopped_by is not None:
+            if number == signal.SIGINT:  # a second time: at once
+                raise KeyboardInterrupt
+            return  # a closing terminal sends SIGHUP more than once
+        self.stopped_by = number
+        self._say("Stopping after this step; press Ctrl-C again to stop at once without saving.")
+
+    def _say(self, line: str) -> None:
+        self._shown(self._console.print, line)
+
+    def _shown(self, show: Callable[..., Any], *args: Any) -> None:
+        """Show something; training goes on without where the terminal is gone."""
+        with contextlib.suppress(OSError):
+            show(*args)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Look at the gradients."""
@@ -190,7 +196,7 @@ class RunCallback(TrainerCallback):
         )
         if state.global_step >= state.max_steps:
             control.should_log = True
-        if self.interrupted:
+        if self.stopped_by is not None:
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
@@ -204,10 +210,17 @@ class RunCallback(TrainerCallback):
         if self.seconds:
             line["tokens_per_second"] = round((state.num_input_tokens_seen - self._tokens) / self.seconds, 1)
         self.history.append(line)
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._folder.check_held()
+        try:
+            with self._folder.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise RunStopped(
+                f"{self._folder.metrics} was not written ({reason(error)}); the last checkpoint is intact, free some "
+                "space and run again with --resume."
+            ) from error
         if not self._console.is_terminal:
-            self._console.print(self._describe(line, state))
+            self._say(self._describe(line, state))
 
     def _describe(self, line: dict[str, float], state: TrainerState) -> str:
         words = [f"step {state.global_step}/{state.max_steps}"]
@@ -226,6 +239,4 @@ class RunCallback(TrainerCallback):
 
     def close(self) -> None:
         """Give the terminal and the signals back."""
-        self._progress.stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._running.close()

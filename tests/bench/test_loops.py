@@ -16,13 +16,13 @@ from cogsym.bench.case import OURS, Setting, measure
 from cogsym.bench.competitor import Competitor
 from cogsym.bench.loops import LOOPS, Loop, LoopOptions, Probe, likelihoods, texts
 from cogsym.bench.models import build, shape_of
-from cogsym.sweeps.configs import Configuration, configurations, distinct, grid
-from cogsym.sweeps.engine import Engine
-from cogsym.sweeps.heads import SweepHead
-from cogsym.sweeps.layers import ResidentLayers
-from cogsym.sweeps.requests import Generate
-from cogsym.sweeps.score import score
-from cogsym.sweeps.trie import Trie
+from cogsym.sweeps.engine.forward import Engine
+from cogsym.sweeps.engine.requests import Generate
+from cogsym.sweeps.engine.score import score
+from cogsym.sweeps.engine.unembedding import SweepHead
+from cogsym.sweeps.engine.weights import ResidentLayers
+from cogsym.sweeps.layers.configurations import Configuration, configurations, distinct, grid
+from cogsym.sweeps.layers.trie import Trie
 
 CPU = torch.device("cpu")
 FULL = Setting(("tiny",), CPU, full=True)

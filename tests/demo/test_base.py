@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from cogsym.demo import language, train_base
+from cogsym.demo import language, semantics, train_base
 
 BASE = Path(str(files("cogsym.demo") / "base"))
 
@@ -32,7 +32,7 @@ def test_plain_transformers_loads_the_shipped_model_and_it_is_as_good_as_its_rea
 
 def test_tokenizer_writes_both_languages_and_anything_else() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    for meaning in islice(language.meanings("dev", 3), 50):
+    for meaning in islice(semantics.meanings("dev", 3), 50):
         for text in (language.base_sentence(meaning), language.invented_sentence(meaning, language.TAVOSI)):
             assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     assert tokenizer.decode(tokenizer.encode("ñandú ƙwai 一", add_special_tokens=False)) == "ñandú ƙwai 一"
@@ -40,7 +40,7 @@ def test_tokenizer_writes_both_languages_and_anything_else() -> None:
 
 def test_syllables_of_tavosi_are_tokens_wherever_they_stand() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    for meaning in islice(language.meanings("dev", 4), 50):
+    for meaning in islice(semantics.meanings("dev", 4), 50):
         sentence = language.invented_sentence(meaning, language.TAVOSI)
         syllables = [word[i : i + 2] for word in sentence.rstrip(".").split() for i in range(0, len(word), 2)]
         tokens = [tokenizer.decode(token).strip() for token in tokenizer.encode(sentence, add_special_tokens=False)]

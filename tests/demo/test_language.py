@@ -4,8 +4,9 @@ from itertools import islice
 
 import pytest
 
-from cogsym.demo import language
-from cogsym.demo.language import TAVOSI, Meaning, NounPhrase, base_sentence, invented_sentence
+from cogsym.demo import language, semantics
+from cogsym.demo.language import TAVOSI, base_sentence, invented_sentence
+from cogsym.demo.semantics import Meaning, NounPhrase
 
 FARMERS = Meaning(NounPhrase("farmer", True, "old"), "carry", "future", NounPhrase("basket", True), ("near", "river"))
 
@@ -15,7 +16,11 @@ def tavosi(meaning: Meaning) -> str:
 
 
 def some_meanings(split: str, seed: int, count: int = 500) -> list[Meaning]:
-    return list(islice(language.meanings(split, seed), count))
+    return list(islice(semantics.meanings(split, seed), count))
+
+
+def test_the_example_at_the_head_of_the_module_is_one() -> None:
+    assert f"    {base_sentence(FARMERS)}\n    {tavosi(FARMERS)}\n" in (language.__doc__ or "")
 
 
 def test_base_sentence_by_value() -> None:
@@ -86,13 +91,13 @@ def test_streams_depend_on_split_and_seed_alone() -> None:
     assert some_meanings("train", seed) == some_meanings("train", seed)
     assert some_meanings("train", seed) != some_meanings("train", seed + 1)
     with pytest.raises(ValueError, match="expected one of train, dev, test"):
-        next(language.meanings("valid", 0))
+        next(semantics.meanings("valid", 0))
 
 
 def test_splits_are_disjoint_for_any_seed() -> None:
     seeds = random.sample(range(10**6), 3)
     print("seeds", seeds)
-    sets = [set(some_meanings(split, seed, 3000)) for split, seed in zip(language.SPLITS, seeds, strict=True)]
+    sets = [set(some_meanings(split, seed, 3000)) for split, seed in zip(semantics.SPLITS, seeds, strict=True)]
     assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
 
 
@@ -115,13 +120,13 @@ def test_parallel_sentences_change_together() -> None:
 
 def test_surprisal_is_the_logarithm_of_the_frequency() -> None:
     rng = random.Random(random.randrange(10**6))
-    drawn = [language.sample_meaning(rng) for _ in range(40_000)]
+    drawn = [semantics.sample_meaning(rng) for _ in range(40_000)]
     # Importance sampling: the mean of 1 / p over draws counts the meanings that can be drawn.
     bare = [m for m in drawn if m.object is None and m.place is None and m.subject.adjective is None]
-    count = sum(2 ** language.surprisal(m) for m in bare) / len(drawn)
+    count = sum(2 ** semantics.surprisal(m) for m in bare) / len(drawn)
     expected = sum(
-        len(language.NOUNS[kind]) * 2 * 3
-        for verb in language.VERBS.values()
+        len(semantics.NOUNS[kind]) * 2 * 3
+        for verb in semantics.VERBS.values()
         if not verb.objects
         for kind in verb.subjects
     )
@@ -133,10 +138,10 @@ def test_distractors_differ_from_the_truth_and_from_each_other() -> None:
     print("seed", seed)
     rng = random.Random(seed)
     for meaning in some_meanings("test", seed, 300):
-        wrong = language.distractors(meaning, rng)
+        wrong = semantics.distractors(meaning, rng)
         assert len({meaning, *wrong}) == 4
         for other in wrong:
             slots = ("verb", "tense", "subject", "object", "place")
             assert sum(getattr(meaning, slot) != getattr(other, slot) for slot in slots) == 1
-            assert math.isfinite(language.surprisal(other))
+            assert math.isfinite(semantics.surprisal(other))
             assert base_sentence(other) != base_sentence(meaning)

@@ -94,15 +94,15 @@ def steps() -> Counts:
 def sweeps() -> Counts:
     """Layer-forwards, FLOPs and launches of sweeps that score, for each set of configurations; and of one that writes,
     whose products go to another library under a name without a count of FLOPs."""
-    from cogsym.sweeps.choose import Stops
-    from cogsym.sweeps.configs import GENERATORS, configurations, distinct
-    from cogsym.sweeps.engine import Engine
-    from cogsym.sweeps.generate import generate
-    from cogsym.sweeps.heads import SweepHead
-    from cogsym.sweeps.layers import ResidentLayers
-    from cogsym.sweeps.requests import Generate, Score
-    from cogsym.sweeps.score import score
-    from cogsym.sweeps.trie import Trie
+    from cogsym.sweeps.engine.forward import Engine
+    from cogsym.sweeps.engine.generate import generate
+    from cogsym.sweeps.engine.requests import Generate, Score
+    from cogsym.sweeps.engine.sampling import Stops
+    from cogsym.sweeps.engine.score import score
+    from cogsym.sweeps.engine.unembedding import SweepHead
+    from cogsym.sweeps.engine.weights import ResidentLayers
+    from cogsym.sweeps.layers.configurations import GENERATORS, configurations, distinct
+    from cogsym.sweeps.layers.trie import Trie
 
     model = _model().eval()
     layers, head = ResidentLayers(model), SweepHead(model)

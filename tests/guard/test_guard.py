@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measures
 
 from cogsym.models import frozen
-from cogsym.sweeps.engine import Engine
-from cogsym.sweeps.trie import Trie
+from cogsym.sweeps.engine.forward import Engine
+from cogsym.sweeps.layers.trie import Trie
 
 
 def changed(kind: str, measure: Any = None) -> list[str]:

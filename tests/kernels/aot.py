@@ -190,7 +190,7 @@ def _decode_attention(heads: tuple[int, int], D: int, dtype: torch.dtype) -> Non
         q, store = _empty(N, H + 2 * KV, D, dtype=dtype)[:, :H], _empty(65536, 2, KV, D, dtype=dtype)
         ranges = _empty(N, 2, dtype=torch.int64)
         with mock.patch("cogsym.kernels.decode_attention.multiprocessors", return_value=132):
-            launch.decode_attention(q, store[:, 0], store[:, 1], ranges, ranges, D**-0.5, soft_cap)
+            launch.decode_attention(q, store[:, 0], store[:, 1], ranges, ranges, None, D**-0.5, soft_cap)
 
 
 # Widths of SmolLM2-135M and of Llama 3.1 in 8B, 70B and beyond, and the heads and MLPs of these.

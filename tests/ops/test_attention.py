@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cogsym.ops import attention, backend, flash
-from cogsym.ops.attention import attention_backward, attention_forward, starts_from_cu_seqlens
+from cogsym.ops import AttentionOptions, attention, attention_gradients, backend, flash
+from cogsym.ops.attention import starts_from_cu_seqlens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # B, T, H, KV, D: odd lengths, head sizes that no register divides, all kinds of groups
@@ -19,7 +20,13 @@ MASKS = {
     "window": {"window": 37},
     "soft cap": {"soft_cap": 3.0},
     "all": {"starts": True, "window": 50, "soft_cap": 5.0},
+    "sinks": {"sinks": True},
+    "all and sinks": {"starts": True, "window": 50, "soft_cap": 5.0, "sinks": True},
 }
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    return attention(q, k, v, AttentionOptions(sinks=sinks, **options))
 
 
 def make_starts(B: int, T: int) -> Tensor:
@@ -42,6 +49,8 @@ def exact_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None = None,
+    *,
     scale: float,
     starts: Tensor | None = None,
     window: int | None = None,
@@ -55,7 +64,9 @@ def exact_attention(
         x = torch.tanh(x / soft_cap) * soft_cap
     x = x.masked_fill(~visible_keys(q.shape[2], starts, window)[:, None], -torch.inf)
     x = x if x.dtype == torch.float64 else x.float()
-    return (x.softmax(-1).to(q.dtype) @ v).transpose(1, 2), x.logsumexp(-1)
+    if sinks is not None:
+        x = torch.cat((x, sinks.to(x.dtype)[:, None, None].expand(*x.shape[:3], 1)), -1)
+    return (x.softmax(-1)[..., : k.shape[2]].to(q.dtype) @ v).transpose(1, 2), x.logsumexp(-1)
 
 
 def flash_attention(
@@ -78,9 +89,9 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 
 
 def results(function: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor], **options: object) -> list[Tensor]:
-    """o, lse, dq, dk, dv."""
-    *leaves, dout = (t.detach() for t in tensors)
-    leaves = [t.requires_grad_() for t in leaves]
+    """o, lse, dq, dk, dv, and dsinks where sinks stand behind dout."""
+    q, k, v, dout, *sinks = (t.detach() for t in tensors)
+    leaves = [t.requires_grad_() for t in (q, k, v, *sinks)]
     o, lse = function(*leaves, **options)
     return [o.detach(), lse.detach(), *torch.autograd.grad(o, leaves, dout)]
 
@@ -99,14 +110,18 @@ def magnitudes(
     In dv, e^x makes a relative error of what was an absolute one of x.
     """
     groups = tensors[0].shape[2] // tensors[1].shape[2]
-    q, k, v, dout = (t.double().transpose(1, 2) for t in tensors)
+    q, k, v, dout = (t.double().transpose(1, 2) for t in tensors[:4])
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     x = q @ k.mT * scale
     x = torch.tanh(x / soft_cap) * soft_cap if soft_cap else x
     p = (x - lse[..., None]).exp() * visible_keys(q.shape[2], starts, window)[:, None]
-    dx = scale * p * ((dout @ v.mT).abs() + (dout * o.transpose(1, 2)).sum(-1, keepdim=True).abs())
+    delta = dout * o.transpose(1, 2)
+    # Where sinks take part, do · v - delta is not 0 for a query's only key, and what rounds o shows in delta.
+    delta = (delta if len(tensors) == 4 else delta.abs()).sum(-1, keepdim=True).abs()
+    dx = scale * p * ((dout @ v.mT).abs() + delta)
     logits = scale * (q.abs() @ k.mT.abs()).masked_fill(p == 0, 0).amax(-1)
-    return [p @ v.abs(), logits, dx @ k.abs(), dx.mT @ q.abs(), (p * (1 + x.abs())).mT @ dout.abs()]
+    dsinks = delta.sum((0, 2, 3))
+    return [p @ v.abs(), logits, dx @ k.abs(), dx.mT @ q.abs(), (p * (1 + x.abs())).mT @ dout.abs(), dsinks]
 
 
 def compare(
@@ -116,13 +131,16 @@ def compare(
     options = {**mask, "scale": shape[-1] ** -0.5 * 1.5}
     if "starts" in options:
         options["starts"] = make_starts(*shape[:2])
-    own_function = exact_attention if "soft_cap" in options else flash_attention
+    if options.pop("sinks", None):
+        tensors.append(torch.randn(shape[2]).mul(3).to(dtype))
+    own_function = exact_attention if "soft_cap" in options or len(tensors) == 5 else flash_attention
     exact = results(exact_attention, [t.double() for t in tensors], **options)
     own = results(own_function, tensors, **options)
-    ours = results(attention, tensors, **options)
-    assert all(t.is_contiguous() for t in ours)
-    terms = magnitudes(tensors, exact[0], exact[1], **options)
-    for what, scale, *values in zip(("o", "lse", "dq", "dk", "dv"), terms, ours, own, exact, strict=True):
+    got = results(ours, tensors, **options)
+    assert all(t.is_contiguous() for t in got)
+    terms = magnitudes(tensors, exact[0], exact[1], **options)[: len(got)]
+    names = ("o", "lse", "dq", "dk", "dv", "dsinks")[: len(got)]
+    for what, scale, *values in zip(names, terms, got, own, exact, strict=True):
         assert_no_worse(*values, what, scale)
 
 
@@ -148,9 +166,9 @@ def test_large_logits(cpu_backend: str) -> None:
     """Maxima that grow along the keys, so that sums are brought to a new one again and again."""
     q, k, v = (torch.randn(1, 600, 1, 8) for _ in range(3))
     k = k * torch.arange(600)[None, :, None, None]
-    exact = exact_attention(q.double(), k.double(), v.double(), 1.0)
-    for ours, truth in zip(attention(q, k, v, scale=1.0), exact, strict=True):
-        torch.testing.assert_close(ours.double(), truth, rtol=1e-3, atol=1e-3)
+    exact = exact_attention(q.double(), k.double(), v.double(), scale=1.0)
+    for got, truth in zip(ours(q, k, v, scale=1.0), exact, strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,11 +181,11 @@ def test_what_is_not_finite_reaches_only_who_sees_it(
     """Documents of 40, 1 and 59 tokens; the fault is at place 20 of the first, in the first head."""
     starts = starts_from_cu_seqlens(torch.tensor([0, 40, 41, 100]))
     tensors = inputs((1, 100, 4, 2, 24), dtype)
-    clean = results(attention, tensors, scale=0.2, starts=starts)
+    clean = results(ours, tensors, scale=0.2, starts=starts)
     tensors[("q", "k", "v", "dout").index(where)][0, 20, 0, 3] = value
-    o, _, dq, dk, dv = ours = results(attention, tensors, scale=0.2, starts=starts)
+    o, _, dq, dk, dv = faulty = results(ours, tensors, scale=0.2, starts=starts)
 
-    for name, got, was in zip(("o", "lse", "dq", "dk", "dv"), ours, clean, strict=True):
+    for name, got, was in zip(("o", "lse", "dq", "dk", "dv"), faulty, clean, strict=True):
         got, was = (x.transpose(1, 2) if name == "lse" else x for x in (got, was))
         assert torch.equal(got[:, 40:], was[:, 40:]), name  # other documents
         assert name not in ("o", "dq") or torch.equal(got[:, :20], was[:, :20]), name  # earlier queries
@@ -181,31 +199,34 @@ def test_what_is_not_finite_reaches_only_who_sees_it(
         assert not dk[0, :21, 0].isfinite().any()
 
 
-@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)))
-def test_only_gradients_asked_for(best_backend: str, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = inputs((2, 40, 4, 2, 8), torch.float32)
-    clean = results(attention, tensors, scale=0.4)[2:]
-    leaves = [t.detach().requires_grad_(wants) for t, wants in zip(tensors[:3], wanted, strict=True)]
-    o, lse = attention(*leaves, scale=0.4)
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
+def test_only_gradients_asked_for(best_backend: str, wanted: tuple[bool, ...]) -> None:
+    *tensors, dout = inputs((2, 40, 4, 2, 8), torch.float32)
+    tensors.append(torch.randn(4))
+    clean = results(ours, [*tensors[:3], dout, tensors[3]], scale=0.4)[2:]
+    leaves = [t.detach().requires_grad_(wants) for t, wants in zip(tensors, wanted, strict=True)]
+    o, lse = ours(*leaves, scale=0.4)
     assert not lse.requires_grad and o.requires_grad == any(wanted)
     if any(wanted):
-        o.backward(tensors[3])
+        o.backward(dout)
     for leaf, truth, wants in zip(leaves, clean, wanted, strict=True):
         assert leaf.grad is not None if wants else leaf.grad is None
         if wants:
             torch.testing.assert_close(leaf.grad, truth)
-    o, lse = attention_forward(*tensors[:3], None, 0.4, None, None)
-    grads = attention_backward(tensors[3], *tensors[:3], o, lse, None, 0.4, None, None, *wanted)
-    assert [bool(grad.numel()) for grad in grads] == list(wanted)
+    backward = torch.ops.cogsym.attention_backward
+    grads = backward(dout, *tensors[:3], o.detach(), lse, None, 0.4, None, None, *wanted[:3])
+    assert [bool(grad.numel()) for grad in grads] == list(wanted[:3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_recomputed_inputs_give_the_same_gradients(best_backend: str, dtype: torch.dtype) -> None:
     """What a frozen block does: it keeps o and lse and computes q, k and v again, elsewhere in memory."""
     tensors = inputs((2, 65, 4, 2, 32), dtype)
-    o, lse, *expected = results(attention, tensors, scale=0.2, window=40)
+    sinks = torch.randn(4)
+    o, lse, *expected = results(ours, tensors, scale=0.2, window=40, sinks=sinks)
     again = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
-    grads = attention_backward(again[3], *again[:3], o, lse, None, 0.2, 40, None)
+    options = AttentionOptions(0.2, window=40, sinks=sinks)
+    grads = attention_gradients(again[3], *again[:3], o, lse, options)
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
 
@@ -213,7 +234,7 @@ def test_recomputed_inputs_give_the_same_gradients(best_backend: str, dtype: tor
 def test_no_tokens(best_backend: str, shape: tuple[int, ...]) -> None:
     B, T, H, KV, D = shape
     leaves = [torch.randn(B, T, heads, D).requires_grad_() for heads in (H, KV, KV)]
-    o, lse = attention(*leaves, scale=1.0)
+    o, lse = ours(*leaves, scale=1.0)
     o.sum().backward()
     assert o.shape == (B, T, H, D) and lse.shape == (B, H, T)
     assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
@@ -225,11 +246,11 @@ def test_result_depends_on_neither_run_nor_threads(cpu_backend: str, dtype: torc
         pytest.skip("PyTorch's own sums are cut by threads")
     tensors = inputs((1, 521, 4, 1, 40), dtype)
     threads = torch.get_num_threads()
-    first = results(attention, tensors, scale=0.2)
+    first = results(ours, tensors, scale=0.2)
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            again = results(attention, tensors, scale=0.2)
+            again = results(ours, tensors, scale=0.2)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), count
     finally:
         torch.set_num_threads(threads)
@@ -239,18 +260,22 @@ def test_gradcheck(cpu_backend: str) -> None:
     leaves = [torch.randn(2, 6, heads, 3, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     starts = torch.tensor([[0, 0, 2, 2, 2, 5], [0, 1, 1, 1, 1, 1]], dtype=torch.int32)
     for options in ({}, {"starts": starts, "window": 2, "soft_cap": 1.5}):
-        assert torch.autograd.gradcheck(lambda *x, o=options: attention(*x, scale=0.7, **o)[0], leaves)
+        assert torch.autograd.gradcheck(lambda *x, o=options: ours(*x, scale=0.7, **o)[0], leaves)
+    leaves.append(torch.randn(4, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(lambda *x: ours(*x, scale=0.7)[0], leaves)
 
 
 def test_opcheck(best_backend: str) -> None:
     ops = torch.ops.cogsym
     q, k, v, dout = inputs((2, 9, 4, 2, 8), torch.float64)
     starts = starts_from_cu_seqlens(torch.tensor([0, 4, 9])).expand(2, -1).contiguous()
-    for extra in ((None, 0.3, None, None), (starts, 0.3, 5, 2.0)):
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    for where, sink, *extra in ((None, sinks, 0.3, None, None), (starts, None, 0.3, 5, 2.0)):
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        torch.library.opcheck(ops.attention.default, (*leaves, *extra))
-        o, lse = ops.attention(q, k, v, *extra)
-        torch.library.opcheck(ops.attention_backward.default, (dout, q, k, v, o, lse, *extra, True, False, True))
+        torch.library.opcheck(ops.attention.default, (*leaves, where, sink, *extra))
+        o, lse = (t.detach() for t in ops.attention(q, k, v, where, sink, *extra))
+        args = (dout, q, k, v, o, lse, where, *extra, True, False, True)
+        torch.library.opcheck(ops.attention_backward.default, args)
 
 
 def test_compiles_to_one_graph(best_backend: str) -> None:
@@ -258,13 +283,13 @@ def test_compiles_to_one_graph(best_backend: str) -> None:
     tensors = inputs((2, 20, 4, 2, 8), torch.float32)
 
     def twice(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        o, lse = attention(q * 2, k, v, scale=0.3, window=7)
+        o, lse = attention(q * 2, k, v, AttentionOptions(0.3, window=7))
         return o * 3, lse
 
     eager = results(twice, tensors)
     compiled = results(torch.compile(twice, fullgraph=True, backend="aot_eager"), tensors)
-    for ours, truth in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, truth)
+    for got, truth in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(got, truth)
 
 
 def test_pytorchs_kernel_serves_where_the_extension_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,10 +301,10 @@ def test_pytorchs_kernel_serves_where_the_extension_is_not_built(monkeypatch: py
         monkeypatch.setattr(flash, name, lambda *a, f=function: (calls.append(f.__name__), f(*a))[1])
     tensors = inputs((2, 70, 4, 2, 16), torch.float32)
     exact = results(exact_attention, [t.double() for t in tensors], scale=0.3)
-    for ours, truth in zip(results(attention, tensors, scale=0.3), exact, strict=True):
-        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
+    for got, truth in zip(results(ours, tensors, scale=0.3), exact, strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
     assert calls == ["attention", "attention_backward"]
-    results(attention, tensors, scale=0.3, window=9)
+    results(ours, tensors, scale=0.3, window=9)
     assert len(calls) == 2  # that kernel has no window
 
 
@@ -299,6 +324,7 @@ def test_starts_and_cumulative_lengths() -> None:
         ({"k": (2, 5, 3, 8), "v": (2, 5, 3, 8)}, ValueError, "q has 4 heads and k 3, expected a multiple"),
         ({"starts": torch.zeros(2, 5)}, TypeError, "starts has dtype torch.float32, expected torch.int32"),
         ({"starts": torch.zeros(1, 5).int()}, ValueError, r"starts has shape \(1, 5\), expected \(2, 5\)"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks has shape \(2,\), expected \(4,\), one a query head"),
         ({"window": 0}, ValueError, "window is 0, expected at least 1"),
         ({"soft_cap": -1.0}, ValueError, "soft_cap is -1.0, expected a positive bound"),
     ],
@@ -307,6 +333,6 @@ def test_arguments_that_do_not_fit(change: dict, error: type[Exception], message
     arguments = {"q": (2, 5, 4, 8), "k": (2, 5, 2, 8), "v": (2, 5, 2, 8), **change}
     tensors = {name: torch.ones(x) if isinstance(x, tuple) else x for name, x in arguments.items()}
     with pytest.raises(error, match=message):
-        attention(**tensors, scale=1.0)
+        ours(**tensors, scale=1.0)
     with pytest.raises(TypeError, match=r"dtypes torch\.float32, torch\.float16"):
-        attention(torch.ones(1, 2, 1, 4), *torch.ones(2, 1, 2, 1, 4).half(), scale=1.0)
+        ours(torch.ones(1, 2, 1, 4), *torch.ones(2, 1, 2, 1, 4).half(), scale=1.0)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogsym.ops import backend, decode_attention
+from cogsym.ops import AttentionOptions, backend, decode_attention
 from cogsym.ops.decode_attention import decode_attention_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,6 +70,12 @@ def anything(N: int) -> tuple[Tensor, Tensor, int]:
 KINDS = {function.__name__: function for function in (generating, scoring, windows, anything)}
 
 
+def ours(
+    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, sinks: Tensor | None = None, **cap: Any
+) -> Tensor:
+    return decode_attention(q, k, v, begins, ends, AttentionOptions(scale, sinks=sinks, **cap))
+
+
 def visible_keys(begins: Tensor, ends: Tensor, S: int) -> Tensor:
     """[N, S], in words: in one of the row's ranges."""
     s = torch.arange(S)
@@ -76,26 +83,45 @@ def visible_keys(begins: Tensor, ends: Tensor, S: int) -> Tensor:
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, scale: float, soft_cap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begins: Tensor,
+    ends: Tensor,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """All rows by all keys, under a mask: PyTorch's own kernel, or the formula as written where there is a soft cap."""
+    """All rows by all keys, under a mask: PyTorch's own kernel, or the formula as written for what it has not."""
     seen = visible_keys(begins, ends, len(k))
     unused = ~seen.any(0)[:, None, None]
     groups = q.shape[1] // k.shape[1]
     k, v = (x.masked_fill(unused, 0).repeat_interleave(groups, 1).transpose(0, 1) for x in (k, v))
     empty = ~seen.any(1)[:, None]
     mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen & ~empty, -torch.inf)
-    if soft_cap is None:
+    if soft_cap is None and sinks is None:
         o = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale)[0]
     else:
-        x = torch.tanh(q.transpose(0, 1) @ k.mT * scale / soft_cap) * soft_cap + mask
-        o = (x if x.dtype == torch.float64 else x.float()).softmax(-1).to(q.dtype) @ v
+        x = q.transpose(0, 1) @ k.mT * scale
+        x = (torch.tanh(x / soft_cap) * soft_cap if soft_cap else x) + mask
+        x = x if x.dtype == torch.float64 else x.float()
+        if sinks is not None:
+            x = torch.cat((x, sinks.to(x.dtype)[:, None, None].expand(-1, len(q), 1)), -1)
+        o = x.softmax(-1)[..., : k.shape[1]].to(q.dtype) @ v
     return o.transpose(0, 1).masked_fill(empty[:, None], 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("kind", "soft_cap"), [("generating", None), ("scoring", 4.0), ("windows", None), ("anything", 4.0)]
+    ("kind", "soft_cap", "sinks"),
+    [
+        ("generating", None, False),
+        ("scoring", 4.0, False),
+        ("windows", None, False),
+        ("anything", 4.0, False),
+        ("windows", 4.0, True),
+        ("anything", None, True),
+    ],
 )
 def test_values(
     cpu_backend: str,
@@ -103,6 +129,7 @@ def test_values(
     assert_no_worse: Callable[..., None],
     kind: str,
     soft_cap: float | None,
+    sinks: bool,
     dtype: torch.dtype,
 ) -> None:
     """In a store where every key that no row sees is NaN."""
@@ -111,13 +138,13 @@ def test_values(
         q, k, v = inputs(41, S, H, KV, D, dtype)
         unused = ~visible_keys(begins, ends, S).any(0)
         k[unused], v[unused] = torch.nan, torch.nan
-        options = {"scale": D**-0.5 * 1.5, "soft_cap": soft_cap}
-        ours = decode_attention(q, k, v, begins, ends, **options)
+        options = {"scale": D**-0.5 * 1.5, "soft_cap": soft_cap, "sinks": torch.randn(H) * 3 if sinks else None}
+        got = ours(q, k, v, begins, ends, **options)
         own = dense_attention(q, k, v, begins, ends, **options)
-        assert ours.is_contiguous()
+        assert got.is_contiguous()
         values = torch.cat((v, v.abs()), -1).double()
         exact, terms = dense_attention(q.double(), k.double(), values, begins, ends, **options).chunk(2, -1)
-        assert_no_worse(ours, own, exact, str((H, KV, D)), terms)
+        assert_no_worse(got, own, exact, str((H, KV, D)), terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
@@ -127,9 +154,9 @@ def test_error_over_many_values(
     """Enough of them for a typical error."""
     begins, ends, S = generating(200)
     q, k, v = inputs(200, S, 9, 3, 64, dtype)
-    ours, own = (f(q, k, v, begins, ends, scale=0.2) for f in (decode_attention, dense_attention))
+    got, own = (f(q, k, v, begins, ends, scale=0.2) for f in (ours, dense_attention))
     exact, terms = (dense_attention(q.double(), k.double(), x.double(), begins, ends, scale=0.2) for x in (v, v.abs()))
-    assert_no_worse(ours, own, exact, scale=terms)
+    assert_no_worse(got, own, exact, scale=terms)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
@@ -142,9 +169,9 @@ def test_few_rows_of_many_keys(
     begins, ends = torch.zeros(rows, 1, dtype=torch.int64), torch.full((rows, 1), 3000)
     ends[0] = 2741
     k *= torch.arange(3000).sub(1700).abs().div(-300).exp()[:, None, None].to(dtype) * 2
-    ours, own = (f(q, k, v, begins, ends, scale=0.1) for f in (decode_attention, dense_attention))
+    got, own = (f(q, k, v, begins, ends, scale=0.1) for f in (ours, dense_attention))
     exact, terms = (dense_attention(q.double(), k.double(), x.double(), begins, ends, scale=0.1) for x in (v, v.abs()))
-    assert_no_worse(ours, own, exact, scale=terms)
+    assert_no_worse(got, own, exact, scale=terms)
 
 
 def test_large_logits(cpu_backend: str) -> None:
@@ -153,8 +180,8 @@ def test_large_logits(cpu_backend: str) -> None:
     k *= torch.arange(600)[:, None, None]
     begins, ends = torch.zeros(3, 1, dtype=torch.int64), torch.tensor([[600], [1], [599]])
     exact = dense_attention(q.double(), k.double(), v.double(), begins, ends, 1.0)
-    ours = decode_attention(q, k, v, begins, ends, scale=1.0)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-3)
+    got = ours(q, k, v, begins, ends, scale=1.0)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
@@ -162,7 +189,7 @@ def test_scales_that_turn_the_order(cpu_backend: str, scale: float) -> None:
     begins, ends, S = scoring(9)
     q, k, v = inputs(9, S, 4, 2, 16, torch.float64)
     exact = dense_attention(q, k, v, begins, ends, scale)
-    torch.testing.assert_close(decode_attention(q, k, v, begins, ends, scale=scale), exact)
+    torch.testing.assert_close(ours(q, k, v, begins, ends, scale=scale), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,10 +201,10 @@ def test_what_is_not_finite_reaches_only_who_sees_it(
     """One fault, in a key that some rows of a run see and others do not."""
     begins, ends, S = KINDS[kind](40)
     tensors = dict(zip("qkv", inputs(40, S, 6, 2, 32, dtype), strict=True))
-    clean = decode_attention(**tensors, begins=begins, ends=ends, scale=0.2)
+    clean = ours(**tensors, begins=begins, ends=ends, scale=0.2)
     place = int(ends[30, -1]) - 1
     tensors[where][30 if where == "q" else place, 1, 3] = value
-    o = decode_attention(**tensors, begins=begins, ends=ends, scale=0.2)
+    o = ours(**tensors, begins=begins, ends=ends, scale=0.2)
     reached = torch.zeros(40, 6, dtype=torch.bool)
     if where == "q":
         reached[30, 1] = True
@@ -192,12 +219,12 @@ def test_rows_alone_or_side_by_side(cpu_backend: str) -> None:
     """The order of rows, which neighbours share, changes nothing but roundings."""
     begins, ends, S = generating(50)
     q, k, v = inputs(50, S, 6, 2, 64, torch.float32)
-    o = decode_attention(q, k, v, begins, ends, scale=0.2)
+    o = ours(q, k, v, begins, ends, scale=0.2)
     order = torch.randperm(50)
-    other = decode_attention(q[order], k, v, begins[order], ends[order], scale=0.2)
+    other = ours(q[order], k, v, begins[order], ends[order], scale=0.2)
     torch.testing.assert_close(other, o[order])
     for n in (0, 17, 49):
-        alone = decode_attention(q[n : n + 1], k, v, begins[n : n + 1], ends[n : n + 1], scale=0.2)
+        alone = ours(q[n : n + 1], k, v, begins[n : n + 1], ends[n : n + 1], scale=0.2)
         torch.testing.assert_close(alone[0], o[n])
 
 
@@ -208,11 +235,11 @@ def test_result_depends_on_neither_run_nor_threads(cpu_backend: str, dtype: torc
     threads = torch.get_num_threads()
     for begins, ends, S in (generating(30), (torch.tensor([[0]]), torch.tensor([[2500]]), 2500)):
         tensors = inputs(len(begins), S, 6, 2, 64, dtype)
-        first = decode_attention(*tensors, begins, ends, scale=0.2)
+        first = ours(*tensors, begins, ends, scale=0.2)
         try:
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                assert torch.equal(decode_attention(*tensors, begins, ends, scale=0.2), first), count
+                assert torch.equal(ours(*tensors, begins, ends, scale=0.2), first), count
         finally:
             torch.set_num_threads(threads)
 
@@ -221,14 +248,14 @@ def test_result_depends_on_neither_run_nor_threads(cpu_backend: str, dtype: torc
 def test_nothing_to_see(best_backend: str, poisoned: None, N: int, S: int, H: int, M: int) -> None:
     q, k, v = inputs(N, S, H, 2, 8, torch.float32)
     ranges = torch.zeros(N, M, dtype=torch.int64)
-    o = decode_attention(q, k, v, ranges, ranges, scale=1.0)
+    o = ours(q, k, v, ranges, ranges, scale=1.0)
     assert torch.equal(o, torch.zeros(N, H, 8))
 
 
 def test_opcheck(best_backend: str) -> None:
     begins, ends, S = generating(6)
-    for soft_cap in (None, 2.0):
-        arguments = (*inputs(6, S, 4, 2, 8, torch.float32), begins, ends, 0.3, soft_cap)
+    for sinks, soft_cap in ((None, 2.0), (torch.randn(4), None)):
+        arguments = (*inputs(6, S, 4, 2, 8, torch.float32), begins, ends, sinks, 0.3, soft_cap)
         torch.library.opcheck(torch.ops.cogsym.decode_attention.default, arguments)
 
 
@@ -238,7 +265,7 @@ def test_compiles_to_one_graph(best_backend: str) -> None:
     tensors = inputs(6, S, 4, 2, 8, torch.float32)
 
     def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return decode_attention(q * 2, k, v, begins, ends, scale=0.3) * 3
+        return ours(q * 2, k, v, begins, ends, scale=0.3) * 3
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), twice(*tensors))
@@ -248,10 +275,10 @@ def test_a_gradient_is_refused_not_dropped(best_backend: str) -> None:
     begins, ends, S = generating(6)
     q, k, v = inputs(6, S, 4, 2, 8, torch.float32)
     q = q.detach().requires_grad_()
-    with pytest.raises(RuntimeError, match="decode_attention has no gradient but q, k or v requires one"):
-        decode_attention(q, k, v, begins, ends, scale=0.3)
+    with pytest.raises(RuntimeError, match="decode_attention has no gradient but q, k, v or sinks requires one"):
+        ours(q, k, v, begins, ends, scale=0.3)
     with torch.no_grad():
-        assert not decode_attention(q, k, v, begins, ends, scale=0.3).requires_grad
+        assert not ours(q, k, v, begins, ends, scale=0.3).requires_grad
 
 
 def test_served_by_the_extension_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +299,9 @@ def test_served_by_the_extension_where_it_is_built(monkeypatch: pytest.MonkeyPat
         ({"q": torch.ones(3, 4, 16)[..., ::2]}, ValueError, "q's last dimension has stride 2, expected 1"),
         ({"begins": torch.tensor([[0], [-1], [0]])}, ValueError, "a range begins at -1.*the store's 5 keys"),
         ({"ends": torch.tensor([[0], [6], [0]])}, ValueError, "a range ends at 6.*the store's 5 keys"),
-        ({"soft_cap": -1.0}, ValueError, "soft_cap is -1.0, expected a positive bound"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks has shape \(2,\), expected \(4,\), one a query head"),
+        ({"window": 3}, ValueError, "options has a window, expected none; ranges say which keys a row sees"),
+        ({"starts": torch.zeros(3, 1).int()}, ValueError, "options has starts, expected none"),
     ],
 )
 def test_arguments_that_do_not_fit(best_backend: str, change: dict, error: type[Exception], message: str) -> None:
@@ -280,4 +309,4 @@ def test_arguments_that_do_not_fit(best_backend: str, change: dict, error: type[
     arguments = {"q": (3, 4, 8), "k": (5, 2, 8), "v": (5, 2, 8), "begins": ranges, "ends": ranges, **change}
     tensors = {name: torch.ones(x) if isinstance(x, tuple) else x for name, x in arguments.items()}
     with pytest.raises(error, match=message):
-        decode_attention(**tensors, scale=1.0)
+        ours(**tensors, scale=1.0)

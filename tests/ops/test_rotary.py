@@ -92,6 +92,19 @@ def test_cos_and_sin_of_another_dtype_and_strided(
         assert_no_worse(rotary(x, table[..., :5], table[..., 5:]), own, exact)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("R", [20, 8])
+def test_queries_and_keys_side_by_side(cpu_backend: str, interleaved: bool, R: int) -> None:
+    """In one call on the product that holds both, whole or partial, as in two."""
+    H, KV, D = 6, 2, 20
+    heads = torch.randn(2, 4, (H + 2 * KV) * D + 3)[..., : (H + 2 * KV) * D].unflatten(-1, (-1, D))
+    both, (q, k, _) = heads[:, :, : H + KV], heads.split((H, KV, KV), 2)
+    cos, sin = angles(2, 4, R)
+    turned = rotary(both, cos, sin, interleaved=interleaved)
+    apart = torch.cat([rotary(x, cos, sin, interleaved=interleaved) for x in (q, k)], 2)
+    assert torch.equal(turned, apart)
+
+
 def test_turning_back_is_the_inverse(cpu_backend: str) -> None:
     x = torch.randn(2, 4, 3, 20, dtype=torch.float64)
     cos, sin = (t.double() for t in angles(1, 4, 20))

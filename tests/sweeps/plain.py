@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogsym.sweeps.configs import Configuration
+from cogsym.sweeps.layers.configurations import Configuration
 
 
 class _Nothing(nn.Module):

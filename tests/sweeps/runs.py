@@ -11,11 +11,11 @@ from sweeps.plain import greedy_tokens, log_probabilities, plain_model
 
 from cogsym import Configuration, SweepSettings
 from cogsym.models.loading import load_model, load_tokenizer
-from cogsym.sweeps import run as module
-from cogsym.sweeps.choose import Stops
-from cogsym.sweeps.requests import Score, Scored
-from cogsym.sweeps.results import frame
-from cogsym.sweeps.tasks import load_task
+from cogsym.sweeps import runner as module
+from cogsym.sweeps.engine.requests import Score, Scored
+from cogsym.sweeps.engine.sampling import Stops
+from cogsym.sweeps.results.store import frame
+from cogsym.sweeps.tasks.task import load_task
 
 L, CONTEXT = 4, 64
 SMALL = SweepSettings(memory_budget=1)  # a document a piece

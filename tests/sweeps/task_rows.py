@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from cogsym.sweeps.metrics import METRICS
-from cogsym.sweeps.requests import Document, Score, Scored
-from cogsym.sweeps.tasks import Measure
+from cogsym.sweeps.engine.requests import Score, Scored, TaskDocument
+from cogsym.sweeps.tasks.metrics import METRICS
+from cogsym.sweeps.tasks.task import Measure
 
 XCOPA = [
     {
@@ -31,7 +31,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def read(tokenizer: PreTrainedTokenizerFast, document: Document) -> list[tuple[str, str]]:
+def read(tokenizer: PreTrainedTokenizerFast, document: TaskDocument) -> list[tuple[str, str]]:
     """(given, scored) of a score, (prompt, "") of a generation; the separator first in each."""
     parts = []
     for request in document.requests:

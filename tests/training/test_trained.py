@@ -14,9 +14,10 @@ from tiny_models import batch, exact_float64, tiny_model
 from torch import Tensor, nn
 
 import cogsym
+import cogsym.training.prepare
 from cogsym.bench.method import saved_bytes
 
-prepare_module = sys.modules["cogsym.training.prepare"]
+prepare_module = sys.modules["cogsym.training.prepare"]  # the package has a function of this name
 KEEPS = ("all", "attention", "input", "nothing")
 LAYERS = 4
 PLAN = cogsym.LayerPlan.layers(LAYERS, [0, 2])

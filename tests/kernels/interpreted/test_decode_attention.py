@@ -55,13 +55,13 @@ def inputs(random: Random, H: int, KV: int, D: int, dtype: torch.dtype, S: int =
 
 def compare(arguments: tuple[Tensor, ...], scale: float, soft_cap: float | None, assert_no_worse: Check) -> None:
     q, k, v, begins, ends = arguments
-    got = launch.decode_attention(q, k, v, begins, ends, scale, soft_cap)
-    plain = decode_attention_reference(q, k, v, begins, ends, scale, soft_cap)
+    got = launch.decode_attention(q, k, v, begins, ends, None, scale, soft_cap)
+    plain = decode_attention_reference(q, k, v, begins, ends, None, scale, soft_cap)
     # The reference rounds once. Half precision that rounds its probabilities, as every flash kernel does, errs more.
     if q.dtype in (torch.bfloat16, torch.float16):
         plain = plain + torch.finfo(q.dtype).eps / 2 * plain.abs().max()
-    truth = decode_attention_reference(q.double(), k.double(), v.double(), begins, ends, scale, soft_cap)
-    terms = decode_attention_reference(q.double(), k.double(), v.double().abs(), begins, ends, scale, soft_cap)
+    truth = decode_attention_reference(q.double(), k.double(), v.double(), begins, ends, None, scale, soft_cap)
+    terms = decode_attention_reference(q.double(), k.double(), v.double().abs(), begins, ends, None, scale, soft_cap)
     assert_no_worse(got, plain, truth, 4 * terms)
 
 
@@ -94,7 +94,7 @@ def test_keys_dealt_to_several_programs(dtype: torch.dtype, keys: int, random: R
 def test_what_is_not_finite_reaches_only_who_sees_it(where: str, random: Random) -> None:
     q, k, v, begins, ends = inputs(random, 4, 2, 16, torch.float32)
     {"k": k, "v": v}[where][231, 1, 3] = torch.nan
-    o = launch.decode_attention(q, k, v, begins, ends, 0.3, None)
+    o = launch.decode_attention(q, k, v, begins, ends, None, 0.3, None)
     reached = torch.zeros(len(RANGES), 4, dtype=torch.bool)
     reached[6:, 2:] = True
     assert o[~reached].isfinite().all() and o[reached].isnan().any(-1).all()
@@ -103,7 +103,7 @@ def test_what_is_not_finite_reaches_only_who_sees_it(where: str, random: Random)
 @pytest.mark.parametrize(("N", "S", "M"), [(0, 5, 2), (3, 0, 2), (3, 5, 0)])
 def test_nothing_to_see(N: int, S: int, M: int) -> None:
     ranges = torch.zeros(N, M, dtype=torch.int64)
-    o = launch.decode_attention(torch.ones(N, 4, 8), *torch.ones(2, S, 2, 8), ranges, ranges, 1.0, None)
+    o = launch.decode_attention(torch.ones(N, 4, 8), *torch.ones(2, S, 2, 8), ranges, ranges, None, 1.0, None)
     assert torch.equal(o, torch.zeros(N, 4, 8))
 
 
@@ -111,5 +111,5 @@ def test_public_operation(random: Random) -> None:
     reference = decode_attention_reference
     assert backend.implementation("decode_attention", reference, torch.zeros(1)) is launch.decode_attention
     arguments = inputs(random, 4, 2, 8, torch.float64)
-    got = cogsym.ops.decode_attention(*arguments, scale=0.3)
+    got = cogsym.ops.decode_attention(*arguments, cogsym.ops.AttentionOptions(0.3))
     torch.testing.assert_close(got, reference(*arguments, 0.3, None))

@@ -7,7 +7,7 @@ from torch import Tensor
 import cogsym.ops
 from cogsym.kernels import launch
 from cogsym.ops import backend
-from cogsym.ops.gated_activation import (
+from cogsym.ops.activation import (
     ACTIVATIONS,
     gated_activation_backward_reference,
     gated_activation_reference,

@@ -1,0 +1,34 @@
+"""Bytes of memory: as people write them, and as many as are free."""
+
+from __future__ import annotations
+
+import re
+
+import psutil
+import torch
+
+from cogsym.errors import CogsymError
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from a size as people write it: "4GB", "512 MiB", "2e9".
+
+    Raises:
+        CogsymError: anything else.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text, flags=re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or not number:
+        raise CogsymError(f"The size of memory {text!r} is not understood; give a number with a unit, such as 4GB.")
+    return int(number * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower()))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that could still be taken on `device`, those among them that PyTorch's allocator holds unused."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available

@@ -1,0 +1,89 @@
+"""What a decoder layer is called with besides the residual stream, in the form that our attention takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class Positions(NamedTuple):
+    """Where the tokens of a batch stand.
+
+    Attributes:
+        cos: [B or 1, T, R/2], one column a rotated pair; None where nothing is rotated.
+        sin: like `cos`.
+        starts: the first key that each query sees, int32 [B, T]; None for the first of all.
+        blind: queries whose attention is 0, bool [B or 1, T, 1, 1]; None where there are none.
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+    starts: Tensor | None = None
+    blind: Tensor | None = None
+
+
+@dataclass(eq=False)
+class LayerInputs:
+    """The keywords of one call of a layer.
+
+    Attributes:
+        keywords: as transformers gave them.
+        positions: what our attention makes of them; None where the model's own implementation must attend.
+    """
+
+    keywords: dict[str, Any] = field(default_factory=dict)
+    positions: Positions | None = None
+
+    @property
+    def attention_mask(self) -> Any:
+        """As the model made it for its attention implementation."""
+        return self.keywords.get("attention_mask")
+
+    @property
+    def position_embeddings(self) -> tuple[Tensor, Tensor] | None:
+        """cos and sin, [B or 1, T, R] each."""
+        return self.keywords.get("position_embeddings")
+
+    @property
+    def cache(self) -> Any | None:
+        """A transformers cache, updated in place."""
+        return self.keywords.get("past_key_values")
+
+
+# Every layer of a forward pass is given the same tables, and strided ones would be copied at each use.
+_cut: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How a model rotates queries and keys, and lays out the tables for it.
+
+    Attributes:
+        interleaved: a pair is two neighbours; else a column of the first half and one of the second.
+        repeated: how the tables of R columns hold R/2 different ones: the second "half" repeats the first, each stands
+            twice beside itself ("pairs"), or there are only R/2 columns ("once").
+    """
+
+    interleaved: bool = False
+    repeated: Literal["half", "pairs", "once"] = "half"
+
+    def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin with one column a pair, [B or 1, T, R/2] each."""
+        cos, sin = position_embeddings
+        return self._once(cos), self._once(sin)
+
+    def _once(self, table: Tensor) -> Tensor:
+        if self.repeated == "once":
+            return table
+        if self.repeated == "half":
+            return table[..., : table.shape[-1] // 2]
+        if torch.compiler.is_compiling():
+            return table[..., ::2]
+        if table not in _cut:
+            _cut[table] = table[..., ::2].contiguous()
+        cut: Tensor = _cut[table]
+        return cut

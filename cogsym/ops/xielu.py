@@ -1,0 +1,140 @@
+"""The activation of Apertus, xIELU, with two trained numbers.
+
+    y = α_p · x² + β · x                                 for x > 0
+    y = α_n · (e^min(x, eps) - 1 - x) + β · x            elsewhere, eps < 0 and near 0
+
+Source: Huang, "Deriving Activation Functions Using Integration", arXiv 2411.13010. α_p and α_n are what the formula
+multiplies by: the softplus that keeps them positive is the caller's, and autograd's.
+
+    dx = dz · (2 · α_p · x + β)                          for x > 0
+    dx = dz · (α_n · (e^x - 1) + β)                      for x < eps;  dz · (β - α_n) between eps and 0
+    dα_p = Σ_(x > 0) dz · x²,  dα_n = Σ_(x <= 0) dz · (e^min(x, eps) - 1 - x)
+
+x is kept for the backward pass, nothing else. Everything is computed in float32 (float64 for float64) and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps: float) -> Tensor:
+    """y, for every element of x.
+
+    Args:
+        x: [..., F], floating point; rows may be strided.
+        alpha_p: α_p, one element of any shape, floating point.
+        alpha_n: α_n, like `alpha_p`.
+        beta: β; 0.5 in Apertus.
+        eps: upper bound of the exponent; -1e-6 in Apertus.
+
+    Returns:
+        [..., F], contiguous, dtype of x.
+
+    Raises:
+        ValueError: alpha_p or alpha_n does not have one element.
+    """
+    for name, alpha in (("alpha_p", alpha_p), ("alpha_n", alpha_n)):
+        if alpha.numel() != 1:
+            raise ValueError(f"xielu: {name} has shape {tuple(alpha.shape)}, expected one element.")
+    return _xielu(x, alpha_p, alpha_n, beta, eps)
+
+
+def xielu_input_gradient(dz: Tensor, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps: float) -> Tensor:
+    """dx, [..., F], of a `xielu` whose gradient is not left to autograd."""
+    return _xielu_backward(dz, x, alpha_p, alpha_n, beta, eps, True, False)[0]
+
+
+def xielu_reference(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps: float) -> Tensor:
+    """`xielu` in plain PyTorch."""
+    h = _compute_dtype(x)
+    positive, negative = (alpha.to(h.dtype).view(()) for alpha in (alpha_p, alpha_n))
+    y = torch.where(h > 0, positive * h.square(), negative * _bend(h, eps)) + beta * h
+    return y.to(x.dtype).contiguous()
+
+
+def xielu_backward_reference(
+    dz: Tensor,
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    beta: float,
+    eps: float,
+    need_dx: bool,
+    need_dalphas: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `xielu`: (dx, [dα_p, dα_n]), an empty tensor for one that is not needed; those of the α are float32
+    (float64 for float64)."""
+    d, h = _compute_dtype(dz), _compute_dtype(x)
+    dx, dalphas = x.new_empty(0), h.new_empty(0)
+    if need_dx:
+        positive, negative = (alpha.to(h.dtype).view(()) for alpha in (alpha_p, alpha_n))
+        exponential = torch.where(h >= eps, -1, torch.expm1(h.clamp(max=eps)))
+        dx = d * (torch.where(h > 0, 2 * positive * h, negative * exponential) + beta)
+        dx = dx.to(x.dtype).contiguous()
+    if need_dalphas:
+        above = torch.where(h > 0, d * h.square(), 0).sum()
+        dalphas = torch.stack((above, torch.where(h > 0, 0, d * _bend(h, eps)).sum()))
+    return dx, dalphas
+
+
+def _compute_dtype(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _bend(x: Tensor, eps: float) -> Tensor:
+    """e^min(x, eps) - 1 - x."""
+    return torch.expm1(x.clamp(max=eps)) - x
+
+
+@torch.library.custom_op("cogsym::xielu", mutates_args=())
+def _xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps: float) -> Tensor:
+    return xielu_reference(x, alpha_p, alpha_n, beta, eps)
+
+
+@torch.library.custom_op("cogsym::xielu_backward", mutates_args=())
+def _xielu_backward(
+    dz: Tensor,
+    x: Tensor,
+    alpha_p: Tensor,
+    alpha_n: Tensor,
+    beta: float,
+    eps: float,
+    need_dx: bool,
+    need_dalphas: bool,
+) -> tuple[Tensor, Tensor]:
+    return xielu_backward_reference(dz, x, alpha_p, alpha_n, beta, eps, need_dx, need_dalphas)
+
+
+@_xielu.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_xielu_backward.register_fake
+def _(dz: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_dx, need_dalphas = rest[-2:]
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0)
+    return dx, x.new_empty(2 * need_dalphas, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, alpha_p, alpha_n, ctx.beta, ctx.eps = inputs
+    ctx.save_for_backward(x, alpha_p, alpha_n)
+
+
+def _backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+    x, *alphas = ctx.saved_tensors
+    need_dx, *need_dalphas = ctx.needs_input_grad[:3]
+    dx, dalphas = _xielu_backward(dz, x, *alphas, ctx.beta, ctx.eps, need_dx, any(need_dalphas))
+    of_alphas = (
+        dalphas[i].to(alpha.dtype).view(alpha.shape) if need else None
+        for i, (alpha, need) in enumerate(zip(alphas, need_dalphas, strict=True))
+    )
+    return dx if need_dx else None, *of_alphas, None, None
+
+
+_xielu.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,1 @@
+"""How configurations are computed: their states, scores and texts, from which weights and in which memory."""

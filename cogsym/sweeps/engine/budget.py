@@ -1,0 +1,150 @@
+"""What a pass over documents takes in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogsym.memory import free_bytes
+from cogsym.models.attention import AttentionHalf
+from cogsym.sweeps.engine.forward import TOKENS_AT_ONCE
+from cogsym.sweeps.engine.requests import Generate, Score, TaskDocument
+from cogsym.sweeps.engine.weights import LayerSource
+from cogsym.sweeps.layers.schedule import schedule
+from cogsym.sweeps.layers.trie import Trie
+
+# A piece is what is committed together; more tokens make no product faster and a kill lose more.
+_TOKENS_A_PIECE = 8192
+ROWS_A_PIECE = 4096
+
+
+def free_memory(device: torch.device) -> int:
+    """Half of the bytes that are free on a device."""
+    return free_bytes(device) // 2
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """What a model's layers take for each token.
+
+    Attributes:
+        state: bytes of a token's state.
+        between: bytes of what lies between a block's products, for each token that goes through it.
+        cached: bytes of a token's keys and values in one layer.
+    """
+
+    state: int
+    between: int
+    cached: int
+
+    @classmethod
+    def of(cls, layers: LayerSource) -> TokenBytes:
+        """Read off the first layer, or the model's configuration where it is not known."""
+        element = layers.model.get_input_embeddings().weight.element_size()
+        block = layers.block
+        if block is not None and isinstance(block.attention, AttentionHalf):
+            cached = sum(block.attention.qkv.sizes[1:])
+            return cls(element * block.attention.width, element * block.working_elements(), element * cached)
+        config: Any = layers.model.config.get_text_config()
+        heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        between = 3 * config.hidden_size + 3 * (heads + 2 * groups) * width + 3 * config.intermediate_size
+        return cls(element * config.hidden_size, element * between, element * 2 * groups * width)
+
+
+@dataclass(frozen=True)
+class _Workload:
+    """What documents ask of a pass together.
+
+    Attributes:
+        scored: tokens that go through the layers to be scored.
+        scores: tokens of the continuations and of what stands before them.
+        prompts: tokens of prompts.
+        generated: prompts.
+        longest_prompt: tokens of the longest one.
+        longest_new: tokens that the longest answer may have.
+    """
+
+    scored: int = 0
+    scores: int = 0
+    prompts: int = 0
+    generated: int = 0
+    longest_prompt: int = 0
+    longest_new: int = 0
+
+    @classmethod
+    def of(cls, document: TaskDocument) -> _Workload:
+        scores = [len(r.tokens) for r in document.requests if isinstance(r, Score)]
+        generated = [r for r in document.requests if isinstance(r, Generate)]
+        prompts = [len(r.tokens) for r in generated]
+        return cls(
+            sum(scores) - len(scores),
+            sum(scores),
+            sum(prompts),
+            len(prompts),
+            max(prompts, default=0),
+            max((r.max_new_tokens for r in generated), default=0),
+        )
+
+    def __add__(self, other: _Workload) -> _Workload:
+        return _Workload(
+            self.scored + other.scored,
+            self.scores + other.scores,
+            self.prompts + other.prompts,
+            self.generated + other.generated,
+            max(self.longest_prompt, other.longest_prompt),
+            max(self.longest_new, other.longest_new),
+        )
+
+
+class PassMemory:
+    """Bytes of passes of one trie."""
+
+    def __init__(self, sizes: TokenBytes, trie: Trie) -> None:
+        """For a trie on a model of these sizes."""
+        self._sizes = sizes
+        self._slots = schedule(trie, narrow=False).slots + 1  # and the embeddings
+        self._configurations = len(trie.configurations)
+        self._whole = trie.topology == "whole"
+        caches = [node.unit is not None and node.unit.attends for node in trie.nodes]
+        self._nodes = sum(caches)
+        rows = [sum(caches[n] for n in trie.path(c)) for c in range(self._configurations)]
+        self._rows, self._deepest = sum(rows), max(rows)
+
+    def of(self, documents: Sequence[TaskDocument]) -> int:
+        """Bytes that the documents take together."""
+        return self._bytes(sum(map(_Workload.of, documents), _Workload()))
+
+    def piece(self, documents: Sequence[TaskDocument], budget: int, large: bool) -> int:
+        """How many of the first documents go together: as many as fit, at least one.
+
+        Args:
+            documents: in order.
+            budget: bytes.
+            large: fill the budget, for each piece reads the layers anew; else a piece is no larger than useful.
+        """
+        load = _Workload.of(documents[0])
+        for i, document in enumerate(documents[1:], start=1):
+            load += _Workload.of(document)
+            if self._bytes(load) > budget or not (large or self._useful(load)):
+                return i
+        return len(documents)
+
+    def _bytes(self, load: _Workload) -> int:
+        if self._whole:  # one configuration after the other
+            cached = self._deepest * load.generated * (load.longest_prompt + load.longest_new)
+        else:
+            cached = self._nodes * load.prompts + self._rows * load.generated * load.longest_new
+        tokens = max(load.scored, load.prompts)
+        return (
+            self._slots * tokens * self._sizes.state
+            + max(tokens, TOKENS_AT_ONCE) * self._sizes.between
+            + cached * self._sizes.cached
+        )
+
+    def _useful(self, load: _Workload) -> bool:
+        tokens, rows = load.scores + load.prompts, load.generated * self._configurations
+        return tokens <= _TOKENS_A_PIECE and rows <= ROWS_A_PIECE

@@ -1,0 +1,190 @@
+"""The engine: every state that configurations need, computed once, layer by layer.
+
+All states alive at a layer go through it together, so its weights are read once. A state is the residual stream of all
+tokens of the documents at hand, [N, D], in a slot of one buffer; several states at a time make the products large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from cogsym import ops
+from cogsym.errors import CogsymError
+from cogsym.models import Block
+from cogsym.models.attention import Attend, AttentionHalf
+from cogsym.models.calls import layer_calls
+from cogsym.sweeps.engine.fallback import FallbackRun
+from cogsym.sweeps.engine.prefixes import Batch, OnEnds
+from cogsym.sweeps.engine.weights import LayerSource
+from cogsym.sweeps.layers.schedule import Schedule, Step, needed, schedule
+from cogsym.sweeps.layers.trie import Topology, Trie, Unit
+
+# Tokens, of all states together, that go through a layer at a time: enough for the products to run at full speed, few
+# enough for what lies between them to stay in cache.
+TOKENS_AT_ONCE = 4096
+# (unit, nodes, keys [states, N, KV, d], values): what an attention unit computed for all tokens of some states.
+OnKeys = Callable[[Unit, Sequence[int], Tensor, Tensor], None]
+
+
+class Engine:
+    """Runs the states of a trie on a model's layers.
+
+    Attributes:
+        layers: the layers.
+        on_forwards: told how many layer-forwards have been done, each of one state, a half counting half.
+    """
+
+    def __init__(self, layers: LayerSource) -> None:
+        """Run on these layers."""
+        self.layers = layers
+        self.on_forwards: Callable[[float], None] = lambda number: None
+
+    @property
+    def topology(self) -> Topology:
+        """How the halves of the layers read the residual stream, as `Trie` takes it."""
+        if self.layers.block is None:
+            return "whole"
+        return "parallel" if self.layers.block.parallel else "sequential"
+
+    def run(self, trie: Trie, batch: Batch, on_ends: OnEnds, on_keys: OnKeys | None = None) -> None:
+        """Compute every state of a trie for a batch.
+
+        Args:
+            trie: what to compute.
+            batch: documents.
+            on_ends: told the hidden states that configurations end with, before the final norm, as they come; they are
+                its own only until it returns.
+            on_keys: told the keys and values of every unit that attends; not by layers that run their own forward.
+
+        Raises:
+            CogsymError: the trie is for layers of another topology.
+        """
+        if trie.topology != self.topology:
+            raise CogsymError(
+                f"The trie is for {trie.topology} layers, expected {self.topology}, as the model's are; make it with "
+                "Trie(configurations, engine.topology)."
+            )
+        with torch.inference_mode():
+            if trie.topology == "whole":
+                FallbackRun(self.layers, schedule(trie, narrow=False), batch, on_ends).run(self.on_forwards)
+            else:
+                _Run(self.layers, schedule(trie, narrow=batch.narrow), batch, on_ends, on_keys).run(self.on_forwards)
+
+
+class _Run:
+    """One pass on our blocks."""
+
+    def __init__(
+        self, layers: LayerSource, schedule: Schedule, batch: Batch, on_ends: OnEnds, on_keys: OnKeys | None
+    ) -> None:
+        self._layers, self._schedule, self._on_ends, self._on_keys = layers, schedule, on_ends, on_keys
+        self._layout, device = batch.packed, layers.device
+        self._places = batch.places
+        self._scored = batch.places.to(device)
+        self._starts = self._layout.starts[None].to(device)
+        tokens, positions = self._layout.tokens.to(device), self._layout.positions.to(device)
+        # A token a row: no mask is needed where no layer looks at another token.
+        embedded, self._calls = layer_calls(layers.model, input_ids=tokens[:, None], position_ids=positions[:, None])
+        self._embedded = embedded[:, 0]
+        self._full = embedded.new_empty(schedule.slots, len(tokens), embedded.shape[-1])
+        self._narrow = embedded.new_empty(schedule.narrow_slots, len(self._scored), embedded.shape[-1])
+
+    def run(self, on_forwards: Callable[[float], None]) -> None:
+        if self._schedule.start:
+            self._on_ends([self._schedule.start], self._embedded[None, self._scored])
+        if self._schedule.slots:
+            self._full[0] = self._embedded
+        elif self._schedule.narrow_slots:
+            self._narrow[0] = self._embedded[self._scored]
+        layers = self._schedule.by_layer()
+        for steps, loaded in zip(layers, self._layers.walk(needed(layers)), strict=True):
+            for step in steps:
+                block = loaded[step.unit.weights].block
+                assert block is not None
+                self._apply(step, block)
+                self._tell(step)
+                on_forwards(step.unit.forwards * len(step.nodes))
+
+    def _apply(self, step: Step, block: Block) -> None:
+        buffer = self._narrow if step.narrow else self._full
+        for copy in step.copies:
+            buffer[copy.target] = buffer[copy.source]
+        if step.unit.part == "mlp":
+            for slot, source in zip(range(step.slots.start, step.slots.stop), step.sources, strict=False):
+                buffer[slot] = self._full[source, self._scored]
+            for states, _ in self._pieces(step, buffer):
+                block.add_mlp(buffer[states])
+            return
+        half, both = block.attention, step.unit.part == "layer"
+        assert isinstance(half, AttentionHalf)
+        cos, sin = self._tables(half, step.unit.layer)
+        for states, nodes in self._pieces(step, self._full):
+            attend = self._attend(half, step.unit, nodes, only_scored=bool(step.sources))
+            if step.sources:
+                x = self._full[list(step.sources[states.start - step.first : states.stop - step.first])]
+                buffer[states] = block.attention_added_at(x, self._scored, cos, sin, attend, both)
+            else:
+                block.add_attention(buffer[states], cos, sin, attend, both)
+
+    def _pieces(self, step: Step, buffer: Tensor) -> Iterator[tuple[slice, tuple[int, ...]]]:
+        """Slots, and the nodes they hold, a few at a time."""
+        many = max(1, TOKENS_AT_ONCE // max(1, buffer.shape[1]))
+        for i in range(0, len(step.nodes), many):
+            nodes = step.nodes[i : i + many]
+            yield slice(step.first + i, step.first + i + len(nodes)), nodes
+
+    def _tables(self, half: AttentionHalf, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """(cos, sin), [1, N, R / 2] each."""
+        if half.rotary is None:
+            return None, None
+        cos, sin = half.rotary.tables(self._calls[layer]["position_embeddings"])
+        return cos[None, :, 0], sin[None, :, 0]
+
+    def _attend(self, half: AttentionHalf, unit: Unit, nodes: tuple[int, ...], only_scored: bool) -> Attend:
+        """Attention of every token, or of the scored ones, within each state."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self._on_keys:
+                self._on_keys(unit, nodes, k, v)
+            window = half.options.window
+            if only_scored:
+                return attend_ranges(half, q, k, v, *self._layout.ranges_at(self._places, window))
+            if not _on_tiles(q):
+                everywhere = torch.arange(q.shape[1])
+                return attend_ranges(half, q, k, v, *self._layout.ranges_at(everywhere, window))
+            roots = self._starts.shape[1]
+            options = half.at(self._starts.expand(len(q), -1))
+            o, _ = ops.attention(q[:, :roots], k[:, :roots], v[:, :roots], options)
+            if roots == q.shape[1]:
+                return o
+            rest = attend_ranges(half, q[:, roots:], k, v, *self._layout.ranges(window))
+            return torch.cat([o, rest], dim=1)
+
+        return attend
+
+    def _tell(self, step: Step) -> None:
+        buffer = self._narrow if step.narrow else self._full
+        many = max(1, TOKENS_AT_ONCE // max(1, len(self._scored)))
+        for i in range(0, len(step.ends), many):
+            ends = step.ends[i : i + many]
+            slots = torch.tensor([end.slot for end in ends], device=buffer.device)
+            hidden = buffer[slots] if step.narrow else buffer[slots[:, None], self._scored]
+            self._on_ends([end.configurations for end in ends], hidden)
+
+
+def _on_tiles(q: Tensor) -> bool:
+    """Whether attention of packed sequences has a kernel on tiles here; elsewhere it would make all logits, and each
+    row reads its own range instead."""
+    return q.device.type == "cpu"
+
+
+def attend_ranges(half: AttentionHalf, q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
+    """Attention of [states, P, H, d] queries to ranges of their own state's tokens."""
+    states, tokens = k.shape[:2]
+    offset = (torch.arange(states) * tokens)[:, None, None]
+    begins, ends = ((x + offset).flatten(0, 1).to(q.device) for x in (begins, ends))
+    o = ops.decode_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), begins, ends, half.in_ranges())
+    return o.view(q.shape)

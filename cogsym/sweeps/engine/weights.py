@@ -1,0 +1,326 @@
+"""Where a sweep's decoder layers come from: a model in memory, or a checkpoint of which one layer is read at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from cogsym.decoder import layers_of
+from cogsym.errors import CogsymError
+from cogsym.models import Block, UnknownLayerError, read_block
+from cogsym.models.attention import AttentionHalf
+from cogsym.models.guard import why_own
+from cogsym.models.loading import check_model_folder, load_config
+from cogsym.sweeps.layers.actions import Weights
+
+
+class Loaded(NamedTuple):
+    """A decoder layer whose weights are there.
+
+    Attributes:
+        layer: the model's module.
+        block: its description; None where it can only run its own forward.
+    """
+
+    layer: Any
+    block: Block | None
+
+
+class LayerSource(Protocol):
+    """The decoder layers of a model, and those of a base checkpoint with the same shapes where there is one.
+
+    Attributes:
+        model: the causal language model; its decoder layers may be without weights.
+        device: where it computes.
+        reasons: why layers run their own forward, one sentence each; where there is one, all of them do.
+        block: a description of the first layer; None where layers run their own forward.
+        has_base: a base checkpoint is at hand.
+    """
+
+    model: Any
+    device: torch.device
+    reasons: list[str]
+    has_base: bool
+
+    @property
+    def block(self) -> Block | None:
+        """See above."""
+
+    def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
+        """Layers in the order they are needed, each there until the next is asked for."""
+
+    def pack(self) -> None:
+        """Products of few rows are about to come."""
+
+    def revisions(self) -> dict[Weights, str]:
+        """SHA-256 of the weights, as a key of results: the same in memory and streamed."""
+
+
+class ResidentLayers:
+    """A model in memory. `close` undoes what was done to it."""
+
+    def __init__(self, model: Any, base: Any | None = None) -> None:
+        """Use a model's layers.
+
+        Args:
+            model: a causal language model of transformers.
+            base: another of the same shapes, whose layers `revert` puts in.
+
+        Raises:
+            CogsymError: the model has no decoder layers, or the base is of another shape.
+        """
+        layers_of(model)
+        self.model, self.device, self.has_base = model, model.device, base is not None
+        self.reasons: list[str] = []
+        self._models: dict[Weights, Any] = {"model": model}
+        if base is not None:
+            check_same_shape(model, base)
+            self._models["base"] = base
+        self._training = [module for each in self._models.values() for module in each.modules() if module.training]
+        for module in self._training:
+            module.training = False
+        self._layers = {which: self._read(each) for which, each in self._models.items()}
+        for projections in self._plain():
+            projections.join()
+
+    @property
+    def block(self) -> Block | None:
+        """See `LayerSource`."""
+        return None if self.reasons else self._layers["model"][0].block
+
+    def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
+        """See `LayerSource`."""
+        for layer, _ in needed:
+            yield {weights: layers[layer] for weights, layers in self._layers.items()}
+
+    def pack(self) -> None:
+        """See `LayerSource`. A second copy of the weights is made where there is plenty of room for it."""
+        plain = self._plain()
+        needed = sum(m.weight.nbytes for projections in plain for m in projections.modules)
+        if self.device.type == "cpu" and 4 * needed < psutil.virtual_memory().available:
+            for projections in plain:
+                projections.pack()
+
+    def revisions(self) -> dict[Weights, str]:
+        """See `LayerSource`."""
+        named = {which: dict(model.named_parameters()) for which, model in self._models.items()}
+        return {which: _digest(weights, partial(_held, weights)) for which, weights in named.items()}
+
+    def close(self) -> None:
+        """Give the weights storage of their own again, and modules that were in training mode that mode."""
+        for projections in self._plain():
+            projections.unpack()
+            projections.part()
+        for module in self._training:
+            module.training = True
+
+    def _read(self, model: Any) -> list[Loaded]:
+        return [Loaded(layer, _block(layer, self.reasons)) for layer in layers_of(model)]
+
+    def _plain(self) -> list[Any]:
+        blocks = [loaded.block for layers in self._layers.values() for loaded in layers if loaded.block]
+        return [p for block in blocks for p in block.projections() if p.plain()]
+
+
+class StreamedLayers:
+    """A checkpoint in safetensors: embeddings, final norm and head in memory, one layer at a time and the next one."""
+
+    def __init__(
+        self, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> None:
+        """Open a checkpoint.
+
+        Args:
+            folder: a local folder that save_pretrained wrote.
+            base: another of the same shapes, whose layers `revert` puts in.
+            dtype: of the weights; None takes the checkpoint's own.
+            device: where to compute.
+
+        Raises:
+            CogsymError: not a local folder of safetensors, weights of other names, a base of another shape.
+        """
+        self.device, self.has_base = torch.device(device), base is not None
+        self.reasons: list[str] = []
+        config = load_config(folder)
+        self._dtype = dtype or config.dtype or torch.float32
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
+        self._layers = layers_of(self.model)
+        self._files: dict[Weights, _Checkpoint] = {"model": _Checkpoint(folder)}
+        if base is not None:
+            with init_empty_weights():
+                check_same_shape(self.model, AutoModelForCausalLM.from_config(load_config(base)))
+            self._files["base"] = _Checkpoint(base)
+        (self._prefix,) = (f"{name}." for name, module in self.model.named_modules() if module is self._layers)
+        self._load_rest()
+        blocks = [_block(layer, self.reasons, weights_follow=True) for layer in self._layers]
+        self.block = None if self.reasons else blocks[0]
+
+    def pack(self) -> None:
+        """See `LayerSource`. Each layer is there too shortly for it."""
+
+    def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
+        """See `LayerSource`. The next layer is read while one computes."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead: Future[dict[Weights, Loaded]] | None = None
+            for i, (layer, weights) in enumerate(needed):
+                loaded = ahead.result() if ahead else self._load(layer, weights)
+                ahead = reader.submit(self._load, *needed[i + 1]) if i + 1 < len(needed) else None
+                yield loaded
+
+    def revisions(self) -> dict[Weights, str]:
+        """See `LayerSource`."""
+        names = [name for name, _ in self.model.named_parameters()]
+
+        return {which: _digest(names, file.mapped, self._dtype) for which, file in self._files.items()}
+
+    def _load(self, layer: int, weights: set[Weights]) -> dict[Weights, Loaded]:
+        """A layer of its own with these weights, so that nothing holds them once it is dropped."""
+        names, loaded = self._layers[layer].state_dict().keys(), {}
+        for which in weights:
+            tensors = self._files[which].read(f"{self._prefix}{layer}.", names)
+            with init_empty_weights(include_buffers=False):
+                module = type(self._layers[layer])(self.model.get_decoder().config, layer).eval()
+            module.load_state_dict({n: t.to(self.device, self._dtype) for n, t in tensors.items()}, assign=True)
+            loaded[which] = Loaded(module, block := _block(module, []))
+            for projections in block.projections() if block else ():
+                if projections.plain():
+                    projections.join()
+        return loaded
+
+    def _load_rest(self) -> None:
+        """Everything but the decoder layers."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        self._files["model"].check_tied(tied)
+        names = [name for name in self.model.state_dict() if name not in tied]
+        for file in self._files.values():
+            file.check(names)
+        rest = [name for name in names if not name.startswith(self._prefix)]
+        for name, tensor in self._files["model"].read("", rest).items():
+            set_module_tensor_to_device(self.model, name, self.device, value=tensor, dtype=self._dtype)
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+
+
+class _Checkpoint:
+    """The tensors of a folder by name."""
+
+    def __init__(self, folder: str | Path) -> None:
+        path = check_model_folder(folder)
+        if path is None:
+            raise CogsymError(
+                f"Layers are streamed from a local folder, and {str(folder)!r} is none; download it first."
+            )
+        self._folder = path
+        self._where: dict[str, Path] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                self._where |= dict.fromkeys(opened.keys(), file)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse a checkpoint that does not have its weights as the model has them."""
+        missing = [name for name in names if name not in self._where]
+        if missing:
+            raise CogsymError(
+                f"{self._folder} holds no weight named {missing[0]}, so its layers cannot be streamed; leave streaming "
+                "off."
+            )
+
+    def check_tied(self, tied: Mapping[str, str]) -> None:
+        """Refuse weights that are to be one and are not; transformers then lets them be two."""
+        for name, source in tied.items():
+            if name in self._where and source in self._where:
+                with self.mapped(name) as one, self.mapped(source) as other:
+                    if not torch.equal(one, other):
+                        raise CogsymError(
+                            f"{self._folder} holds different weights named {name} and {source}, which its config.json "
+                            "ties; load the model and save it again with tie_word_embeddings=False."
+                        )
+
+    @contextmanager
+    def mapped(self, name: str) -> Iterator[Tensor]:
+        """A tensor in the file itself, for as long as it lasts."""
+        with safe_open(self._where[name], framework="pt") as opened:
+            yield opened.get_tensor(name)
+
+    def read(self, prefix: str, names: Any) -> dict[str, Tensor]:
+        """Copies of the tensors `prefix` + name, by name; the files are closed again, so that no page stays mapped."""
+        result: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            for name in names:
+                file = self._where[prefix + name]
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                result[name] = opened[file].get_tensor(prefix + name).clone()
+        return result
+
+
+def check_same_shape(model: Any, base: Any) -> None:
+    """Refuse a base checkpoint whose layers do not fit.
+
+    Raises:
+        CogsymError: another number of layers, another kind of layer, or other shapes.
+    """
+    ours, theirs = layers_of(model), layers_of(base)
+    if len(ours) != len(theirs):
+        raise CogsymError(f"The base checkpoint has {len(theirs)} layers, expected {len(ours)}, as the model has.")
+    for layer, other in zip(ours, theirs, strict=True):
+        if type(layer) is not type(other):
+            raise CogsymError(
+                f"The base checkpoint has {type(other).__name__}s, expected {type(layer).__name__}s, as the model has."
+            )
+        shapes = {name: tuple(t.shape) for name, t in layer.state_dict().items()}
+        for name, t in other.state_dict().items():
+            if shapes.get(name) != tuple(t.shape):
+                raise CogsymError(
+                    f"The base checkpoint's {name} has shape {tuple(t.shape)}, expected {shapes.get(name)}, as in the "
+                    "model; give the checkpoint that the model was adapted from."
+                )
+
+
+def _held(weights: dict[str, Tensor], name: str) -> AbstractContextManager[Tensor]:
+    return nullcontext(weights[name])
+
+
+def _digest(
+    names: Iterable[str], tensor: Callable[[str], AbstractContextManager[Tensor]], dtype: torch.dtype | None = None
+) -> str:
+    """Of tensors by name, as they are in `dtype` if that is given."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        with tensor(name) as weight:
+            weight = weight.detach().to(dtype or weight.dtype)
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+            del weight  # before the file is closed
+    return digest.hexdigest()
+
+
+def _block(layer: Any, reasons: list[str], weights_follow: bool = False) -> Block | None:
+    """The layer's description; None, and the reason among `reasons`, where all of it runs its own forward."""
+    try:
+        block = read_block(layer, weights_follow)
+        reason = why_own(layer, weights_follow)
+        if not isinstance(block.attention, AttentionHalf):
+            reason = block.attention.reason
+    except UnknownLayerError as error:
+        block, reason = None, str(error)
+    if reason and reason not in reasons:
+        reasons.append(reason)
+    return None if reason else block

@@ -1,0 +1,1 @@
+"""What was found: rows on disk, intervals, pictures."""

@@ -1,0 +1,369 @@
+"""Results of a sweep on disk: rows in Parquet parts that a kill leaves whole, and what they say with what certainty."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from cogsym.errors import CogsymError, RunStopped
+from cogsym.records import TEMPORARY, differences, reason, write_whole
+from cogsym.sweeps.layers.configurations import Configuration
+from cogsym.sweeps.results.bootstrap import paired_bootstrap
+from cogsym.sweeps.tasks.kinds import Side
+from cogsym.sweeps.tasks.metrics import METRICS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NAME = pa.dictionary(pa.int32(), pa.string())  # few distinct strings, each in thousands of rows
+_SCHEMA = pa.schema(
+    {
+        "model": _NAME,
+        "revision": _NAME,
+        "configuration": _NAME,
+        "direction": _NAME,
+        "k": pa.int32(),
+        "task": _NAME,
+        "language": _NAME,
+        "side": _NAME,
+        "document": _NAME,
+        "metric": _NAME,
+        "value": pa.float64(),
+        "statistics": pa.list_(pa.float64()),
+        "text": pa.string(),
+    }
+)
+_DESCRIBED = ["task", "language", "side", "metric", "configuration", "direction", "k"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One metric of one document under one configuration.
+
+    Attributes:
+        configuration: what the layers did.
+        task: the task's name.
+        language: of the task.
+        side: whether the task asks what the model understands or what it says.
+        document: the document's key, unique in the task.
+        metric: a name in `cogsym.sweeps.tasks.metrics.METRICS`.
+        value: the metric of this document alone.
+        statistics: summed over documents they give the metric of all of them; as many in every row of a metric.
+        text: what the model wrote, where it wrote.
+    """
+
+    configuration: Configuration
+    task: str
+    language: str
+    side: Side
+    document: str
+    metric: str
+    value: float
+    statistics: tuple[float, ...]
+    text: str | None = None
+
+
+class Results:
+    """The results of one model's sweep, open for writing; `open` makes it.
+
+    OUT/sweep.json holds the key, OUT/results/ a Parquet part for each `append`. A part appears under its name once it
+    is whole and on the disk, so whatever moment a kill comes, what was appended is there and nothing else is.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], lock: FileLock) -> None:
+        self._folder = folder
+        self._key = key
+        self._lock = lock
+        self._next = max((int(part.stem.partition("-")[2]) for part in _parts(folder)), default=-1) + 1
+
+    @classmethod
+    def open(cls, folder: str | Path, key: Mapping[str, Any], *, resume: bool = False) -> Results:
+        """Make a folder ready for results, or go on with those it holds.
+
+        Args:
+            folder: OUT, made where it is missing.
+            key: what a result depends on beside its configuration, as JSON has it: "revision" (a hash of the weights),
+                "tasks" (name -> the data's hash as "data", and the task's settings), whatever else there is, and
+                "model", a name. A resumed sweep may name the same weights differently and bring new tasks.
+            resume: go on with what is there.
+
+        Raises:
+            CogsymError: it cannot be written, holds results and `resume` is False, holds none and it is True, was
+                made with another key, or is being written by another process.
+        """
+        folder = Path(folder)
+        check_started(folder, resume)
+        lock = FileLock(folder / "sweep.lock")
+        try:
+            _part_folder(folder).mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            for left in (*folder.glob(f"*{TEMPORARY}"), *_part_folder(folder).glob(f"*{TEMPORARY}")):
+                left.unlink()  # a kill cut it short
+            key = _agreed(folder, json.loads(json.dumps(key)))
+            write_whole(folder / "sweep.json", (json.dumps(key, indent=1, ensure_ascii=False) + "\n").encode())
+        except Timeout as error:
+            raise CogsymError(f"Another sweep is writing to {folder}; wait for it, or choose another --out.") from error
+        except OSError as error:
+            lock.release()
+            raise CogsymError(
+                f"The folder {folder} cannot be written ({reason(error)}); choose another --out."
+            ) from error
+        except CogsymError:
+            lock.release()
+            raise
+        return cls(folder, key, lock)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Commit rows, all of them or, where it fails or is killed, none.
+
+        Everything that is measured of a document under a configuration belongs into one call: `done` asks no further.
+
+        Raises:
+            RunStopped: they could not be written; what was appended before is intact.
+        """
+        if not rows:
+            return
+        sink = pa.BufferOutputStream()
+        pq.write_table(_table(rows, self._key["model"], self._key["revision"]), sink, compression="zstd")
+        part = _part_folder(self._folder) / f"part-{self._next:06d}.parquet"
+        try:
+            write_whole(part, sink.getvalue().to_pybytes())
+        except OSError as error:
+            raise RunStopped(
+                f"Results were not written to {part} ({reason(error)}); those before are intact, free some space and "
+                "run again with --resume."
+            ) from error
+        self._next += 1
+
+    def done(self, task: str) -> set[tuple[str, str]]:
+        """The (configuration code, document key) pairs that need not be asked again."""
+        names = ["configuration", "document"]
+        pairs: set[tuple[str, str]] = set()
+        for part in _parts(self._folder):
+            table = _read(part, [*names, "task"])
+            table = table.filter(pc.equal(table.column("task").cast(pa.string()), task))
+            pairs.update(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+        return pairs
+
+    def close(self) -> None:
+        """Let another process write here."""
+        self._lock.release()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_started(folder: str | Path, resume: bool) -> None:
+    """Refuse a folder that holds results where it should not, or none where it should.
+
+    Raises:
+        CogsymError: that.
+    """
+    folder = Path(folder)
+    if resume and not (folder / "sweep.json").exists():
+        raise CogsymError(f"There is no sweep in {folder} to resume; leave --resume out to start one.")
+    if not resume and _parts(folder):
+        raise CogsymError(f"{folder} holds results already; continue them with --resume, or choose another --out.")
+
+
+def read_key(folder: str | Path) -> dict[str, Any]:
+    """The key of the sweep in a folder.
+
+    Raises:
+        CogsymError: there is none.
+    """
+    record = Path(folder) / "sweep.json"
+    try:
+        return json.loads(record.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CogsymError(f"{folder} holds no results; give the folder that a sweep wrote, its --out.") from error
+
+
+def frame(folder: str | Path) -> pd.DataFrame:
+    """Every row in a folder, in the order of writing.
+
+    Returns:
+        a column for each field of `Row`, with "configuration" as its code, and "model", "revision", "direction" and
+        "k", the number of layers that are not kept.
+
+    Raises:
+        CogsymError: there are no results, or a part is damaged.
+    """
+    table = _everything(folder)
+    plain = [pa.string() if field.type == _NAME else field.type for field in _SCHEMA]
+    return table.cast(pa.schema(list(zip(_SCHEMA.names, plain, strict=True)))).to_pandas()
+
+
+def values(folder: str | Path, task: str, metric: str) -> dict[str, float]:
+    """A metric of all documents of a task together, by the configuration's code.
+
+    Raises:
+        CogsymError: there are no results, or a part is damaged.
+    """
+    table = _everything(folder)
+    for name, wanted in (("task", task), ("metric", metric)):
+        table = table.filter(pc.equal(table.column(name).cast(pa.string()), wanted))
+    told: dict[str, float] = {}
+    for cells in _cells(table):
+        together = METRICS[metric].combine(cells.statistics.sum(axis=0))
+        told |= {line["configuration"]: float(value) for line, value in zip(cells.described, together, strict=True)}
+    return told
+
+
+def summary(folder: str | Path, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """What the documents of each task give together, with the 95 % intervals of `paired_bootstrap`.
+
+    Returns:
+        a line for each task, metric and configuration, with what these are in `frame`; "documents", how many there
+        are; their "value" with "low" and "high"; "difference" from the model with every layer kept, on the documents
+        that both have, with "difference_low" and "difference_high", NaN where that model was not run; and "chance",
+        what guessing gives, NaN where that is nothing.
+
+    Raises:
+        CogsymError: there are no results, or a part is damaged.
+    """
+    import pandas as pd
+
+    summaries = []
+    for cells in _cells(_everything(folder)):
+        if cells.metric not in METRICS:
+            raise CogsymError(
+                f"{folder} has results of the metric {cells.metric!r}, expected one of {', '.join(METRICS)}; it was "
+                "written by another version of cogsym."
+            )
+        metric = METRICS[cells.metric]
+        kept = next((c for c, line in enumerate(cells.described) if line["direction"] == "none"), None)
+        told = paired_bootstrap(cells.statistics, cells.present, kept, metric.combine, resamples, seed)
+        told["chance"] = (
+            metric.chance(cells.statistics.sum(axis=0)) if metric.chance else np.full(len(told["value"]), np.nan)
+        )
+        summaries.append(pd.concat([pd.DataFrame(cells.described), pd.DataFrame(told)], axis=1))
+    return pd.concat(summaries, ignore_index=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """One metric of one task: D documents under C configurations, with S statistics.
+
+    Attributes:
+        metric: its name.
+        described: of each configuration, what its lines in a summary begin with.
+        statistics: [D, C, S] float64, 0 where there is no result.
+        present: [D, C] bool, whether there is one.
+    """
+
+    metric: str
+    described: list[dict[str, Any]]
+    statistics: np.ndarray
+    present: np.ndarray
+
+
+def _cells(table: pa.Table) -> Iterator[_Cells]:
+    (tasks, task_names), (metrics, metric_names) = _codes(table, "task"), _codes(table, "metric")
+    (configurations, _), (documents, keys) = _codes(table, "configuration"), _codes(table, "document")
+    lists = table.column("statistics").combine_chunks()
+    offsets, flat = lists.offsets.to_numpy(), lists.values.to_numpy()
+    for task in range(len(task_names)):
+        of_task = np.flatnonzero(tasks == task)
+        # By name, so that resamples do not depend on the order in which documents were run, nor on the metric.
+        order = sorted(np.unique(documents[of_task]), key=lambda d: keys[d])
+        place = np.empty(len(keys), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        for metric in np.unique(metrics[of_task]):
+            rows = of_task[metrics[of_task] == metric]
+            _, first, columns = np.unique(configurations[rows], return_index=True, return_inverse=True)
+            cell = place[documents[rows]], columns
+            size = int(offsets[rows[0] + 1] - offsets[rows[0]])
+            statistics = np.zeros((len(order), len(first), size))
+            present = np.zeros((len(order), len(first)), dtype=bool)
+            statistics[cell] = flat[offsets[rows][:, None] + np.arange(size)]
+            present[cell] = True
+            yield _Cells(
+                metric_names[metric], table.select(_DESCRIBED).take(rows[first]).to_pylist(), statistics, present
+            )
+
+
+def _table(rows: Sequence[Row], model: str, revision: str) -> pa.Table:
+    described = {c: (c.code, c.direction, c.k) for c in {row.configuration for row in rows}}
+    code, direction, k = zip(*(described[row.configuration] for row in rows), strict=True)
+    columns: dict[str, Sequence[Any]] = {
+        "model": [model] * len(rows),
+        "revision": [revision] * len(rows),
+        "configuration": code,
+        "direction": direction,
+        "k": k,
+    }
+    for name in _SCHEMA.names[len(columns) :]:
+        columns[name] = [getattr(row, name) for row in rows]
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def _codes(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
+    """A column of names as numbers into a list of them."""
+    column = table.column(name).combine_chunks()
+    return column.indices.to_numpy(), column.dictionary.to_pylist()
+
+
+def _agreed(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """The key of all that a folder will hold: the one it has, with the tasks that are new."""
+    if not _parts(folder):
+        return key
+    before = read_key(folder)
+    if before["revision"] == key["revision"]:
+        key = {**key, "model": before["model"]}  # the same weights, wherever they lie now
+    tasks = {**before["tasks"], **key["tasks"]}
+    parts = [differences({**before, "tasks": None}, {**key, "tasks": None})]
+    for name in before["tasks"]:
+        if change := differences(before["tasks"][name], tasks[name]):
+            parts.append(f"{change} in {name}")
+    different = ", ".join(filter(None, parts))
+    if before["revision"] != key["revision"]:
+        raise CogsymError(f"{folder} holds results of another model: {different}; choose another --out.")
+    if different:
+        raise CogsymError(
+            f"The sweep in {folder} was started with {different}; resume it with the same, or choose another --out."
+        )
+    return {**key, "tasks": tasks}
+
+
+def _everything(folder: str | Path) -> pa.Table:
+    parts = _parts(Path(folder))
+    if not parts:
+        raise CogsymError(f"{folder} holds no results; give the folder that a sweep wrote, its --out.")
+    return pa.concat_tables([_read(part) for part in parts]).unify_dictionaries().combine_chunks()
+
+
+def _read(part: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        with pq.ParquetFile(part) as file:
+            if file.schema_arrow.equals(_SCHEMA):
+                return file.read(columns)
+    except (pa.ArrowException, OSError) as error:
+        raise CogsymError(
+            f"{part} is damaged ({str(error).splitlines()[0]}); delete it and run the sweep again with --resume."
+        ) from error
+    raise CogsymError(f"{part} is not a part that this version of cogsym writes; move it out of the folder.")
+
+
+def _part_folder(folder: Path) -> Path:
+    return folder / "results"
+
+
+def _parts(folder: Path) -> list[Path]:
+    """In the order of writing."""
+    return sorted(_part_folder(folder).glob("part-*.parquet"))

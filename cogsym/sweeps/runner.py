@@ -1,0 +1,378 @@
+"""A sweep from beginning to end: configurations and tasks in, rows of results out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from rich.console import Console
+
+from cogsym.errors import CogsymError, RunStopped
+from cogsym.models.loading import load_tokenizer
+from cogsym.signals import as_interrupts, exit_status
+from cogsym.sweeps.engine.budget import PassMemory, TokenBytes, free_memory
+from cogsym.sweeps.engine.duration import DurationEstimate
+from cogsym.sweeps.engine.fallback import generate_fallback
+from cogsym.sweeps.engine.forward import Engine
+from cogsym.sweeps.engine.generate import generate
+from cogsym.sweeps.engine.load import load_layers, num_layers
+from cogsym.sweeps.engine.requests import Generate, Outcome, Score, TaskDocument
+from cogsym.sweeps.engine.sampling import Sampling, Stops
+from cogsym.sweeps.engine.score import score
+from cogsym.sweeps.engine.unembedding import SweepHead
+from cogsym.sweeps.engine.weights import LayerSource, ResidentLayers, StreamedLayers
+from cogsym.sweeps.layers.actions import ACTIONS, SKIP
+from cogsym.sweeps.layers.configurations import Configuration, configurations, distinct
+from cogsym.sweeps.layers.schedule import schedule
+from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
+from cogsym.sweeps.layers.trie import Trie
+from cogsym.sweeps.progress import SweepProgress, counted
+from cogsym.sweeps.results.store import Results, Row, check_started, summary, values
+from cogsym.sweeps.tasks.kinds import Side
+from cogsym.sweeps.tasks.metrics import METRICS
+from cogsym.sweeps.tasks.task import Task, load_task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """How a sweep runs.
+
+    Attributes:
+        action: what "input", "output", "grid" ... do to the layers they choose.
+        remove: how many layers a search takes away; None is half of them.
+        width: how many sets of layers a beam search follows; None is four.
+        sampling: how tokens are chosen where the model writes.
+        truncate: read documents that are longer than the context in windows, or cut their beginnings; else they are
+            refused.
+        separator: the token before each document; None leaves it to the task and the tokenizer.
+        memory_budget: bytes for states, keys and values; None is half of what is free.
+        stream: read the layers one at a time from the checkpoint; None does so where the model does not fit.
+        dtype: of the weights; None takes the checkpoint's own.
+    """
+
+    action: str = SKIP
+    remove: int | None = None
+    width: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    truncate: bool = False
+    separator: str | None = None
+    memory_budget: int | None = None
+    stream: bool | None = None
+    dtype: torch.dtype | None = None
+
+
+def sweep(
+    model: Any,
+    configs: str | Path | Iterable[Any],
+    tasks: Sequence[str | Path | Mapping[str, Any]],
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    base: Any = None,
+    settings: SweepSettings | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> pd.DataFrame | None:
+    """Run tasks under many layer configurations of one model in one pass.
+
+    Configurations share every state they have in common. Rows go to OUT/results as they come, in parts that a kill
+    leaves whole; the same call with `resume` goes on.
+
+    Args:
+        model: a folder or hub id, or a causal language model of transformers; peft's wrapper has its adapters merged,
+            and `revert` takes them away.
+        configs: as `cogsym.sweeps.layers.configurations.configurations` takes them, such as
+            "input,output"; or a search for them, "greedy" or "beam", by the first metric of the first task.
+        tasks: as `cogsym.sweeps.tasks.task.load_task` takes each.
+        out: folder of the results.
+        tokenizer: of the model; needed where that is not a folder or id.
+        base: a folder or id, or a model of the same shapes, whose layers `revert` puts in.
+        settings: how it runs.
+        resume: go on with what `out` holds.
+        dry_run: say what it would cost, and stop.
+        console: where plan and progress go; standard error by default.
+
+    Returns:
+        what `cogsym.sweeps.results.store.summary` says of the folder; None after a dry run.
+
+    Raises:
+        CogsymError: something the user can put right.
+        RunStopped: it ended early; the results so far are kept.
+    """
+    settings = settings or SweepSettings()
+    console = console or Console(stderr=True)
+    if tokenizer is None:
+        if not isinstance(model, (str, Path)):
+            raise CogsymError("The sweep was given a model without its tokenizer; pass tokenizer=.")
+        tokenizer = load_tokenizer(model)
+    loaded_tasks = [load_task(task, settings.separator) for task in tasks]
+    if not loaded_tasks:
+        raise CogsymError("The sweep was given no task; name at least one, such as text:news.jsonl#sw.")
+    names = [task.name for task in loaded_tasks]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise CogsymError(f"Two tasks are named {repeated[0]}; give one of them another name=.")
+    rounds, merged, search = _chosen(configs, num_layers(model), settings)
+    if not dry_run:
+        check_started(out, resume)
+    needs_base = any(ACTIONS[name].needs_base for asked in rounds for c in asked.configurations for name in c.actions)
+    layers = load_layers(model, base, tokenizer, settings.stream, settings.dtype, needs_base, partial(_say, console))
+    try:
+        running = _Sweep(layers, tokenizer, rounds, loaded_tasks, settings, console)
+        running.describe(merged)
+        if dry_run:
+            return None
+        key = running.key(str(model) if isinstance(model, (str, Path)) else layers.model.config.name_or_path)
+        with Results.open(out, key, resume=resume) as results, as_interrupts(), running.progress() as progress:
+            try:
+                if search:
+                    running.search(search, results, progress, Path(out))
+                else:
+                    running.ask(rounds[0].configurations, results, progress)
+            except KeyboardInterrupt as error:
+                raise RunStopped(
+                    f"The sweep was stopped; what {out} holds is whole, go on with --resume.", exit_status(error)
+                ) from error
+    finally:
+        if isinstance(layers, ResidentLayers):
+            layers.close()
+    return summary(out)
+
+
+def _chosen(
+    configs: str | Path | Iterable[Any], layers: int, settings: SweepSettings
+) -> tuple[list[Round], int, Search | None]:
+    """(What is asked in each round, how many duplicates were merged, the search that chooses the rounds)."""
+    ACTIONS[settings.action]
+    if isinstance(configs, str) and configs in SEARCHES:
+        search = SEARCHES[configs](SearchSettings(layers, settings.action, settings.remove, settings.width))
+        return list(search.planned()), 0, search
+    for name, value in (("remove", settings.remove), ("width", settings.width)):
+        if value is not None:
+            raise CogsymError(
+                f"{name} is {value} and only a search takes it; name one in the place of the configurations: "
+                f"{', '.join(SEARCHES)}."
+            )
+    once, merged = distinct(configurations(configs, layers, settings.action))
+    return [Round(once, 1)], merged, None
+
+
+class _Sweep:
+    """What `sweep` does once everything is loaded."""
+
+    def __init__(
+        self,
+        layers: LayerSource,
+        tokenizer: Any,
+        rounds: Sequence[Round],
+        tasks: Sequence[Task],
+        settings: SweepSettings,
+        console: Console,
+    ) -> None:
+        self._layers, self._tokenizer, self._tasks, self._settings = layers, tokenizer, tasks, settings
+        self._say, self._console = partial(_say, console), console
+        self._streamed = isinstance(layers, StreamedLayers)
+        self._check_actions({name for asked in rounds for c in asked.configurations for name in c.actions})
+        self._engine, self._head = Engine(layers), SweepHead(layers.model)
+        self._rounds = [(Trie(asked.configurations, self._engine.topology), asked.times) for asked in rounds]
+        self._sizes = TokenBytes.of(layers)
+        self._budget = settings.memory_budget or free_memory(layers.device)
+        config = layers.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self._documents = [task.documents(tokenizer, context, settings.truncate) for task in tasks]
+        self._check_tokens()
+        ends = getattr(layers.model.generation_config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        self._ends = [i for i in {*ends, tokenizer.eos_token_id} if i is not None]
+
+    def _check_actions(self, names: set[str]) -> None:
+        if self._layers.reasons and not all(ACTIONS[name].whole for name in names):
+            raise CogsymError(
+                f"Half a layer cannot be skipped in this model, as its layers run their own forward "
+                f"({self._layers.reasons[0]}); skip whole layers."
+            )
+
+    def _check_tokens(self) -> None:
+        rows = self._layers.model.get_input_embeddings().weight.shape[0]
+        last = max(max(r.tokens) for documents in self._documents for d in documents for r in d.requests)
+        if last >= rows:
+            raise CogsymError(
+                f"The tokenizer gives the id {last} and the model's vocabulary has {rows:,} tokens; use the tokenizer "
+                "that belongs to the model."
+            )
+
+    def key(self, name: str) -> dict[str, Any]:
+        """What a result depends on beside its configuration."""
+        revisions = self._layers.revisions()
+        sampling = asdict(self._settings.sampling)
+        return {
+            "model": name,
+            "revision": revisions["model"],
+            "base": revisions.get("base"),
+            "tokenizer": hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "sampling": sampling if sampling["temperature"] else {"temperature": 0.0},
+            "truncate": self._settings.truncate,
+            "tasks": {task.name: {"data": task.digest} for task in self._tasks},
+        }
+
+    def describe(self, merged: int) -> None:
+        """Print the plan, and how many duplicates were merged."""
+        counts = [(trie.counts(), times) for trie, times in self._rounds]
+        at_most = "at most " if any(times > 1 for _, times in counts) else ""
+        rounds = f" in {len(counts):,} rounds" if len(counts) > 1 else ""
+        duplicates = f", {counted(merged, 'duplicate')} merged" if merged else ""
+        number = counted(sum(c.configurations * times for c, times in counts), "configuration")
+        self._say(f"{at_most}{number}{rounds}{duplicates}")
+        for note in (note for task in self._tasks for note in task.notes):
+            self._say(note)
+        if self._layers.reasons:
+            self._say(f"layers run their own forward, a state at a time: {'; '.join(self._layers.reasons)}")
+        self._say(
+            f"layer-forwards: {at_most}{sum(c.layer_forwards * times for c, times in counts):,.0f}, where a loop over "
+            f"the kept layers needs {sum(c.kept_layers * times for c, times in counts):,.0f} and one that computes and "
+            f"discards {sum(c.all_layers * times for c, times in counts):,}; head-forwards: "
+            f"{at_most}{sum(c.head_forwards * times for c, times in counts):,}"
+        )
+        first, _ = self._rounds[0]
+        memory, slots = PassMemory(self._sizes, first), schedule(first, narrow=False).slots
+        pieces = [piece for documents in self._documents for piece in self._pieces(documents, memory)]
+        largest = max(map(memory.of, pieces)) / 2**20
+        self._say(
+            f"{counted(sum(map(len, self._documents)), 'document')} in {counted(len(pieces), 'piece')}, at most "
+            f"{counted(slots, 'live state')}, {largest:,.0f} MiB of {self._budget / 2**20:,.0f} MiB"
+            f"{' in the first round' if len(counts) > 1 else ''}"
+        )
+        if self._layers.reasons or self._streamed:
+            return
+        block = next(self._layers.walk([(0, {"model"})]))["model"].block
+        assert block is not None
+        estimate = DurationEstimate(block, self._head, self._layers)
+        seconds = sum(times * estimate.seconds(t, docs) for t, times in self._rounds for docs in self._documents)
+        self._say(f"about {seconds:,.0f} s")
+
+    def progress(self) -> SweepProgress:
+        """Of all rounds."""
+        progress = SweepProgress(self._console, len(self._rounds) * sum(map(len, self._documents)))
+        self._engine.on_forwards = progress.forwards
+        return progress
+
+    def search(self, search: Search, results: Results, progress: SweepProgress, out: Path) -> None:
+        """Ask what a search wants to know of the first metric of the first task."""
+        task, name = self._tasks[0].name, self._tasks[0].metrics[0]
+        metric = METRICS[name]
+
+        def ask(chosen: list[Configuration]) -> dict[str, float]:
+            self.ask(chosen, results, progress)
+            return values(out, task, name)
+
+        def report(words: str, value: float) -> None:
+            self._say(f"{words}: {metric.label} {value:.4g}")
+
+        search.run(ask, metric.higher_is_better, report)
+
+    def ask(self, chosen: Sequence[Configuration], results: Results, progress: SweepProgress) -> None:
+        """Ask everything about some configurations that is not in `results` yet."""
+        for task, documents in zip(self._tasks, self._documents, strict=True):
+            done = results.done(task.name)
+
+            def missing(document: TaskDocument, done: set[tuple[str, str]] = done) -> tuple[Configuration, ...]:
+                return tuple(c for c in chosen if (c.code, document.key) not in done)
+
+            for some, alike in groupby(documents, missing):
+                group = list(alike)
+                if some:
+                    self._ask(task, group, Trie(some, self._engine.topology), results, progress)
+                else:
+                    progress.documents(task.name, len(group), computed=False)
+
+    def _ask(
+        self, task: Task, documents: list[TaskDocument], trie: Trie, results: Results, progress: SweepProgress
+    ) -> None:
+        """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved."""
+        memory, most = PassMemory(self._sizes, trie), len(documents)
+        while documents:
+            piece = documents[: min(most, memory.piece(documents, self._budget, self._streamed))]
+            try:
+                rows = list(self._rows(task, piece, trie))
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                rows = []
+            if rows:
+                results.append(rows)
+                progress.documents(task.name, len(piece), computed=True)
+                documents = documents[len(piece) :]
+            elif len(piece) > 1:
+                most = len(piece) // 2
+                self._say(f"Out of memory with {len(piece)} documents; going on with {most} at a time.")
+            else:
+                raise RunStopped(
+                    f"The document {piece[0].key} of the task {task.name} does not fit into memory under "
+                    f"{counted(len(trie.configurations), 'configuration')}; what came before is kept, ask for fewer "
+                    "configurations at a time and go on with --resume."
+                )
+
+    def _pieces(self, documents: list[TaskDocument], memory: PassMemory) -> Iterator[list[TaskDocument]]:
+        while documents:
+            number = memory.piece(documents, self._budget, self._streamed)
+            yield documents[:number]
+            documents = documents[number:]
+
+    def _rows(self, task: Task, piece: Sequence[TaskDocument], trie: Trie) -> Iterator[Row]:
+        for c, outcomes in enumerate(self._outcomes(piece, trie)):
+            answers = iter(outcomes)
+            for document in piece:
+                of_document = list(islice(answers, len(document.requests)))
+                for measure in task.measure(document, of_document):
+                    yield Row(
+                        configuration=trie.configurations[c],
+                        task=task.name,
+                        language=task.language,
+                        side=cast(Side, task.side),
+                        document=document.key,
+                        metric=measure.metric,
+                        value=measure.value,
+                        statistics=measure.statistics,
+                        text=measure.text,
+                    )
+
+    def _outcomes(self, piece: Sequence[TaskDocument], trie: Trie) -> list[list[Outcome]]:
+        """[configuration][request of the piece]."""
+        requests = [request for document in piece for request in document.requests]
+        outcomes: list[list[Any]] = [[None] * len(requests) for _ in trie.configurations]
+        scores = [(i, request) for i, request in enumerate(requests) if isinstance(request, Score)]
+        prompts = [(i, request) for i, request in enumerate(requests) if isinstance(request, Generate)]
+        if scores:
+            found = score(self._engine, self._head, trie, [request for _, request in scores])
+            for row, answers in zip(outcomes, found, strict=True):
+                for (i, _), answer in zip(scores, answers, strict=True):
+                    row[i] = answer
+        if prompts:
+            written = self._generate(trie, [request for _, request in prompts])
+            for row, texts in zip(outcomes, written, strict=True):
+                for (i, _), text in zip(prompts, texts, strict=True):
+                    row[i] = text
+        return outcomes
+
+    def _generate(self, trie: Trie, requests: list[Generate]) -> Any:
+        stops, sampling = Stops(self._tokenizer, self._ends), self._settings.sampling
+        if trie.topology == "whole":
+            return generate_fallback(self._layers, trie.configurations, requests, stops, sampling)
+        return generate(self._engine, self._head, trie, requests, stops, sampling)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _say(console: Console, sentence: str) -> None:
+    console.print(sentence, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,263 @@
+"""`cogsym.train`: adapt a model to text, by the CogSym recipe or any other plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+
+from cogsym.data import Document, PackedDataset, Source, content_digest, pack, separator_id, tokenize
+from cogsym.decoder import layers_of
+from cogsym.errors import CogsymError, RunStopped
+from cogsym.models.loading import load_model, load_tokenizer
+from cogsym.plan import LayerPlan
+from cogsym.records import reason, replacing
+from cogsym.training.explain import explain
+from cogsym.training.keep import Memory
+from cogsym.training.prepare import prepare, restore
+from cogsym.training.run_folder import RunFolder, check_inputs, open_run_folder
+from cogsym.training.settings import TrainSettings
+from cogsym.training.trainer import OuterTrainer, RunCallback
+
+Text = Source | Sequence[Document]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gives back.
+
+    Attributes:
+        model: the trained model in its original dtype, on the CPU or GPU it trained on; adapters are merged into it.
+        folder: where it was saved, for plain `from_pretrained`.
+        steps: optimizer steps in all.
+        trained_parameters: how many were trained.
+        seconds: spent in optimizer steps; evaluation and saving left out.
+        tokens_per_second: over those seconds.
+        history: the lines of metrics.jsonl.
+    """
+
+    model: Any
+    folder: Path
+    steps: int
+    trained_parameters: int
+    seconds: float
+    tokens_per_second: float
+    history: list[dict[str, float]]
+
+    def bits_per_byte(self, name: str) -> list[float]:
+        """The held-out text's bits per byte at each evaluation, in order."""
+        key = f"eval_{name}_bits_per_byte"
+        return [line[key] for line in self.history if key in line]
+
+
+def train(
+    model: str | Path | PreTrainedModel,
+    data: Sequence[Text],
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    plan: LayerPlan | None = None,
+    evaluate: Mapping[str, Text] | None = None,
+    settings: TrainSettings | None = None,
+    resume: bool = False,
+    cache_dir: Path | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train the planned layers of a model on text and save an ordinary Hugging Face folder.
+
+    `out` receives `model/` (the result), `metrics.jsonl` and `loss.png` (the curve), `settings.json` (what was asked)
+    and `checkpoints/`.
+
+    Args:
+        model: a folder, a hub id, or a loaded model, which is trained in place.
+        data: sources of text, mixed; or documents at hand.
+        out: folder to write, new, empty or of a run, which is continued with `resume` and otherwise left alone.
+        tokenizer: the model's own where `model` is a name; required for a loaded model.
+        plan: which layers; the outermost quarter by default.
+        evaluate: held-out text by name, scored in bits per byte before and after.
+        settings: everything else; the defaults of `TrainSettings`.
+        resume: go on from the last checkpoint in `out`; the result is that of an uninterrupted run.
+        cache_dir: where tokenised text is kept; None keeps none.
+        console: where progress is shown.
+
+    Raises:
+        CogsymError: input that cannot be used, each with its reason; or `out` holds what no run wrote.
+        RunStopped: ended early, by a signal, a full disk or a loss that is not finite; the message says what was saved.
+    """
+    out, settings, console = Path(out), settings or TrainSettings(), console or Console(stderr=True)
+    Memory(settings.keep, settings.memory_budget).check("cuda" if torch.cuda.is_available() else "cpu")
+    sources = [text.path for text in (*data, *(evaluate or {}).values()) if isinstance(text, Source)]
+    model_folder = Path(model).expanduser() if isinstance(model, (str, Path)) else None
+    check_inputs(out, model_folder if model_folder and model_folder.exists() else None, sources)
+    RunFolder(out).check_ours(resume)  # before the model is loaded, which may take long
+    network, tokenizer = _loaded(model, tokenizer, settings.dtype)
+    separator = separator_id(tokenizer, settings.separator)
+
+    def tokenized(text: Text, loss: Literal["all", "target"]) -> Any:
+        return tokenize(text, tokenizer, loss, separator, cache_dir, network.config.get_text_config().vocab_size)
+
+    if not data:
+        raise CogsymError("There is no text to train on; give at least one source.")
+    rows = pack([tokenized(text, settings.loss) for text in data], settings.length, settings.seed)
+    held_out = {
+        label: pack(tokenized(text, settings.loss), settings.length, None) for label, text in (evaluate or {}).items()
+    }
+    plan = plan or LayerPlan.outer(len(layers_of(network)))
+    record = {
+        "model": str(model) if isinstance(model, (str, Path)) else "a loaded model",
+        "plan": dataclasses.asdict(plan),
+        "settings": dataclasses.asdict(settings),
+        "data": [_digest(text) for text in data],
+    }
+    with open_run_folder(out, record, resume) as folder:
+        network, callback, steps, trained = _trained(network, plan, settings, rows, held_out, folder, console)
+        _save(network, tokenizer, callback.history, folder)
+    rate = callback.history[-1].get("tokens_per_second", 0.0) if callback.history else 0.0
+    return TrainResult(network, folder.model, steps, trained, callback.seconds, rate, callback.history)
+
+
+def _trained(
+    network: Any,
+    plan: LayerPlan,
+    settings: TrainSettings,
+    rows: PackedDataset,
+    held_out: dict[str, PackedDataset],
+    folder: RunFolder,
+    console: Console,
+) -> tuple[Any, RunCallback, int, int]:
+    """(The trained model in its original dtype, what the callback saw, optimizer steps, parameters trained)."""
+    original = {n: p.dtype for n, p in network.named_parameters()}
+    use_cache = network.config.use_cache  # Trainer switches it off, for good
+    set_seed(settings.seed)
+    adapted: Any = _with_adapters(network, plan, settings.lora_rank) if settings.lora_rank else network
+    prepare(adapted, plan, keep=settings.keep, memory_budget=settings.memory_budget)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            # Steps of AdamW are often smaller than bfloat16's spacing and would be lost.
+            p.data = p.data.float()
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    console.print(str(explain(adapted)), highlight=False)
+    console.print(
+        f"data: {rows.num_documents:,} documents in {len(rows):,} rows of {settings.length}, {rows.fill:.1%} full",
+        highlight=False,
+    )
+
+    checkpoint = next(reversed(folder.complete_checkpoints()), None)
+    callback = RunCallback(folder, console)
+    trainer = OuterTrainer(
+        model=adapted,
+        args=_arguments(folder.checkpoints, settings, bool(held_out), checkpoint is None),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        callbacks=[callback],
+        bf16=settings.dtype == "bf16",
+        folder=folder,
+    )
+    trainer.remove_callback(PrinterCallback)
+    callback.trainer = trainer
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        callback.close()
+        network.config.use_cache = use_cache
+    if callback.stopped_by is not None:
+        raise RunStopped(
+            f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, and saved; "
+            "the same command with --resume goes on from there.",
+            exit_status=128 + callback.stopped_by,
+        )
+    restore(adapted)
+    if settings.lora_rank:
+        network = adapted.merge_and_unload()
+    for n, p in network.named_parameters():
+        p.data = p.data.to(original[n])
+    return network, callback, trainer.state.global_step, trained
+
+
+def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str) -> tuple[Any, Any]:
+    """The model and its tokenizer, from a name or as they are."""
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise CogsymError("train was given a loaded model without its tokenizer; pass tokenizer=.")
+        return model, tokenizer
+    return load_model(model, torch.float32 if dtype == "fp32" else torch.bfloat16), tokenizer or load_tokenizer(model)
+
+
+def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,  # below 1: a share of the steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=settings.eval_every or 10**9,
+        eval_on_start=evaluates and fresh,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        seed=settings.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def _with_adapters(model: Any, plan: LayerPlan, rank: int) -> Any:
+    if plan.embeddings or plan.head or plan.final_norm:
+        raise CogsymError("LoRA trains decoder layers only; leave embeddings, head and final norm out of the plan.")
+    layers = layers_of(model)
+    projections = {name.rpartition(".")[2] for name, m in layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=sorted(projections),
+        layers_to_transform=list(plan.trained),
+        layers_pattern=next(name for name, module in model.named_modules() if module is layers).rpartition(".")[2],
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _digest(text: Text) -> str:
+    if isinstance(text, Source):
+        return f"{content_digest(text)} {text.field} {text.template} {text.weight}"
+    return hashlib.sha256(repr([(d.text, d.target_start) for d in text]).encode()).hexdigest()
+
+
+def _save(network: Any, tokenizer: Any, history: list[dict[str, float]], folder: RunFolder) -> None:
+    """Write the model and the curves."""
+    from cogsym.training.curves import plot_curves  # matplotlib, which `from cogsym import train` does not wait for
+
+    folder.check_held()
+    try:
+        with replacing(folder.model) as new:
+            network.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            folder.check_model(new)
+        plot_curves(history, folder.picture)
+    except (OSError, SafetensorError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise RunStopped(
+            f"The trained model was not written to {folder.model} ({why}); the last checkpoint is intact, "
+            "free some space and run again with --resume."
+        ) from error

@@ -1,0 +1,143 @@
+"""What each frozen layer keeps: bytes and repeated arithmetic of every choice, and the mix that fits a budget.
+
+The counts are exact, and tests hold them against what saved-tensor hooks and PyTorch's FLOP counter see. A token's
+share of attention is that of a full row of its length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogsym.errors import CogsymError
+from cogsym.memory import free_bytes
+from cogsym.models.block import Block
+from cogsym.models.half import Dial
+from cogsym.training.autograd import KEEPS, Keep
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one frozen layer costs with one choice of what it keeps.
+
+    Attributes:
+        bytes_per_token: held for the backward pass on the layer's device. With "nothing" only the first layer of a run
+            holds any.
+        flops: of forward, input gradient and what is repeated, for one row of T tokens.
+        repeated: the repeated ones among them. With "nothing" the run's second forward pass is not among them: it
+            depends on the run (`run_flops`).
+    """
+
+    bytes_per_token: int
+    flops: int
+    repeated: int
+
+
+def cost(block: Block, keep: Keep, length: int, element_size: int, first_of_run: bool = True) -> Cost:
+    """What `block` costs with `keep`.
+
+    Args:
+        block: a frozen block.
+        keep: what it keeps.
+        length: T.
+        element_size: bytes of an element of the residual stream and the products, 2 for bfloat16.
+        first_of_run: whether a layer that keeps nothing begins its run.
+    """
+    dial: Dial = keep if keep in ("all", "attention") else "input"
+    repeated = block.repeated_flops(dial, length)
+    held = {"offload": 0, "nothing": block.kept_bytes("input", element_size) if first_of_run else 0}.get(
+        keep, block.kept_bytes(dial, element_size)
+    )
+    return Cost(held, block.forward_flops(length) + block.gradient_flops(length) + repeated, repeated)
+
+
+def run_flops(blocks: Sequence[Block], length: int) -> int:
+    """What a run of blocks that keep nothing repeats besides, to compute their inputs again."""
+    n = len(blocks)
+    size = math.isqrt(n - 1) + 1
+    # All but the last once; then, but for the last segment, whose inputs were kept, all but each segment's last again.
+    last = (n - 1) // size * size
+    again = [*range(n - 1)] + [j for j in range(last) if (j + 1) % size]
+    return sum(blocks[j].forward_flops(length) for j in again)
+
+
+def choose(blocks: Sequence[Block], tokens: int, length: int, element_size: int, budget: int) -> list[Keep]:
+    """What each frozen layer keeps so that together they fit `budget` bytes with few FLOPs repeated.
+
+    Every layer starts with "all". The step that frees the most bytes for a FLOP repeated is taken first, in the lowest
+    layer of those that are equal, until it fits; where "input" everywhere does not, every layer keeps "nothing".
+    """
+    ladder: tuple[Keep, ...] = ("all", "attention", "input")
+    costs = [[cost(block, keep, length, element_size) for keep in ladder] for block in blocks]
+    rung = [0] * len(blocks)
+
+    def gain(i: int) -> float:
+        here, below = costs[i][rung[i]], costs[i][rung[i] + 1]
+        return (here.bytes_per_token - below.bytes_per_token) / max(below.repeated - here.repeated, 1)
+
+    held = tokens * sum(c[0].bytes_per_token for c in costs)
+    while held > budget:
+        steps = [i for i in range(len(blocks)) if rung[i] + 1 < len(ladder)]
+        if not steps:
+            return ["nothing"] * len(blocks)
+        i = max(steps, key=gain)
+        held -= tokens * (costs[i][rung[i]].bytes_per_token - costs[i][rung[i] + 1].bytes_per_token)
+        rung[i] += 1
+    return [ladder[r] for r in rung]
+
+
+class Memory:
+    """The choice for all frozen layers of one prepared model.
+
+    Args:
+        keep: one of `KEEPS`, or "auto".
+        budget: bytes that the frozen layers may hold for the backward pass, for "auto"; None is half of what is free
+            when a batch of a new shape first comes, the other half being left to the trained layers and the head.
+
+    Raises:
+        CogsymError: an unknown `keep`, or a budget that is not positive or not for "auto".
+    """
+
+    def __init__(self, keep: str, budget: int | None) -> None:
+        if keep != "auto" and keep not in KEEPS:
+            raise CogsymError(f"keep is {keep!r}, expected one of auto, {', '.join(KEEPS)}.")
+        if budget is not None and (keep != "auto" or budget <= 0):
+            raise CogsymError(
+                f"memory_budget is {budget} with keep={keep!r}, expected a positive number of bytes with keep='auto'."
+            )
+        self.keep, self.budget = keep, budget
+        self.blocks: dict[int, Block] = {}  # the frozen layers that decide, by index
+        self.shape: tuple[int, int] | None = None  # of the batch that the choice is for
+        self._chosen: dict[tuple[int, int], dict[int, Keep]] = {}
+
+    def check(self, device: str) -> None:
+        """Raise a CogsymError where a model on this type of device cannot do what was chosen."""
+        if self.keep == "offload" and device != "cuda":
+            raise CogsymError(
+                f"keep is 'offload' and the model is on {device}, expected a GPU, whose activations wait in the host's "
+                "memory; on a CPU use keep='input' or 'nothing'."
+            )
+
+    def of(self, index: int, x: torch.Tensor, element_size: int) -> Keep:
+        """What layer `index` keeps of a batch whose residual stream is x, [B, T, D]."""
+        self.check(x.device.type)
+        if self.keep != "auto":
+            return self.keep  # type: ignore[return-value]
+        self.shape = (x.shape[0], x.shape[1])
+        if self.shape not in self._chosen:
+            graph = {i: block for i, block in self.blocks.items() if i >= index}
+            budget = self.budget or free_bytes(x.device) // 2
+            keeps = choose(list(graph.values()), x.shape[0] * x.shape[1], x.shape[1], element_size, budget)
+            self._chosen[self.shape] = dict(zip(graph, keeps, strict=True))
+        return self._chosen[self.shape].get(index, "input")
+
+    def last(self, index: int) -> Keep | None:
+        """What layer `index` keeps of batches like the last one; None where that is not decided yet."""
+        if self.keep != "auto":
+            return self.keep  # type: ignore[return-value]
+        chosen: Any = self._chosen.get(self.shape) if self.shape else None
+        return chosen.get(index) if chosen else None

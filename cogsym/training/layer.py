@@ -1,0 +1,85 @@
+"""What a prepared layer knows of itself: which halves are ours, whether it is frozen, and why not."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from cogsym.models import Block, UnknownLayerError, read_block
+from cogsym.models.guard import Watch
+from cogsym.models.half import OwnHalf
+from cogsym.training.autograd import Keep
+from cogsym.training.keep import Memory
+
+
+class How(NamedTuple):
+    """How a layer runs.
+
+    Attributes:
+        block: its description; None where all of it runs its own forward.
+        reason: why it does; empty where it does not.
+        trained: a parameter in it needs a gradient.
+        frozen: none does, and its weights can be used without calling their modules.
+    """
+
+    block: Block | None
+    reason: str
+    trained: bool
+    frozen: bool
+
+
+class PreparedLayer:
+    """Kept on a prepared layer.
+
+    Attributes:
+        index: 0 next to the embeddings.
+        memory: what frozen layers keep.
+        sharded: FSDP2 had sharded it before it was prepared, and its weights are there only while it runs.
+    """
+
+    def __init__(self, index: int, memory: Memory, sharded: bool) -> None:
+        self.index, self.memory, self.sharded = index, memory, sharded
+        self._watch: Watch | None = None
+        self._how = How(None, "", False, False)
+        self._own_attention: dict[str, Block] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads its own layer anew."""
+        return {"index": self.index, "memory": self.memory, "sharded": self.sharded}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def read(self, layer: nn.Module) -> How:
+        """How the layer runs: read once, and again when `Watch` sees that something changed."""
+        if self._watch is None or self._watch.changed():
+            self._how, self._watch = self._read(layer), Watch(layer)
+            self._own_attention = {}
+        return self._how
+
+    def with_own_attention(self, reason: str) -> Block:
+        """The block with attention by its module's own forward, for a call that ours cannot serve."""
+        assert self._how.block is not None
+        if reason not in self._own_attention:
+            self._own_attention[reason] = self._how.block.with_own_attention(reason)
+        return self._own_attention[reason]
+
+    def _read(self, layer: nn.Module) -> How:
+        trained = any(p.requires_grad for p in layer.parameters())
+        if self.sharded:
+            return How(None, "it was sharded before the model was prepared", trained, False)
+        try:
+            block = read_block(layer)
+        except UnknownLayerError as error:
+            return How(None, str(error), trained, False)
+        if all(isinstance(half, OwnHalf) for half in block.halves):
+            reasons = dict.fromkeys(half.reason for half in block.halves)
+            return How(None, " and ".join(reasons), trained, False)
+        return How(block, "", trained, not trained and all(p.plain() for p in block.projections()))
+
+
+def possible(layer: nn.Module, keep: Keep) -> Keep:
+    """What a layer keeps where `keep` was chosen."""
+    return "input" if keep == "nothing" and isinstance(layer, FSDPModule) else keep

@@ -1,0 +1,89 @@
+"""How a run trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cogsym.errors import CogsymError
+from cogsym.training.keep import Memory
+
+# What a resumed run may change: how, not what. One that needed too much memory goes on with less.
+FREE_TO_CHANGE = ("keep", "memory_budget")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a run trains; the defaults suit a few hundred thousand tokens of a small model on a laptop.
+
+    Attributes:
+        length: tokens a packed row.
+        batch_size: rows a forward pass.
+        accumulation: forward passes an optimizer step.
+        epochs: passes over the data, where `steps` does not say.
+        steps: optimizer steps; None leaves it to `epochs`.
+        learning_rate: the peak, of AdamW.
+        schedule: how the rate falls to 0 after the warm-up.
+        warmup: share of the steps in which the rate rises.
+        weight_decay: of AdamW, norms and biases left out.
+        max_grad_norm: gradients are scaled down to this norm.
+        dtype: "bf16" keeps frozen weights and computes in bfloat16, with trained weights and their optimizer state in
+            float32; "fp32" is float32 throughout. Frozen weights of a model passed in as an object stay as they are.
+        lora_rank: train LoRA adapters of this rank on the planned layers' projections, not their weights; None for
+            full weights. The scale is 2, alpha = 2 · rank.
+        keep: what frozen layers hold for the backward pass, as in `cogsym.prepare`; it changes time and memory, not the
+            result.
+        memory_budget: bytes that they may hold, with "auto"; None is half of what is free.
+        loss: "all" the text, or "target", what follows the first field of a template.
+        separator: the token between documents; None takes the tokenizer's bos or eos.
+        eval_every: steps between evaluations; None evaluates before and after.
+        save_every: steps between checkpoints; the last two are kept.
+        log_every: steps between the lines of metrics.jsonl.
+        seed: of shuffling, dropout and LoRA's initial weights.
+    """
+
+    length: int = 512
+    batch_size: int = 4
+    accumulation: int = 1
+    epochs: float = 1.0
+    steps: int | None = None
+    learning_rate: float = 3e-4
+    schedule: Literal["cosine", "linear"] = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    lora_rank: int | None = None
+    keep: str = "auto"
+    memory_budget: int | None = None
+    loss: Literal["all", "target"] = "all"
+    separator: str | None = None
+    eval_every: int | None = None
+    save_every: int = 200
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "length",
+            "batch_size",
+            "accumulation",
+            "epochs",
+            "learning_rate",
+            "save_every",
+            "log_every",
+            "max_grad_norm",
+        ):
+            if not getattr(self, name) > 0:
+                raise CogsymError(f"The setting {name} is {getattr(self, name)}, expected a number above 0.")
+        for name in ("steps", "lora_rank", "eval_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise CogsymError(f"The setting {name} is {getattr(self, name)}, expected a whole number above 0.")
+        for name, choices in (
+            ("schedule", ("cosine", "linear")),
+            ("dtype", ("bf16", "fp32")),
+            ("loss", ("all", "target")),
+        ):
+            if getattr(self, name) not in choices:
+                raise CogsymError(f"The setting {name} is {getattr(self, name)!r}, expected {' or '.join(choices)}.")
+        Memory(self.keep, self.memory_budget)  # raises

@@ -1,0 +1,115 @@
+"""The table of families: which path each half takes, and how far from transformers it is.
+
+    python tests/models/families_table.py
+
+measures it here and writes docs/families.md anew.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import transformers
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from models import test_block
+from tiny_models import EVERY, tiny_model
+from training import test_frozen
+
+import cogsym
+from cogsym.training.explain import OWN
+
+FILE = Path(__file__).parents[2] / "docs" / "families.md"
+DIALS = test_frozen.KEEPS
+HEADER = ("model", "attention", "MLP", "loss without logits", "what runs its own forward", "logits", "loss", "trained",
+          *DIALS, "transformers")  # fmt: skip
+ABOUT = f"""# Families
+
+Which decoder layers of transformers run on cogsym's operations, and the largest error of each in float64 against the
+model's own forward, relative to the largest true value: of the logits and the loss, and of every gradient where all
+layers are trained and where the middle ones are frozen and keep {", ".join(DIALS[:-1])} or {DIALS[-1]}
+(`cogsym.prepare(keep=...)`). Tiny random models; plain, padded on the left, on the right, and packed batches.
+
+A half that is not *fast* runs its module's own forward beside the other, checkpointed where it is frozen. Any other
+decoder of transformers runs its own forward altogether, layer by layer.
+
+`python tests/models/families_table.py` writes this file.
+"""
+
+
+class Paths(NamedTuple):
+    """What `explain` says of a model, the same on every machine."""
+
+    model: str
+    attention: str
+    mlp: str
+    head: str
+    reason: str
+
+
+def paths(variant: str) -> Paths:
+    """Which halves are fast, in the layers between the outer ones too."""
+    model = cogsym.prepare(tiny_model(variant), cogsym.LayerPlan.outer(4))
+    told = cogsym.explain(model)
+    halves = ([layer.attention for layer in told.layers], [layer.mlp for layer in told.layers])
+    attention, mlp = ("fast" if OWN not in half else "own" if set(half) == {OWN} else "some" for half in halves)
+    reasons = dict.fromkeys(layer.reason.replace("; checkpointed", "") for layer in told.layers if layer.reason)
+    without_logits = told.head.startswith("loss without logits")
+    return Paths(
+        type(model).__name__.removesuffix("ForCausalLM"), attention, mlp, "yes" if without_logits else "no",
+        " / ".join(reasons),
+    )  # fmt: skip
+
+
+def variants() -> dict[Paths, list[str]]:
+    """The tiny models of each row."""
+    rows: dict[Paths, list[str]] = {}
+    for variant in EVERY:
+        rows.setdefault(paths(variant), []).append(variant)
+    return dict(sorted(rows.items(), key=lambda row: (row[0].model.lower(), row[0])))
+
+
+def errors(names: list[str]) -> dict[str, float]:
+    """The worst of some variants by what it is of, over all kinds of batches."""
+    worst = dict.fromkeys(("logits", "loss", "trained", *DIALS), 0.0)
+
+    def note(column: str, error: float) -> None:
+        worst[column] = max(worst[column], error)
+
+    for name in names:
+        for kind in test_block.KINDS:
+            for of, error in test_block.float64_errors(name, kind).items():
+                note("logits" if of == "logits" else "trained", error)
+            for dial, of_dial in test_frozen.float64_errors(name, kind).items():
+                for of, error in of_dial.items():
+                    note("loss" if of == "loss" else dial, error)
+    return worst
+
+
+def committed() -> dict[Paths, list[float]]:
+    """The file's rows: paths, and errors in the order of the header."""
+    rows: dict[Paths, list[float]] = {}
+    for line in FILE.read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and cells[0] not in (HEADER[0], "---"):
+            rows[Paths(*cells[:5])] = [float(cell) for cell in cells[5:-1]]
+    return rows
+
+
+def main() -> None:
+    """Write the file."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+    for row, names in variants().items():
+        numbers = [f"{error:.0e}" for error in errors(names).values()]
+        lines.append("| " + " | ".join([*row, *numbers, transformers.__version__]) + " |")
+        print(lines[-1], flush=True)
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text("\n".join([ABOUT, *lines, ""]), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

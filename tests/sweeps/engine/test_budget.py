@@ -1,0 +1,132 @@
+"""Sweeps that are short of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sweeps.runs import CONTEXT, L, by_row
+
+from cogsym import RunStopped
+from cogsym.models.loading import load_model, load_tokenizer
+from cogsym.sweeps.engine.forward import Engine
+from cogsym.sweeps.engine.sampling import Stops
+from cogsym.sweeps.layers.configurations import configurations
+from cogsym.sweeps.tasks.task import load_task
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_halved(
+    sweep: Callable[..., Any], tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    run, sizes = Engine.run, []
+
+    def small(self: Any, trie: Any, batch: Any, *more: Any) -> None:
+        if len(batch.packed.tokens) > 40:
+            raise error
+        sizes.append(len(batch.packed.tokens))
+        run(self, trie, batch, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", small)
+        sweep("input", tasks)
+    assert "Out of memory with 7 documents; going on with 3 at a time." in sweep.said  # type: ignore[attr-defined]
+    assert len(sizes) > 6
+    sweep("input", tasks, out=tmp_path / "at once")
+    one, other = by_row(tmp_path / "out"), by_row(tmp_path / "at once")
+    assert one.index.equals(other.index)
+    # Other products of matrices, so the last bits differ; what is written does not.
+    np.testing.assert_allclose(one["value"], other["value"], rtol=1e-5, atol=1e-5)
+    assert one["text"].tolist() == other["text"].tolist()
+
+
+def test_a_document_that_does_not_fit(
+    sweep: Callable[..., Any], tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Engine.run
+    documents = load_task(tasks[0]).documents(load_tokenizer(tmp_path / "base"), CONTEXT)
+    lengths = [len(d.requests[0].tokens) - 1 for d in documents]
+    bad = max(range(1, 7), key=lengths.__getitem__)
+
+    def small(self: Any, trie: Any, batch: Any, *more: Any) -> None:
+        if max(map(len, batch.sequences)) >= lengths[bad]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run(self, trie, batch, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", small)
+        with pytest.raises(RunStopped, match="does not fit into memory under 5 configurations") as caught:
+            sweep("input", tasks[:1])
+    assert documents[bad].key in str(caught.value) and "task text" in str(caught.value)
+    kept = set(by_row(tmp_path / "out").index.get_level_values("document"))
+    assert kept == {d.key for d in documents[:bad]}
+    sweep("input", tasks[:1], resume=True)
+    assert len(by_row(tmp_path / "out")) == 7 * 5
+
+
+def test_another_error_is_not_taken_for_one_of_memory(
+    sweep: Callable[..., Any], tasks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Engine, "run", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        sweep("input", tasks)
+
+
+def test_budgets_are_kept(sweep: Callable[..., Any], tasks: Any, model_folder: Path) -> None:
+    """What pieces are said to take is at least what their states, keys and values are."""
+    from cogsym.sweeps.engine.budget import PassMemory, TokenBytes
+    from cogsym.sweeps.engine.weights import ResidentLayers
+    from cogsym.sweeps.layers.trie import Trie
+
+    layers = ResidentLayers(load_model(model_folder))
+    trie = Trie(configurations("grid", L))
+    costs, tokenizer = PassMemory(TokenBytes.of(layers), trie), load_tokenizer(model_folder)
+    documents = [d for task in tasks for d in load_task(task).documents(tokenizer, CONTEXT)]
+    sizes = []
+    for budget in (1, costs.of(documents[:3]), costs.of(documents[:9]), 10**12):
+        left, pieces = documents, []
+        while left:
+            number = costs.piece(left, budget, large=True)
+            pieces.append(left[:number])
+            assert number == 1 or costs.of(left[:number]) <= budget
+            assert number == len(left) or costs.of(left[: number + 1]) > budget
+            left = left[number:]
+        assert [d for piece in pieces for d in piece] == documents
+        sizes.append(len(pieces))
+    assert sizes[0] == len(documents) and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
+    prompts = documents[-2:]
+    held = sum(t.numel() * t.element_size() for t in stores(layers, trie, prompts))
+    assert 0 < held <= costs.of(prompts)
+
+
+def stores(layers: Any, trie: Any, documents: Any) -> list[torch.Tensor]:
+    """The keys and values that generation allocates."""
+    from cogsym.sweeps.engine import generate as generating
+    from cogsym.sweeps.engine.requests import Generate
+    from cogsym.sweeps.engine.sampling import Sampling
+    from cogsym.sweeps.engine.unembedding import SweepHead
+
+    requests = [r for d in documents for r in d.requests if isinstance(r, Generate)]
+    stops = Stops(load_tokenizer_of(layers), [])
+    decoder = generating._Decoder(Engine(layers), SweepHead(layers.model), trie, requests, stops, Sampling())
+    with torch.inference_mode():
+        decoder.run()
+    return [t for store in decoder._stores.values() for t in (store.k, store.v)]
+
+
+def load_tokenizer_of(layers: Any) -> Any:
+    return load_tokenizer(layers.model.config.name_or_path)
