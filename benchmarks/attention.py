@@ -38,7 +38,7 @@ def cases(setting: Setting) -> list[CaseSpec]:
                 for direction in ("forward", "backward"):
                     make = partial(with_repeated_keys, partial(attention, shape, B, T, dtype, setting.device))
                     name = f"{shape.name}, {dtype_name(dtype)}: {B} x {T} tokens, {direction}"
-                    found.append(CaseSpec(name, partial(ops.case, make, direction), rounds=5))
+                    found.append(CaseSpec(name, partial(ops.case, make, direction, (B * T, shape)), rounds=5))
     return found
 
 

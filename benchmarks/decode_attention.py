@@ -59,8 +59,9 @@ def cases(setting: Setting) -> list[CaseSpec]:
         for model in setting.models:
             for dtype, *sizes in table.get(model, ())[: None if setting.full else 1]:
                 name = f"{model}, {dtype_name(dtype)}: {kind}, {words.format(*sizes)}"
-                build = partial(workload, shape_of(model), dtype, partial(make, *sizes))
-                found.append(CaseSpec(name, partial(ops.case, build, "forward"), rounds=5))
+                shape = shape_of(model)
+                make_workload = partial(workload, shape, dtype, partial(make, *sizes))
+                found.append(CaseSpec(name, partial(ops.case, make_workload, "forward", (1, shape)), rounds=5))
     return found
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from cogsym.bench import floor, method, ops
 from cogsym.bench.case import Case, CaseSpec, Setting, dtype_name
 from cogsym.bench.method import Variant
-from cogsym.bench.models import shape_of
+from cogsym.bench.models import Shape, shape_of
 from cogsym.bench.operations import Workload, linear_cross_entropy
 from cogsym.bench.study import Study, main
 from cogsym.ops import logit_blocks, token_scores
@@ -40,7 +40,7 @@ def cases(setting: Setting) -> list[CaseSpec]:
         for dtype, rounds in ROUNDS.items():
             make = partial(linear_cross_entropy, shape, 1, tokens, dtype, setting.device)
             name = f"{shape.name}, {dtype_name(dtype)}: {tokens} tokens"
-            found.append(CaseSpec(name, partial(case, make), rounds=rounds))
+            found.append(CaseSpec(name, partial(case, make, (tokens, shape)), rounds=rounds))
     return found
 
 
@@ -55,7 +55,7 @@ def chunked_options(dtype: torch.dtype) -> list[LinearCrossEntropyOptions]:
     ]
 
 
-def case(make: Callable[[], Workload]) -> Case:
+def case(make: Callable[[], Workload], product: tuple[int, Shape]) -> Case:
     workload = make()
     hidden, weight, targets = workload.inputs.values()
 
@@ -71,7 +71,7 @@ def case(make: Callable[[], Workload]) -> Case:
     }
     options, *_ = method.fastest(tried)
     plain = workload.plain | {"PyTorch, chunked": partial(chunked, options=options)}
-    result = ops.case(lambda: dataclasses.replace(workload, plain=plain), "both")
+    result = ops.case(lambda: dataclasses.replace(workload, plain=plain), "both", product)
     result.variants["cogsym, scores alone"] = Variant(partial(scores, hidden.detach(), weight, targets))
     floors = {"whole": whole_floor(hidden.detach(), weight), "blocks": blocks_floor(hidden.detach(), weight)}
     fastest, *_ = method.fastest(floors)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym import ops
-from cogsym.bench.models import Shape
+from cogsym.bench.models import SHAPES, Shape
 from cogsym.ops.attention import attention_pairs
 
 PLAIN = "PyTorch"
@@ -31,7 +31,6 @@ class Workload:
         differentiated: names of the inputs that get a gradient.
         unit: what bounds it: "B" of memory passed over, or "FLOP".
         work: of one call in each direction, "forward", "backward" or "both".
-        product: rows and weight, [N, K], of the linear map whose rate that of a "FLOP" operation is told beside.
         reference_bytes: what our reference holds, where that is much.
     """
 
@@ -41,7 +40,6 @@ class Workload:
     differentiated: tuple[str, ...]
     unit: str
     work: Mapping[str, float]
-    product: tuple[int, tuple[int, int]] = (0, (0, 0))
     reference_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -61,6 +59,9 @@ class Workload:
         if dout is None:
             dout = tuple(torch.ones_like(o) if o.dim() == 0 else torch.randn_like(o) for o in outputs)
         return [*(o.detach() for o in outputs), *self.gradients(outputs, dout)], dout
+
+
+MakeWorkload = Callable[[Shape, int, int, torch.dtype, torch.device], Workload]
 
 
 def rms_norm(shape: Shape, B: int, T: int, dtype: torch.dtype, device: torch.device) -> Workload:
@@ -130,16 +131,7 @@ def attention(shape: Shape, B: int, T: int, dtype: torch.dtype, device: torch.de
     product = 2 * B * H * D * attention_pairs(T)
     inputs = {"q": q.detach(), "k": k.detach(), "v": v.detach()}
     work = {"forward": 2 * product, "backward": 5 * product}
-    return Workload(
-        inputs,
-        ours,
-        {PLAIN: plain},
-        ("q", "k", "v"),
-        "FLOP",
-        work,
-        _mlp(shape, B * T),
-        reference_bytes=4 * B * H * T**2,
-    )
+    return Workload(inputs, ours, {PLAIN: plain}, ("q", "k", "v"), "FLOP", work, reference_bytes=4 * B * H * T**2)
 
 
 def linear_cross_entropy(shape: Shape, B: int, T: int, dtype: torch.dtype, device: torch.device) -> Workload:
@@ -158,8 +150,9 @@ def linear_cross_entropy(shape: Shape, B: int, T: int, dtype: torch.dtype, devic
 
     product = 2 * N * D * V
     inputs = {"hidden": hidden, "weight": weight, "targets": targets}
+    # Ours has the gradient when it has the loss, so its backward alone says nothing.
     work = {"forward": product, "both": 2 * product}
-    return Workload(inputs, ours, {PLAIN: plain}, ("hidden",), "FLOP", work, _mlp(shape, N))
+    return Workload(inputs, ours, {PLAIN: plain}, ("hidden",), "FLOP", work)
 
 
 def decode_attention(shape: Shape, B: int, T: int, dtype: torch.dtype, device: torch.device) -> Workload:
@@ -184,20 +177,20 @@ def decode_attention(shape: Shape, B: int, T: int, dtype: torch.dtype, device: t
     return Workload({"q": q, "k": k, "v": v}, ours, {PLAIN: plain}, (), "B", {"forward": size})
 
 
-# By the names of `cogsym.ops.OPERATIONS`: its inputs for B sequences of T tokens, and in which directions it is timed.
-OPERATIONS: dict[str, tuple[Callable[..., Workload], tuple[str, ...]]] = {
-    "rms_norm": (rms_norm, ("forward", "backward")),
-    "rotary": (rotary, ("forward", "backward")),
-    "gated_activation": (gated_activation, ("forward", "backward")),
-    "attention": (attention, ("forward", "backward")),
-    "decode_attention": (decode_attention, ("forward",)),
-    # Ours has the gradient when it has the loss, so its backward alone says nothing.
-    "linear_cross_entropy": (linear_cross_entropy, ("forward", "both")),
+# By the names of `cogsym.ops.OPERATIONS`, what makes its workload for B sequences of T tokens.
+OPERATIONS: dict[str, MakeWorkload] = {
+    "rms_norm": rms_norm,
+    "rotary": rotary,
+    "gated_activation": gated_activation,
+    "attention": attention,
+    "decode_attention": decode_attention,
+    "linear_cross_entropy": linear_cross_entropy,
 }
 
 
-def _mlp(shape: Shape, tokens: int) -> tuple[int, tuple[int, int]]:
-    return tokens, (shape.mlp_width, shape.width)
+def directions(make: MakeWorkload) -> tuple[str, ...]:
+    """Those in which an operation is timed."""
+    return tuple(make(SHAPES["tiny"], 1, 2, torch.float32, torch.device("cpu")).work)
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

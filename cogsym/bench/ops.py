@@ -18,8 +18,8 @@ import torch
 from cogsym.bench import floor, report
 from cogsym.bench.case import OURS, ROUNDING, Case, CaseSpec, Line, Setting, difference, dtype_name, error_line
 from cogsym.bench.method import Variant
-from cogsym.bench.models import shape_of
-from cogsym.bench.operations import OPERATIONS, Outputs, Workload
+from cogsym.bench.models import Shape, shape_of
+from cogsym.bench.operations import OPERATIONS, Outputs, Workload, directions
 from cogsym.bench.study import Study
 from cogsym.ops import backend
 
@@ -37,16 +37,23 @@ def cases(setting: Setting) -> list[CaseSpec]:
     for model in setting.models:
         shape, B = shape_of(model), 4 if setting.full else 2
         for dtype in dtypes:
-            for name, (make, directions) in OPERATIONS.items():
-                for direction in directions:
+            for name, make in OPERATIONS.items():
+                for direction in directions(make):
                     title = f"{shape.name}, {B * LENGTH} tokens, {dtype_name(dtype)}: {name}, {direction}"
-                    build = partial(case, partial(make, shape, B, LENGTH, dtype, setting.device), direction)
+                    make_workload = partial(make, shape, B, LENGTH, dtype, setting.device)
+                    build = partial(case, make_workload, direction, (B * LENGTH, shape))
                     found.append(CaseSpec(title, build, rounds=ROUNDS, passes=PASSES))
     return found
 
 
-def case(make: Callable[[], Workload], direction: str) -> Case:
-    """One operation in one direction, verified, in every way there is here."""
+def case(make: Callable[[], Workload], direction: str, product: tuple[int, Shape]) -> Case:
+    """One operation in one direction, verified, in every way there is here.
+
+    Args:
+        make: makes it with its inputs.
+        direction: one that it has work for.
+        product: an operation of FLOPs is told beside the linear map of so many rows up an MLP of this shape.
+    """
     torch.manual_seed(0)
     workload = make()
     tensor = next(iter(workload.inputs.values()))
@@ -75,8 +82,8 @@ def case(make: Callable[[], Workload], direction: str) -> Case:
     if workload.unit == "B":
         result.floor, result.floor_work = floor.copy(int(result.work), device), result.work
     else:
-        products, (rows, weight) = floor.Products(dtype, device), workload.product
-        products.add_linear(rows, weight, input_gradient=True, weight_gradient=False)
+        products, (rows, shape) = floor.Products(dtype, device), product
+        products.add_linear(rows, (shape.mlp_width, shape.width), input_gradient=True, weight_gradient=False)
         result.floor, result.floor_work = products, products.flops
     return result
 

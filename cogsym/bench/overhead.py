@@ -32,7 +32,7 @@ ROWS, NEW_TOKENS = 4, 16
 
 def cases(setting: Setting) -> list[CaseSpec]:
     """Each operation, and a step; the models that are asked for do not matter."""
-    builds = {f"a call: {name}": partial(call, make, setting) for name, (make, _) in OPERATIONS.items()}
+    builds = {f"a call: {name}": partial(call, make, setting) for name, make in OPERATIONS.items()}
     builds[f"a decoding step: {SHAPES[TINY].layers} layers, {ROWS} rows"] = partial(step, setting)
     return [CaseSpec(name, build, rounds=15 if setting.full else LEAST_ROUNDS) for name, build in builds.items()]
 

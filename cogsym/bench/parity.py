@@ -68,7 +68,7 @@ def check(compute: Callable[[], Errors], eps: float) -> Case:
 def operation(name: str, model: str, dtype: torch.dtype, device: torch.device) -> Errors:
     """(our error, PyTorch's) of each output and gradient."""
     torch.manual_seed(0)
-    small = OPERATIONS[name][0](shape_of(model), 1, LENGTH, dtype, device)
+    small = OPERATIONS[name](shape_of(model), 1, LENGTH, dtype, device)
     exact = {n: t.detach().double() if t.is_floating_point() else t for n, t in small.inputs.items()}
     doubles = dataclasses.replace(small, inputs=exact)
     ours, dout = small.results(small.ours)

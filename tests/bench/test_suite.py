@@ -192,7 +192,7 @@ def test_an_operation_that_computes_something_else_is_not_timed(monkeypatch: pyt
         ways = {"wrong": lambda x, **_: (x, x + _["residual"]), "right": made.plain[operations.PLAIN]}
         return dataclasses.replace(made, plain=ways)
 
-    case = ops.case(wrong, "forward")
+    case = ops.case(wrong, "forward", (8, ops.shape_of("tiny")))
     assert "wrong" not in case.variants and "away from ours" in case.different["wrong"]
     assert "right" in case.variants
 
@@ -262,7 +262,7 @@ def test_parity_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
         return dataclasses.replace(it, ours=lambda q, cos, sin: (it.ours(q, cos, sin)[0] + 1e-3 * q,))
 
     # The truth is computed by the same function in float64, so the plain way is what is off.
-    monkeypatch.setitem(parity.OPERATIONS, "rotary", (wrong, ("forward",)))
+    monkeypatch.setitem(parity.OPERATIONS, "rotary", wrong)
     ours, theirs = parity.operation("rotary", "tiny", torch.float32, CPU)["gradient of q"]
     assert ours < 1e-6 < 1e-4 < theirs
 
