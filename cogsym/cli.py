@@ -352,7 +352,7 @@ def bench(
     full: Annotated[bool, _option("Three minutes, or everything.", "--full/--quick")] = False,
     out: Annotated[Path, _option("Folder for the result files and pictures.")] = Path("cogsym-bench"),
     resume: Annotated[bool, _option("Go on with the result files in --out.", "--resume")] = False,
-    case: Annotated[str, _option("Only cases whose names match, a regular expression.")] = "",
+    case: Annotated[str, _option("Only cases whose names contain these words.")] = "",
 ) -> None:
     """Measure what cogsym gains on this machine, beside the alternatives; or compare two measurements.
 

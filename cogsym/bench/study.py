@@ -7,7 +7,6 @@ file, with machine, versions and command, that is written case by case and can b
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 import time
@@ -60,7 +59,7 @@ def run(
         out: the folder of the result files and pictures.
         command: written into them.
         resume: keep what result files in that folder have of the same setting, and measure the rest.
-        only: a regular expression; cases whose names it does not match are not measured.
+        only: words; cases whose names do not contain them are not measured.
 
     Raises:
         CogsymError: a folder that cannot be written, files of another machine or setting to go on with, or no case of
@@ -70,82 +69,84 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CogsymError(f"--out is '{out}', which cannot be written: {error.strerror}; choose another.") from None
-    description = machine.describe()
-    jobs = []
-    for study, setting in work:
-        path = out / f"{study.name}.json"
-        head = {
-            "format": report.FORMAT,
-            "command": command,
-            "machine": description,
-            "setting": {
-                "models": [shape_of(name).name for name in setting.models],
-                "device": setting.device.type,
-                "full": setting.full,
-            },
-        }
-        known = _known(path, head) if resume and path.exists() else []
-        jobs.append((study, setting, study.cases(setting), head, known, path))
-    if not any(re.search(only, spec.name) for _, _, specs, *_ in jobs for spec in specs):
-        names = "; ".join(spec.name for _, _, specs, *_ in jobs for spec in specs)
-        raise CogsymError(f"--case is '{only}', expected words of one of these cases: {names}.")
+    head = {"format": report.FORMAT, "command": command, "machine": machine.describe()}
+    jobs = [_Job(study, setting, head, out, resume) for study, setting in work]
+    names = [spec.name for job in jobs for spec in job.specs]
+    if not any(only in name for name in names):
+        raise CogsymError(f"--case is '{only}', expected words of one of these cases: {'; '.join(names)}.")
     budgets = [setting.seconds for _, setting in work]
     progress = _Progress(
-        sum(len(_schedule(specs, known, only)) for _, _, specs, _, known, _ in jobs),
-        None if None in budgets else sum(filter(None, budgets)),
+        sum(len(job.schedule(only)) for job in jobs), None if None in budgets else sum(filter(None, budgets))
     )
-    for study, setting, specs, head, known, path in jobs:
-
-        def write(lines: list[Line], head: dict[str, Any] = head, path: Path = path) -> None:
-            report.write(head | {"cases": lines}, path)
-
-        lines = measure_all(study.name, specs, setting, progress.start, known=known, write=write, only=only)
-        for draw in study.pictures:
-            draw(lines, path)
-        report.show(lines, study.table, progress.console)
-    return [path for *_, path in jobs]
+    for job in jobs:
+        lines = job.measure(only, progress.start)
+        for draw in job.study.pictures:
+            draw(lines, job.path)
+        report.show(lines, job.study.table, progress.console)
+    return [job.path for job in jobs]
 
 
-def measure_all(
-    name: str,
-    specs: Sequence[CaseSpec],
-    setting: Setting,
-    start: Callable[[str], object],
-    *,
-    known: Sequence[Line] = (),
-    write: Callable[[list[Line]], object] = lambda lines: None,
-    only: str = "",
-) -> list[Line]:
-    """A line for each case.
+class _Job:
+    """A study on its way to a result file.
 
-    Args:
-        name: of the study.
-        specs: its cases, in the order of their turns; each has its share of the seconds that those before it left.
-        setting: device and seconds.
-        start: given each case's name when its turn comes.
-        known: lines from before.
-        write: given all lines so far after each pass, so that a run that is killed loses one case.
-        only: as in `run`.
+    Attributes:
+        study: the study.
+        path: of the result file.
+        specs: its cases, in the order of their turns.
     """
-    passes = {line["name"]: [line] for line in known}
-    schedule = _schedule(specs, known, only)
-    deadline = None if setting.seconds is None else time.perf_counter() + setting.seconds
-    method.keep_freed_memory()
 
-    def lines() -> list[Line]:
-        return [join_passes(passes[spec.name]) for spec in specs if spec.name in passes]
+    def __init__(self, study: Study, setting: Setting, head: dict[str, Any], out: Path, resume: bool) -> None:
+        self.study, self.path, self.specs = study, out / f"{study.name}.json", study.cases(setting)
+        names = [shape_of(name).name for name in setting.models]
+        description = {"models": names, "device": setting.device.type, "full": setting.full}
+        self._setting, self._head = setting, head | {"setting": description}
+        lines = self._known() if resume and self.path.exists() else []
+        self._passes = {line["name"]: [line] for line in lines}
 
-    for done, spec in enumerate(schedule):
-        start(spec.name)
-        share = None
-        if deadline is not None:
-            now = time.perf_counter()
-            share = now + (deadline - now) / (len(schedule) - done)
-        line = measure(spec.build(), setting.device, spec.rounds, share, spec.least_rounds)
-        passes.setdefault(spec.name, []).append({"part": name, "name": spec.name} | line)
-        write(lines())
-        _release(setting.device)
-    return lines()
+    def _known(self) -> list[Line]:
+        """The cases of a result file that can be gone on with."""
+        result = report.read(self.path)
+        for field in ("machine", "setting"):
+            if result[field] != self._head[field]:
+                raise CogsymError(
+                    f"'{self.path}' cannot be gone on with: its {field} is {result[field]}, and here "
+                    f"{self._head[field]}; choose another --out, or leave --resume out to measure everything anew."
+                )
+        lines: list[Line] = result["cases"]
+        return lines
+
+    def schedule(self, only: str) -> list[CaseSpec]:
+        """The cases whose turns are to come, one for each pass that is not there yet."""
+        done = {name: max(1, len(line["rounds_of_each_pass"])) for name, (line, *_) in self._passes.items()}
+        chosen = [spec for spec in self.specs if only in spec.name]
+        most = max((spec.passes for spec in chosen), default=0)
+        return [spec for i in range(most) for spec in chosen if done.get(spec.name, 0) <= i < spec.passes]
+
+    def measure(self, only: str, start: Callable[[str], object]) -> list[Line]:
+        """A line for each case, all written after each pass, so that a run that is killed loses one.
+
+        Args:
+            only: as in `run`.
+            start: given each case's name when its turn comes. A turn has its share of the seconds that those before it
+                left.
+        """
+        schedule, device, seconds = self.schedule(only), self._setting.device, self._setting.seconds
+        deadline = None if seconds is None else time.perf_counter() + seconds
+        method.keep_freed_memory()
+        for done, spec in enumerate(schedule):
+            start(spec.name)
+            share = None
+            if deadline is not None:
+                now = time.perf_counter()
+                share = now + (deadline - now) / (len(schedule) - done)
+            line = measure(spec.build(), device, spec.rounds, share, spec.least_rounds)
+            self._passes.setdefault(spec.name, []).append({"part": self.study.name, "name": spec.name} | line)
+            report.write(self._head | {"cases": self._lines()}, self.path)
+            _release(device)
+        return self._lines()
+
+    def _lines(self) -> list[Line]:
+        return [join_passes(self._passes[spec.name]) for spec in self.specs if spec.name in self._passes]
 
 
 def main(study: Study, description: str, words: Sequence[str] | None = None) -> None:
@@ -162,7 +163,7 @@ def main(study: Study, description: str, words: Sequence[str] | None = None) -> 
         parser.add_argument("--data", type=Path, required=True, help="folder of texts")
     if "work" in study.needs:
         parser.add_argument("--work", type=Path, required=True, help="folder for what the study makes on its way")
-    parser.add_argument("--case", default="", help="only cases whose names match, a regular expression")
+    parser.add_argument("--case", default="", help="only cases whose names contain these words")
     parser.add_argument("--quick", action="store_true", help=f"a quick look, about {QUICK_SECONDS:.0f} seconds")
     parser.add_argument("--resume", action="store_true", help="go on with the result file in --out")
     parser.add_argument("--out", type=Path, default=Path("cogsym-bench"), help="folder of result file and pictures")
@@ -183,27 +184,6 @@ def main(study: Study, description: str, words: Sequence[str] | None = None) -> 
         except CogsymError as error:
             print(f"{study.name}: {error}", file=sys.stderr)
             sys.exit(error.exit_status)
-
-
-def _known(path: Path, head: dict[str, Any]) -> list[Line]:
-    """The cases of a result file that can be gone on with."""
-    result = report.read(path)
-    for field in ("machine", "setting"):
-        if result[field] != head[field]:
-            raise CogsymError(
-                f"'{path}' cannot be gone on with: its {field} is {result[field]}, and here {head[field]}; choose "
-                "another --out, or leave --resume out to measure everything anew."
-            )
-    lines: list[Line] = result["cases"]
-    return lines
-
-
-def _schedule(specs: Sequence[CaseSpec], known: Sequence[Line], only: str) -> list[CaseSpec]:
-    """The cases in the order of their turns, one for each pass that is not there yet."""
-    done = {line["name"]: max(1, len(line["rounds_of_each_pass"])) for line in known}
-    chosen = [spec for spec in specs if re.search(only, spec.name)]
-    most = max((spec.passes for spec in chosen), default=0)
-    return [spec for i in range(most) for spec in chosen if done.get(spec.name, 0) <= i < spec.passes]
 
 
 def _release(device: torch.device) -> None:
