@@ -24,17 +24,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-SHARED_SOURCES = ("module.cpp", "cpu.cpp")
-KERNEL_SOURCES = (
-    "rms_norm.cpp",
-    "rotary.cpp",
-    "gated_activation.cpp",
-    "attention.cpp",
-    "attention_backward.cpp",
-    "decode_attention.cpp",
-    "linear_cross_entropy.cpp",
-    "token_scores.cpp",
-)
+SHARED_SOURCES = ("cpu.cpp", "module.cpp")
+KERNEL_SOURCES = tuple(sorted({source.name for source in CSRC.glob("*.cpp")} - {*SHARED_SOURCES}))
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -148,17 +139,18 @@ def ninja_file(compiler: list[str], nvcc: str | None, output: Path) -> str:
     threads = ["-fopenmp"] if openmp else ["-fopenmp-simd"]
     x86 = target_machine(compiler) in ("x86_64", "amd64", "AMD64")
     variants = {name: f for name, f in (X86_VARIANTS if x86 else {"baseline": []}).items() if accepts(compiler, f)}
-    define = f"-DCOGSYM_VARIANTS(V)={' '.join(f'V({name})' for name in variants)}"
+    files = " ".join(f"F({Path(name).stem}, isa)" for name in KERNEL_SOURCES)
+    define = [f"-DCOGSYM_VARIANTS(V)={' '.join(f'V({name})' for name in variants)}", f"-DCOGSYM_FILES(F, isa)={files}"]
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     cuda_sources = sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
-    shared = [*include, *threads, define, *(["-DCOGSYM_CUDA"] if cuda_sources else [])]
+    shared = [*include, *threads, *define, *(["-DCOGSYM_CUDA"] if cuda_sources else [])]
 
     builds = [edge("cxx", f"{Path(name).stem}.o", CSRC / name, shared) for name in SHARED_SOURCES]
     for variant, flags in variants.items():
         for name in KERNEL_SOURCES:
-            kernel = [*threads, define, f"-DCOGSYM_ISA={variant}", *KERNEL_FLAGS, *flags]
+            kernel = [*threads, f"-DCOGSYM_ISA={variant}", *KERNEL_FLAGS, *flags]
             builds.append(edge("cxx", f"{Path(name).stem}.{variant}.o", CSRC / name, kernel))
-    builds += [edge("nvcc", f"cuda.{source.stem}.o", source, [define]) for source in cuda_sources]
+    builds += [edge("nvcc", f"cuda.{source.stem}.o", source, []) for source in cuda_sources]
     objects = [build.split(":")[0].removeprefix("build ") for build in builds]
 
     if cuda_sources:

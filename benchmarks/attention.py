@@ -8,8 +8,6 @@ same slices of a fused projection.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,7 +17,6 @@ from torch import Tensor
 from cogsym.bench import ops
 from cogsym.bench.case import CaseSpec, Setting, dtype_name
 from cogsym.bench.models import shape_of
-from cogsym.bench.operations import Workload, attention
 from cogsym.bench.study import Study, main
 
 SMALL = {
@@ -36,23 +33,22 @@ def cases(setting: Setting) -> list[CaseSpec]:
         for dtype, sizes in (SMALL if shape.width < 2048 else LARGE).items():
             for B, T in sizes if setting.full else sizes[:1]:
                 for direction in ("forward", "backward"):
-                    make = partial(with_repeated_keys, partial(attention, shape, B, T, dtype, setting.device))
                     name = f"{shape.name}, {dtype_name(dtype)}: {B} x {T} tokens, {direction}"
-                    found.append(CaseSpec(name, partial(ops.case, make, direction, (B * T, shape)), rounds=5))
+                    build = partial(
+                        ops.case, "attention", shape, shape.sizes(B, T), dtype, direction, setting.device, MORE
+                    )
+                    found.append(CaseSpec(name, build, rounds=5))
     return found
 
 
-def with_repeated_keys(make: Callable[[], Workload]) -> Workload:
-    def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        groups = q.shape[2] // k.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
-        return (F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2),)
-
-    workload = make()
-    return dataclasses.replace(workload, plain=workload.plain | {"PyTorch, keys repeated": repeated})
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+    return (F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2),)
 
 
+MORE = {"PyTorch, keys repeated": repeated}
 STUDY = Study("attention", cases, ops.table, models=("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.1-8B"))
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogsym.bench import ops
-from cogsym.bench.case import CaseSpec, Setting, dtype_name
+from cogsym.bench.case import Case, CaseSpec, Setting, dtype_name
 from cogsym.bench.models import Shape, shape_of
-from cogsym.bench.operations import Workload
 from cogsym.bench.study import Study, main
 from cogsym.ops import AttentionOptions, decode_attention
+from cogsym.ops.operation import Example
 
 half, single = torch.bfloat16, torch.float32
 DECODING = {  # by model: dtype, rows, prompts, keys of a prompt, most keys of a row's own
@@ -59,9 +59,8 @@ def cases(setting: Setting) -> list[CaseSpec]:
         for model in setting.models:
             for dtype, *sizes in table.get(model, ())[: None if setting.full else 1]:
                 name = f"{model}, {dtype_name(dtype)}: {kind}, {words.format(*sizes)}"
-                shape = shape_of(model)
-                make_workload = partial(workload, shape, dtype, partial(make, *sizes))
-                found.append(CaseSpec(name, partial(ops.case, make_workload, "forward", (1, shape)), rounds=5))
+                build = partial(case, shape_of(model), dtype, partial(make, *sizes))
+                found.append(CaseSpec(name, build, rounds=5))
     return found
 
 
@@ -143,7 +142,8 @@ def alternatives(
     return functions | {"option loop": option_loop}
 
 
-def workload(shape: Shape, dtype: torch.dtype, make: Callable[[], tuple[Ranges, Ranges, int]]) -> Workload:
+def case(shape: Shape, dtype: torch.dtype, make: Callable[[], tuple[Ranges, Ranges, int]]) -> Case:
+    torch.manual_seed(0)
     ranges, sequences, keys = make()
     KV, D = shape.kv_heads, shape.head_dim
     q = torch.randn(len(ranges), shape.heads, D).to(dtype)
@@ -158,7 +158,8 @@ def workload(shape: Shape, dtype: torch.dtype, make: Callable[[], tuple[Ranges, 
         for label, function in alternatives(q, k, v, ranges, sequences).items()
     }
     size = 2 * (k.numel() + q.numel()) * q.element_size()
-    return Workload({"q": q, "k": k, "v": v}, ours, plain, (), "B", {"forward": size})
+    example = Example({"q": q, "k": k, "v": v}, ours, plain["row loop"], (), "B", {"forward": size})
+    return ops.measured_ways("decode_attention", example, "forward", plain)
 
 
 STUDY = Study("decode_attention", cases, ops.table, models=("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.1-8B"))

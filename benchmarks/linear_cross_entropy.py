@@ -10,7 +10,6 @@ in the blocks that cogsym uses, whichever is faster.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +23,6 @@ from cogsym.bench import floor, method, ops
 from cogsym.bench.case import Case, CaseSpec, Setting, dtype_name
 from cogsym.bench.method import Variant
 from cogsym.bench.models import Shape, shape_of
-from cogsym.bench.operations import Workload, linear_cross_entropy
 from cogsym.bench.study import Study, main
 from cogsym.ops import logit_blocks, token_scores
 
@@ -38,9 +36,8 @@ def cases(setting: Setting) -> list[CaseSpec]:
     for model in setting.models:
         shape, tokens = shape_of(model), TOKENS.get(model, QUICK_TOKENS) if setting.full else QUICK_TOKENS
         for dtype, rounds in ROUNDS.items():
-            make = partial(linear_cross_entropy, shape, 1, tokens, dtype, setting.device)
             name = f"{shape.name}, {dtype_name(dtype)}: {tokens} tokens"
-            found.append(CaseSpec(name, partial(case, make, (tokens, shape)), rounds=rounds))
+            found.append(CaseSpec(name, partial(case, shape, tokens, dtype, setting.device), rounds=rounds))
     return found
 
 
@@ -55,23 +52,25 @@ def chunked_options(dtype: torch.dtype) -> list[LinearCrossEntropyOptions]:
     ]
 
 
-def case(make: Callable[[], Workload], product: tuple[int, Shape]) -> Case:
-    workload = make()
-    hidden, weight, targets = workload.inputs.values()
+def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearCrossEntropyOptions) -> tuple[Tensor]:
+    return (F.linear_cross_entropy(hidden, weight, targets, options=options),)
 
-    def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearCrossEntropyOptions) -> tuple[Tensor]:
-        return (F.linear_cross_entropy(hidden, weight, targets, options=options),)
 
-    def scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return token_scores(hidden, weight, targets).loss
+def scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return token_scores(hidden, weight, targets).loss
 
+
+def case(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
+    torch.manual_seed(0)
+    example = ops.examples()["linear_cross_entropy"](shape.sizes(1, tokens), dtype, device)
+    hidden, weight, targets = example.inputs.values()
     tried = {
-        options: ops.directed(workload, partial(chunked, options=options), "both", (torch.ones(()),))
-        for options in chunked_options(hidden.dtype)
+        options: ops.directed(example, partial(chunked, options=options), "both", (torch.ones(()),))
+        for options in chunked_options(dtype)
     }
     options, *_ = method.fastest(tried)
-    plain = workload.plain | {"PyTorch, chunked": partial(chunked, options=options)}
-    result = ops.case(lambda: dataclasses.replace(workload, plain=plain), "both", product)
+    plain = {ops.PLAIN: example.plain, "PyTorch, chunked": partial(chunked, options=options)}
+    result = ops.measured_ways("linear_cross_entropy", example, "both", plain)
     result.variants["cogsym, scores alone"] = Variant(partial(scores, hidden.detach(), weight, targets))
     floors = {"whole": whole_floor(hidden.detach(), weight), "blocks": blocks_floor(hidden.detach(), weight)}
     fastest, *_ = method.fastest(floors)

@@ -8,8 +8,10 @@ import platform
 
 import torch
 
-from cogsym.ops import OPERATIONS, backend
+from cogsym import ops
+from cogsym.ops import backend, cpp
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PACKAGES = ("cogsym", "torch", "triton", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
@@ -26,12 +28,25 @@ def describe() -> list[tuple[str, str]]:
             rows.append((f"gpu {i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
     else:
         rows.append(("gpu", "none that torch can use"))
-    forced = backend.forced()
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for operation in OPERATIONS:
-        served = ", ".join(f"{backend.choose(torch.device(d))} on {d}" for d in devices)
-        rows.append((operation, served + (" (forced by COGSYM_BACKEND)" if forced else "")))
+    for name, operation in ops.operations().items():
+        if operation.part_of is None:
+            rows.append((name, "; ".join(f"{_routes(operation, torch.device(d))} on {d}" for d in devices)))
     return rows
+
+
+def _routes(operation: ops.Operation, device: torch.device) -> str:
+    """Its backends on a device, and for which dtypes where they differ; with no option that restricts."""
+    found: dict[ops.Route, list[str]] = {}
+    for dtype in _DTYPES:
+        found.setdefault(operation.route(device, dtype), []).append(str(dtype).removeprefix("torch."))
+    alike = len(found) == 1
+    return ", ".join(
+        route.backend
+        + ("" if alike else f" in {' and '.join(dtypes)}")
+        + (f" ({route.reason})" if route.reason else "")
+        for route, dtypes in found.items()
+    )
 
 
 def _version(package: str) -> str:
@@ -44,14 +59,10 @@ def _version(package: str) -> str:
 def _processor() -> str:
     if backend.unavailable("cpp"):
         return platform.processor() or platform.machine()
-    from cogsym import _C
-
-    return ", ".join([platform.machine(), *_C.cpu_features()])
+    return ", ".join([platform.machine(), *cpp.extension.cpu_features()])
 
 
 def _extension() -> str:
     if reason := backend.unavailable("cpp"):
         return f"not built ({reason}); operations run in plain PyTorch. Install a C++ compiler and cogsym again."
-    from cogsym.ops.cpp import _C  # where COGSYM_CPU_ISA is applied
-
-    return f"built, running its {_C.isa()} kernels"
+    return f"built, running its {cpp.extension.isa()} kernels"

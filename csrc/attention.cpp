@@ -21,7 +21,7 @@ struct ForwardThread {
 
 // Logits of the queries' rows to probabilities, unnormalised, and the rows' sums brought to the new maximum.
 template <class E, class C>
-void softmax_block(const AttentionInputs& a, const ForwardThread<C>& at, int64_t b, int64_t query, int64_t rows,
+void softmax_block(const Attention& a, const ForwardThread<C>& at, int64_t b, int64_t query, int64_t rows,
                    int64_t key, int64_t width, int64_t padded_D) {
     using V = vector_t<C>;
     constexpr int64_t step = lanes<C>, stride = query_block * panel;
@@ -139,10 +139,13 @@ int64_t forward(const Attention& a) {
                     for (int64_t d = 0; d < a.D; ++d)
                         if (const T x = v.data[s * v.stride + d]; !is_finite(x)) sums[d] += widen(x);
             }
-            const C total = sum_of<C>(load<vector_t<C>>(at.total + r * lanes<C>)), inverse = C(1) / total;
+            const C total = sum_of<C>(load<vector_t<C>>(at.total + r * lanes<C>));
+            Sunk<C> result = {C(1) / total, at.top[r] + C(__builtin_log(total))};
+            if (a.sinks) result = with_sink(at.top[r], total, static_cast<const C*>(a.sinks)[head]);
+            const C factor = result.factor;
             write(static_cast<T*>(a.o) + ((b * a.T + t) * a.H + head) * a.D, a.D,
-                  [=](int64_t d) { return sums[d] * inverse; });
-            static_cast<C*>(a.lse)[(b * a.H + head) * a.T + t] = at.top[r] + C(__builtin_log(total));
+                  [=](int64_t d) { return sums[d] * factor; });
+            static_cast<C*>(a.lse)[(b * a.H + head) * a.T + t] = result.lse;
         }
     };
 
@@ -164,13 +167,15 @@ int64_t forward(const Attention& a) {
     return 0;
 }
 
+int64_t attention(const Attention& a) {
+    return with_type(a.dtype, [&](auto element) { return forward<decltype(element)>(a); });
+}
+
+constexpr Field fields[] = {COGSYM_ATTENTION_FIELDS, COGSYM_FIELD(Attention, sinks)};
+
 }  // namespace
 
-int64_t attention(const Attention& a) {
-    int64_t bytes = 0;
-    with_type(a.dtype, [&](auto element) { bytes = forward<decltype(element)>(a); });
-    return bytes;
-}
+COGSYM_KERNELS(attention) = {kernel<attention>("attention", "o and lse.", fields), {}};
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

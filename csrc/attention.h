@@ -5,6 +5,7 @@
 #pragma once
 
 #include "matrix.h"
+#include "scratch.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -19,25 +20,41 @@ constexpr int64_t wave_units = 32;
 // Below this many multiplications one thread does it all.
 constexpr int64_t serial_products = 1 << 21;
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Hands out the scratch; without memory it only counts.
-class Arena {
-  public:
-    explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
-    template <class E>
-    E* take(int64_t count) {
-        char* place = memory_ ? memory_ + used_ : nullptr;
-        used_ += round_up(count * int64_t(sizeof(E)), 64);
-        return reinterpret_cast<E*>(place);
-    }
-    int64_t used() const { return used_; }
-
-  private:
-    char* memory_;
-    int64_t used_ = 0;
+// What both directions take. A last dimension is contiguous; strides are those of the others. Nothing is copied for
+// grouped heads.
+struct Attention {
+    const void* q;  // [B, T, H, D]
+    int64_t q_strides[3];
+    const void* k;  // [B, T, KV, D]
+    int64_t k_strides[3];
+    const void* v;  // [B, T, KV, D]
+    int64_t v_strides[3];
+    const int32_t* starts;  // [B, T] contiguous: the first key that each query sees, or null: 0
+    int64_t B, T, H, KV, D;
+    double scale;
+    int64_t window;   // 0 is none
+    double soft_cap;  // 0 is none
+    DType dtype;
+    int num_threads;
+    Scratch scratch;
+    void* o;    // [B, T, H, D] contiguous
+    void* lse;  // [B, H, T] contiguous, of the compute type
+    // Forward
+    const void* sinks;  // [H] of the compute type, or null: none
+    // Backward
+    const void* dout;  // [B, T, H, D]
+    int64_t dout_strides[3];
+    void *dq, *dk, *dv;  // as q, k and v, contiguous; each null where it is not wanted
 };
+
+#define COGSYM_ATTENTION_FIELDS                                                                                    \
+    COGSYM_FIELD(Attention, q), COGSYM_FIELD(Attention, q_strides), COGSYM_FIELD(Attention, k),                   \
+        COGSYM_FIELD(Attention, k_strides), COGSYM_FIELD(Attention, v), COGSYM_FIELD(Attention, v_strides),       \
+        COGSYM_FIELD(Attention, starts), COGSYM_FIELD(Attention, B), COGSYM_FIELD(Attention, T),                  \
+        COGSYM_FIELD(Attention, H), COGSYM_FIELD(Attention, KV), COGSYM_FIELD(Attention, D),                      \
+        COGSYM_FIELD(Attention, scale), COGSYM_FIELD(Attention, window), COGSYM_FIELD(Attention, soft_cap),       \
+        COGSYM_FIELD(Attention, dtype), COGSYM_FIELD(Attention, num_threads), COGSYM_FIELD(Attention, scratch),   \
+        COGSYM_FIELD(Attention, o), COGSYM_FIELD(Attention, lse)
 
 // f(task, thread), in any order: no two tasks write to the same place, so the result does not depend on it.
 template <class F>
@@ -58,7 +75,7 @@ inline void for_tasks(int64_t count, int num_threads, F f) {
 #endif
 }
 
-inline int threads_for(const AttentionInputs& a) {
+inline int threads_for(const Attention& a) {
 #ifdef _OPENMP
     return a.B * a.H * a.T * a.T * a.D < serial_products ? 1 : a.num_threads;
 #else
@@ -74,7 +91,7 @@ inline Rows<T> head_rows(const void* x, const int64_t (&strides)[3], int64_t b, 
 }
 
 // The first key that query t of sequence b sees; it never decreases with t, and the last one is t.
-inline int64_t first_key(const AttentionInputs& a, int64_t b, int64_t t) {
+inline int64_t first_key(const Attention& a, int64_t b, int64_t t) {
     int64_t first = a.starts ? a.starts[b * a.T + t] : 0;
     if (a.window && t - a.window + 1 > first) first = t - a.window + 1;
     return first < 0 ? 0 : smaller(first, t);
@@ -85,6 +102,19 @@ constexpr C infinity = C(__builtin_inf());
 
 // e^x is 2^(x log2 e), of a difference of logits: it is small where e^x is not, and so is its rounding.
 constexpr double log2_e = 1.4426950408889634;
+
+// A query's sink, the logit of a key whose value is 0, into its softmax so far: sums of values, Σ e^(logit - top), and
+// the largest logit. Returns what the sums are multiplied by, and lse.
+template <class C>
+struct Sunk {
+    C factor, lse;
+};
+template <class C>
+inline Sunk<C> with_sink(C top, C total, C sink) {
+    const C largest = sink > top ? sink : top;
+    const C share = C(__builtin_exp(top - largest)), sum = total * share + C(__builtin_exp(sink - largest));
+    return {share / sum, largest + C(__builtin_log(sum))};
+}
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

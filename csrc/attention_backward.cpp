@@ -32,7 +32,7 @@ struct BackwardThread {
 
 // pᵀ = e^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on, two at a time.
 template <class E, class C>
-void gradient_block(const AttentionInputs& a, const BackwardThread<C>& at, const QueryBlock<C>& of, E* probabilities,
+void gradient_block(const Attention& a, const BackwardThread<C>& at, const QueryBlock<C>& of, E* probabilities,
                     E* left, int64_t query, int64_t padded, int64_t key, int64_t width, bool whole) {
     using V = vector_t<C>;
     E* right = static_cast<E*>(at.right);
@@ -77,7 +77,7 @@ void gradient_block(const AttentionInputs& a, const BackwardThread<C>& at, const
 
 // Blocks of queries are cut into so many chunks, each with sums of dk and dv of its own: enough tasks for the threads
 // where units are few. It depends on the shape alone, and so does the result.
-inline int64_t chunks_of(const AttentionInputs& a) {
+inline int64_t chunks_of(const Attention& a) {
     constexpr int64_t tasks = 16, rows = 512;
     const int64_t wanted = (tasks + a.B * a.KV - 1) / (a.B * a.KV);
     return larger(smaller(wanted, a.T * (a.H / a.KV) / rows), 1);
@@ -97,7 +97,7 @@ C dot(const T* x, const T* y, int64_t n) {
 }
 
 template <class T>
-int64_t backward(const AttentionBackward& a) {
+int64_t backward(const Attention& a) {
     using C = compute_t<T>;
     using E = operand_t<T>;
     const int64_t G = a.H / a.KV, D = round_up(a.D), length = round_up(a.T);
@@ -238,13 +238,18 @@ int64_t backward(const AttentionBackward& a) {
     return 0;
 }
 
+int64_t attention_backward(const Attention& a) {
+    return with_type(a.dtype, [&](auto element) { return backward<decltype(element)>(a); });
+}
+
+#define FIELD(name) COGSYM_FIELD(Attention, name)
+constexpr Field fields[] = {COGSYM_ATTENTION_FIELDS, FIELD(dout), FIELD(dout_strides), FIELD(dq), FIELD(dk), FIELD(dv)};
+#undef FIELD
+
 }  // namespace
 
-int64_t attention_backward(const AttentionBackward& a) {
-    int64_t bytes = 0;
-    with_type(a.dtype, [&](auto element) { bytes = backward<decltype(element)>(a); });
-    return bytes;
-}
+COGSYM_KERNELS(attention_backward) = {
+    kernel<attention_backward>("attention_backward", "dq, dk and dv, each unless its address is 0.", fields), {}};
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

@@ -196,7 +196,7 @@ struct Decode {
             store(at.state.total + i, V{});
         }
         int64_t place = 0;
-        for_runs<C>(a, part.first, part.last, [&](const Run& run) {
+        for_ranges<C>(a, part.first, part.last, [&](const Run& run) {
             for (int64_t begin = run.begin; begin < run.end; begin += chunk_keys, ++place)
                 if (place >= part.first_chunk && place < part.last_chunk)
                     chunk(run, begin, smaller(begin + chunk_keys, run.end), part.first, kv, at);
@@ -215,9 +215,9 @@ struct Decode {
                 continue;
             }
             C* sums = states[0].sums + query * D;
-            C total = states[0].total[query];
+            C total = states[0].total[query], top = states[0].top[query];
             if (count > 1) {
-                C top = -infinity<C>;
+                top = -infinity<C>;
                 for (int64_t i = 0; i < count; ++i) {
                     const C other = states[i * step].top[query];
                     top = other > top ? other : top;
@@ -235,8 +235,9 @@ struct Decode {
                     }
                 }
             }
-            const C inverse = C(1) / total;
-            write(o, a.D, [=](int64_t d) { return sums[d] * inverse; });
+            const C *sinks = static_cast<const C*>(a.sinks);
+            const C factor = sinks ? with_sink(top, total, sinks[kv * G + query % G]).factor : C(1) / total;
+            write(o, a.D, [=](int64_t d) { return sums[d] * factor; });
         }
     }
 
@@ -285,13 +286,20 @@ struct Decode {
     }
 };
 
+int64_t decode_attention(const DecodeAttention& a) {
+    return with_type(a.dtype, [&](auto element) { return Decode<decltype(element)>(a).run(); });
+}
+
+#define FIELD(name) COGSYM_FIELD(DecodeAttention, name)
+constexpr Field fields[] = {
+    FIELD(q), FIELD(q_strides), FIELD(k), FIELD(k_strides), FIELD(v), FIELD(v_strides), FIELD(begins), FIELD(ends),
+    FIELD(sinks), FIELD(N), FIELD(M), FIELD(H), FIELD(KV), FIELD(D), FIELD(scale), FIELD(soft_cap), FIELD(dtype),
+    FIELD(num_threads), FIELD(scratch), FIELD(o)};
+#undef FIELD
+
 }  // namespace
 
-int64_t decode_attention(const DecodeAttention& a) {
-    int64_t bytes = 0;
-    with_type(a.dtype, [&](auto element) { bytes = Decode<decltype(element)>(a).run(); });
-    return bytes;
-}
+COGSYM_KERNELS(decode_attention) = {kernel<decode_attention>("decode_attention", "o.", fields), {}};
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

@@ -24,6 +24,25 @@ constexpr int64_t least_cost = 4 * chunk_keys;
 // Below this cost times KV · D one thread does it all.
 constexpr int64_t serial_cost = 1 << 17;
 
+// A last dimension is contiguous; strides are those of the others.
+struct DecodeAttention {
+    const void* q;  // [N, H, D]
+    int64_t q_strides[2];
+    const void* k;  // [S, KV, D]
+    int64_t k_strides[2];
+    const void* v;  // [S, KV, D]
+    int64_t v_strides[2];
+    const int64_t* begins;  // [N, M] contiguous
+    const int64_t* ends;    // [N, M] contiguous
+    const void* sinks;      // [H] of the compute type, or null: none
+    int64_t N, M, H, KV, D;
+    double scale, soft_cap;  // a soft cap of 0 is none
+    DType dtype;
+    int num_threads;
+    Scratch scratch;
+    void* o;  // [N, H, D] contiguous
+};
+
 // Rows [first, last) and the keys that any of them sees in its range m.
 struct Run {
     int64_t first, last, m, begin, end;
@@ -59,7 +78,7 @@ inline void prefetch(const T* row, int64_t D) {
 
 // f(run) for the rows of a block, range by range.
 template <class C, class F>
-inline void for_runs(const DecodeAttention& a, int64_t first, int64_t last, F f) {
+inline void for_ranges(const DecodeAttention& a, int64_t first, int64_t last, F f) {
     for (int64_t m = 0; m < a.M; ++m)
         for (int64_t n = first; n < last;) {
             Run run = range_of(a, n, m);
@@ -82,7 +101,7 @@ inline void for_blocks(const DecodeAttention& a, F f) {
     for (int64_t first = 0, last; first < a.N; first = last) {
         for (last = first + 1; last < a.N && last - first < most_rows && alike(last);) ++last;
         int64_t total = 0, chunks = 0;
-        for_runs<C>(a, first, last, [&](const Run& run) {
+        for_ranges<C>(a, first, last, [&](const Run& run) {
             total += cost<C>(a, run);
             chunks += (run.end - run.begin + chunk_keys - 1) / chunk_keys;
         });

@@ -9,6 +9,45 @@ namespace cogsym {
 namespace COGSYM_ISA {
 namespace {
 
+// One block of columns of the logits: `width` of them, from column `first` of the vocabulary on.
+struct OnlineSoftmax {
+    void* logits;            // [rows, width] contiguous; overwritten where `exponentials`
+    const int64_t* targets;  // [rows]
+    // Of the columns up to this block, of the compute type, [rows]: the largest product and the sum of exponentials.
+    void* maximum;
+    void* total;
+    void* target_logit;  // written where the target lies in this block
+    void* rescale;       // e^(maximum before - maximum after)
+    void* logit_sum;     // or null: not wanted
+    int64_t* argmax;     // or null: not wanted
+    int64_t rows, width, first;
+    double scale, soft_cap;  // 0: no soft cap
+    bool exponentials;
+    DType dtype;
+    int num_threads;
+};
+
+struct AddRescaled {
+    void* total;          // [rows, D] contiguous, of the compute type: total * rescale + product
+    const void* product;  // [rows, D] contiguous
+    const void* rescale;  // [rows] of the compute type
+    int64_t rows, D;
+    DType dtype;
+    int num_threads;
+};
+
+struct LogitsGradient {
+    void* logits;            // [rows, width] contiguous: overwritten by their gradient
+    const int64_t* targets;  // [rows]
+    const void* logsumexp;   // [rows] of the compute type
+    const void* dloss;       // [rows] of the compute type
+    int64_t rows, width, first;
+    double scale, soft_cap;    // 0: no soft cap
+    double confidence, floor;  // what the target and what every column has of the smoothed target
+    DType dtype;
+    int num_threads;
+};
+
 constexpr int64_t tile = 256;
 
 template <class C>
@@ -206,8 +245,6 @@ void backward(const LogitsGradient& a, Value value) {
     });
 }
 
-}  // namespace
-
 void online_softmax(const OnlineSoftmax& a) {
     with_type(a.dtype, [&](auto element) {
         using T = decltype(element);
@@ -225,6 +262,32 @@ void logits_gradient(const LogitsGradient& a) {
         with_logit<compute_t<T>>(a.scale, a.soft_cap, [&](auto value) { backward<T>(a, value); });
     });
 }
+
+#define FIELD(name) COGSYM_FIELD(OnlineSoftmax, name)
+constexpr Field softmax_fields[] = {
+    FIELD(logits), FIELD(targets), FIELD(maximum), FIELD(total), FIELD(target_logit), FIELD(rescale), FIELD(logit_sum),
+    FIELD(argmax), FIELD(rows), FIELD(width), FIELD(first), FIELD(scale), FIELD(soft_cap), FIELD(exponentials),
+    FIELD(dtype), FIELD(num_threads)};
+#undef FIELD
+#define FIELD(name) COGSYM_FIELD(AddRescaled, name)
+constexpr Field add_fields[] = {FIELD(total), FIELD(product), FIELD(rescale),    FIELD(rows),
+                                FIELD(D),     FIELD(dtype),   FIELD(num_threads)};
+#undef FIELD
+#define FIELD(name) COGSYM_FIELD(LogitsGradient, name)
+constexpr Field gradient_fields[] = {
+    FIELD(logits), FIELD(targets), FIELD(logsumexp), FIELD(dloss), FIELD(rows), FIELD(width), FIELD(first),
+    FIELD(scale), FIELD(soft_cap), FIELD(confidence), FIELD(floor), FIELD(dtype), FIELD(num_threads)};
+#undef FIELD
+
+}  // namespace
+
+COGSYM_KERNELS(linear_cross_entropy) = {
+    kernel<online_softmax>("online_softmax",
+                           "One block of columns into the running statistics, and its exponentials in its place.",
+                           softmax_fields),
+    kernel<add_rescaled>("add_rescaled", "total = total * rescale + product.", add_fields),
+    kernel<logits_gradient>("logits_gradient", "The gradient of a block of logits, in its place.", gradient_fields),
+    {}};
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

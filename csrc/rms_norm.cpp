@@ -1,51 +1,56 @@
 // Root-mean-square norm: contract and formulas in cogsym/ops/rms_norm.py.
 
-#include "scalar.h"
+#include "norm.h"
 
 namespace cogsym {
 namespace COGSYM_ISA {
 namespace {
 
-template <class C>
-C inverse_rms(C sum_of_squares, int64_t D, double eps) {
-    return C(1) / square_root(sum_of_squares / C(D) + C(eps));
-}
+struct RmsNorm {
+    const void* x;  // [rows, D]
+    int64_t x_stride;
+    const void* residual;  // [rows, D], or null: then h is x and is not written
+    int64_t residual_stride;
+    const void* weight;  // [D]
+    void* y;             // [rows, D] contiguous
+    void* h;             // [rows, D] contiguous: x + residual
+    int64_t rows, D;
+    double eps, offset;
+    DType dtype, weight_dtype;
+    int num_threads;
+    Scratch scratch;
+};
 
-// Long sums are sums of sums of this many elements: the error grows with the longest chain of additions.
-constexpr int64_t sum_block = 256;
+struct RmsNormBackward {
+    const void* dy;  // [rows, D]
+    int64_t dy_stride;
+    const void* h;  // [rows, D]
+    int64_t h_stride;
+    const void* dh;  // [rows, D], added to dx, or null
+    int64_t dh_stride;
+    const void* weight;  // [D]
+    void* dx;            // [rows, D] contiguous, or null: not wanted
+    void* dweight;       // [D], or null: not wanted
+    int64_t rows, D;
+    double eps, offset;
+    DType dtype, weight_dtype;
+    int num_threads;
+    Scratch scratch;
+};
 
 template <class T, class C = compute_t<T>>
-C sum_of_squares(const T* h, int64_t D) {
-    C total = 0;
-    for (int64_t begin = 0; begin < D; begin += sum_block) {
-        const int64_t end = D - begin < sum_block ? D : begin + sum_block;
-        C sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = begin; i < end; ++i) sum += widen(h[i]) * widen(h[i]);
-        total += sum;
-    }
-    return total;
-}
-
-// Σ dy γ h
-template <class T, class C = compute_t<T>>
-C weighted_dot(const T* dy, const C* gamma, const T* h, int64_t D) {
-    C total = 0;
-    for (int64_t begin = 0; begin < D; begin += sum_block) {
-        const int64_t end = D - begin < sum_block ? D : begin + sum_block;
-        C sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = begin; i < end; ++i) sum += widen(dy[i]) * gamma[i] * widen(h[i]);
-        total += sum;
-    }
-    return total;
+C inverse_rms(const T* h, int64_t D, double eps) {
+    const C squares = row_sum<C>(D, [=](int64_t i) { return widen(h[i]) * widen(h[i]); });
+    return C(1) / square_root(squares / C(D) + C(eps));
 }
 
 template <class T>
-void forward(const RmsNorm& a) {
+int64_t forward(const RmsNorm& a) {
     using C = compute_t<T>;
     const int64_t D = a.D;
-    C* gamma = static_cast<C*>(a.gamma);
+    Arena arena(a.scratch);
+    C* gamma = arena.take<C>(D);
+    if (!a.scratch) return arena.used();
     widen_table(gamma, a.weight, a.weight_dtype, D, C(1), C(a.offset));
 
     parallel_for(a.rows, a.rows * D, a.num_threads, [&](int64_t row) {
@@ -57,51 +62,34 @@ void forward(const RmsNorm& a) {
             write(sum, D, [=](int64_t i) { return widen(x[i]) + widen(residual[i]); });
             h = sum;
         }
-        const C r = inverse_rms(sum_of_squares(h, D), D, a.eps);
+        const C r = inverse_rms(h, D, a.eps);
         write(static_cast<T*>(a.y) + row * D, D, [=](int64_t i) { return widen(h[i]) * r * gamma[i]; });
     });
+    return 0;
 }
 
-// dweight = Σ_blocks partials, in the order of the blocks and in double.
-template <class C>
-void sum_partials(const RmsNormBackward& a) {
-    constexpr int64_t tile = 256;
-    const C* partials = static_cast<const C*>(a.partials);
-    with_type(a.weight_dtype, [&](auto element) {
-        using W = decltype(element);
-        parallel_for((a.D + tile - 1) / tile, a.num_blocks * a.D, a.num_threads, [&](int64_t t) {
-            const int64_t begin = t * tile, n = a.D - begin < tile ? a.D - begin : tile;
-            double total[tile] = {};
-            for (int64_t b = 0; b < a.num_blocks; ++b) {
-                const C* partial = partials + b * a.D + begin;
-#pragma omp simd
-                for (int64_t i = 0; i < n; ++i) total[i] += partial[i];
-            }
-            write(static_cast<W*>(a.dweight) + begin, n, [&](int64_t i) { return compute_t<W>(total[i]); });
-        });
-    });
-}
-
-// Rows are cut into blocks whose size does not depend on the number of threads, and so neither does dweight.
 template <class T>
-void backward(const RmsNormBackward& a) {
+int64_t backward(const RmsNormBackward& a) {
     using C = compute_t<T>;
     const int64_t D = a.D;
-    C* gamma = static_cast<C*>(a.gamma);
+    const RowBlocks blocks(a.rows);
+    Arena arena(a.scratch);
+    C* gamma = arena.take<C>(D);
+    C* partials = arena.take<C>(a.dweight ? blocks.count * D : 0);
+    if (!a.scratch) return arena.used();
     widen_table(gamma, a.weight, a.weight_dtype, D, C(1), C(a.offset));
 
-    parallel_for(a.num_blocks, a.rows * D, a.num_threads, [&](int64_t block) {
-        C* partial = a.dweight ? static_cast<C*>(a.partials) + block * D : nullptr;
+    parallel_for(blocks.count, a.rows * D, a.num_threads, [&](int64_t block) {
+        C* partial = a.dweight ? partials + block * D : nullptr;
         if (partial)
             for (int64_t i = 0; i < D; ++i) partial[i] = 0;
-        const int64_t begin = block * a.block_rows;
-        const int64_t end = begin + a.block_rows < a.rows ? begin + a.block_rows : a.rows;
-        for (int64_t row = begin; row < end; ++row) {
+        for (int64_t row = blocks.begin(block); row < blocks.end(block); ++row) {
             const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
             const T* h = static_cast<const T*>(a.h) + row * a.h_stride;
-            const C r = inverse_rms(sum_of_squares(h, D), D, a.eps);
+            const C r = inverse_rms(h, D, a.eps);
             if (a.dx) {
-                const C scale = r * r * r * (weighted_dot(dy, gamma, h, D) / C(D));
+                const C dot = row_sum<C>(D, [=](int64_t i) { return widen(dy[i]) * gamma[i] * widen(h[i]); });
+                const C scale = r * r * r * (dot / C(D));
                 T* dx = static_cast<T*>(a.dx) + row * D;
                 if (a.dh) {
                     const T* dh = static_cast<const T*>(a.dh) + row * a.dh_stride;
@@ -118,18 +106,36 @@ void backward(const RmsNormBackward& a) {
             }
         }
     });
-    if (a.dweight) sum_partials<C>(a);
+    if (a.dweight) sum_partials(a.dweight, a.weight_dtype, partials, blocks.count, D, D, a.num_threads);
+    return 0;
 }
+
+int64_t rms_norm(const RmsNorm& a) {
+    return with_type(a.dtype, [&](auto element) { return forward<decltype(element)>(a); });
+}
+
+int64_t rms_norm_backward(const RmsNormBackward& a) {
+    return with_type(a.dtype, [&](auto element) { return backward<decltype(element)>(a); });
+}
+
+#define FIELD(name) COGSYM_FIELD(RmsNorm, name)
+constexpr Field forward_fields[] = {
+    FIELD(x), FIELD(x_stride), FIELD(residual), FIELD(residual_stride), FIELD(weight), FIELD(y), FIELD(h), FIELD(rows),
+    FIELD(D), FIELD(eps), FIELD(offset), FIELD(dtype), FIELD(weight_dtype), FIELD(num_threads), FIELD(scratch)};
+#undef FIELD
+#define FIELD(name) COGSYM_FIELD(RmsNormBackward, name)
+constexpr Field backward_fields[] = {
+    FIELD(dy), FIELD(dy_stride), FIELD(h), FIELD(h_stride), FIELD(dh), FIELD(dh_stride), FIELD(weight), FIELD(dx),
+    FIELD(dweight), FIELD(rows), FIELD(D), FIELD(eps), FIELD(offset), FIELD(dtype), FIELD(weight_dtype),
+    FIELD(num_threads), FIELD(scratch)};
+#undef FIELD
 
 }  // namespace
 
-void rms_norm(const RmsNorm& a) {
-    with_type(a.dtype, [&](auto element) { forward<decltype(element)>(a); });
-}
-
-void rms_norm_backward(const RmsNormBackward& a) {
-    with_type(a.dtype, [&](auto element) { backward<decltype(element)>(a); });
-}
+COGSYM_KERNELS(rms_norm) = {
+    kernel<rms_norm>("rms_norm", "y (and h = x + residual where residual is not 0).", forward_fields),
+    kernel<rms_norm_backward>("rms_norm_backward", "dx and dweight, each unless its address is 0.", backward_fields),
+    {}};
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

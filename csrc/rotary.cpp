@@ -6,6 +6,20 @@ namespace cogsym {
 namespace COGSYM_ISA {
 namespace {
 
+struct Rotary {
+    const void* x;  // [B, T, H, D]
+    int64_t x_strides[3];
+    const void* cos;  // [B or 1, T, half]; a batch stride of 0 shares it
+    int64_t cos_strides[2];
+    const void* sin;
+    int64_t sin_strides[2];
+    void* y;  // [B, T, H, D] contiguous
+    int64_t B, T, H, D, half;
+    bool interleaved, inverse;
+    DType dtype, table_dtype;
+    int num_threads;
+};
+
 // Turns the pairs (a[0], b[0]), (a[1], b[1]), ... of one head.
 template <class T, class C>
 void turn_halves(T* ya, T* yb, const T* a, const T* b, const C* cos, const C* sin, int64_t n) {
@@ -65,11 +79,20 @@ void rotate(const Rotary& a) {
     });
 }
 
-}  // namespace
-
 void rotary(const Rotary& a) {
     with_type(a.dtype, [&](auto element) { rotate<decltype(element)>(a); });
 }
+
+#define FIELD(name) COGSYM_FIELD(Rotary, name)
+constexpr Field fields[] = {
+    FIELD(x), FIELD(x_strides), FIELD(cos), FIELD(cos_strides), FIELD(sin), FIELD(sin_strides), FIELD(y), FIELD(B),
+    FIELD(T), FIELD(H), FIELD(D), FIELD(half), FIELD(interleaved), FIELD(inverse), FIELD(dtype), FIELD(table_dtype),
+    FIELD(num_threads)};
+#undef FIELD
+
+}  // namespace
+
+COGSYM_KERNELS(rotary) = {kernel<rotary>("rotary", "y, x turned.", fields), {}};
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

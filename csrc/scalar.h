@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels.h"
+#include "declare.h"
 
 #if defined(__AVX512BF16__) || defined(__F16C__)
 #include <immintrin.h>
@@ -166,15 +166,16 @@ inline void write(T* out, int64_t n, F f) {
     Write<T>::run(out, n, f);
 }
 
-// Calls f with a value of the element type that `dtype` names.
+// f of a value of the element type that `dtype` names.
 template <class F>
-inline void with_type(DType dtype, F f) {
+inline auto with_type(DType dtype, F f) {
     switch (dtype) {
         case DType::float32: return f(float{});
         case DType::bfloat16: return f(bfloat16{});
         case DType::float16: return f(float16{});
         case DType::float64: return f(double{});
     }
+    __builtin_unreachable();
 }
 
 // out[i] = add + scale * table[i], whatever the table's element type.

@@ -7,9 +7,24 @@
 
 namespace cogsym {
 namespace COGSYM_ISA {
+namespace {
+
+// All columns of the logits of bfloat16 tokens; statistics as linear_cross_entropy.cpp has them.
+struct TokenScores {
+    const void* hidden;  // [N, D]
+    int64_t hidden_stride;
+    const void* weight;  // [V, D]
+    int64_t weight_stride;
+    const int64_t* targets;  // [N]
+    float *maximum, *total, *target_logit;  // [N]
+    int64_t* argmax;                        // [N]
+    int64_t N, V, D;
+    double scale;
+    int num_threads;
+    Scratch scratch;
+};
 
 #ifdef __AMX_BF16__
-namespace {
 
 constexpr int64_t half = panel / 2;
 // Tokens that a block of the vocabulary meets while they lie in the second cache, and the vocabulary that a task takes.
@@ -161,12 +176,25 @@ struct TokenScorer {
     }
 };
 
-}  // namespace
-
 int64_t token_scores(const TokenScores& a) { return TokenScorer(a).run(); }
 #else
 int64_t token_scores(const TokenScores&) { return -1; }
 #endif
+
+#define FIELD(name) COGSYM_FIELD(TokenScores, name)
+constexpr Field fields[] = {
+    FIELD(hidden), FIELD(hidden_stride), FIELD(weight), FIELD(weight_stride), FIELD(targets), FIELD(maximum),
+    FIELD(total), FIELD(target_logit), FIELD(argmax), FIELD(N), FIELD(V), FIELD(D), FIELD(scale), FIELD(num_threads),
+    FIELD(scratch)};
+#undef FIELD
+
+}  // namespace
+
+COGSYM_KERNELS(token_scores) = {
+    kernel<token_scores>("token_scores",
+                         "All columns at once, in bfloat16. False where this processor has no instruction for it.",
+                         fields),
+    {}};
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

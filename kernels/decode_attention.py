@@ -42,6 +42,7 @@ def decode_attention_kernel(
     v_ptr,  # [S, KV, D]
     begins_ptr,  # [N, M], contiguous
     ends_ptr,  # [N, M], contiguous
+    sinks_ptr,  # [H], contiguous, or None: none
     o_ptr,  # [N, H, D], contiguous; or sums, [splits, N, H, D] of the compute type
     top_ptr,  # [splits, N, H] of the compute type, the largest logit; or None where there is one split
     total_ptr,  # like top_ptr: Σ e^(logit - top)
@@ -79,6 +80,10 @@ def decode_attention_kernel(
     sums = tl.zeros((BLOCK_Q, BLOCK_D), compute)
     top = tl.full((BLOCK_Q,), float("-inf"), compute)
     total = tl.zeros((BLOCK_Q,), compute)
+    if sinks_ptr is not None:
+        # A sink is the first key that a row meets, in the first split, and its value is 0.
+        top = tl.where(split == 0, tl.load(sinks_ptr + head, valid, 0.0).to(compute), top)
+        total = tl.where(split == 0, total + 1.0, total)
     for m in range(M):
         begins = tl.load(begins_ptr + row * M + m, valid, 0)
         ends = tl.load(ends_ptr + row * M + m, valid, 0)
@@ -194,6 +199,7 @@ def decode_attention(
             v,
             begins,
             ends,
+            None if sinks is None else sinks.contiguous(),
             sums,
             top,
             total,

@@ -34,6 +34,7 @@ _LLAMA3_ROPE = {
 }  # fmt: skip
 _PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_LLAMA4_ROPE = _YARN_ROPE | {"original_max_position_embeddings": 5, "llama_4_scaling_beta": 0.5}
 
 # name -> (what transformers calls the model, what the variant adds): those that every test is about.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,18 +73,56 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Further families, for the tests that hold every family against transformers; one whose config adds nothing needs no
 # line.
-FURTHER: dict[str, tuple[str, dict[str, Any]]] = {}
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus-biases": ("Apertus", {"attention_bias": True}),
+    "arcee": ("Arcee", {"mlp_bias": True}),
+    "cohere": ("Cohere", {"logit_scale": 0.3, "attention_bias": True}),
+    "cohere2": ("Cohere2", {"logit_scale": 0.3, "sliding_window": 5, "layer_types": _SLIDING}),
+    "cwm": (
+        "Cwm",
+        {
+            "sliding_window": 5, "layer_types": _SLIDING, "rope_parameters": _LLAMA3_ROPE, "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "ernie4_5": ("Ernie4_5", {"use_bias": True}),
+    "exaone4": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "exaone4-windows": ("Exaone4", {"sliding_window": 5, "layer_types": _SLIDING}),
+    "glm": ("Glm", {"rope_parameters": _PARTIAL_ROPE}),
+    "glm4": ("Glm4", {"rope_parameters": _PARTIAL_ROPE}),
+    "helium": ("Helium", {"head_dim": 6, "mlp_bias": True}),
+    "hyperclovax": (
+        "HyperCLOVAX",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 0.6},
+    ),
+    "hyperclovax-norms-behind": ("HyperCLOVAX", {"use_post_norm": True, "residual_multiplier": 0.7}),
+    "ministral": ("Ministral", {"sliding_window": 5, "layer_types": _SLIDING}),
+    "ministral3": ("Ministral3", {"rope_parameters": _LLAMA4_ROPE}),
+    "nemotron": ("Nemotron", {"rope_parameters": _PARTIAL_ROPE, "mlp_bias": True}),
+    "olmo3": ("Olmo3", {"sliding_window": 5, "layer_types": _SLIDING}),
+    "phi": ("Phi", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE}),
+    "phi-qk-norm": ("Phi", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "qk_layernorm": True}),
+    "seed_oss": ("SeedOss", {"residual_dropout": 0.0, "attention_dropout": 0.0}),
+    "stablelm": ("StableLm", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "StableLm",
+        {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "use_parallel_residual": True},
+    ),
+    "starcoder2": ("Starcoder2", {"sliding_window": 5}),
+}  # fmt: skip
 
 # The same, of models with a half, or a whole layer, that runs its own forward.
-PARTLY_OWN: dict[str, tuple[str, dict[str, Any]]] = {}
+PARTLY_OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere-qk-norm": ("Cohere", {"use_qk_norm": True}),
+    "stablelm-qk-norm": ("StableLm", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "qk_layernorm": True}),
+}
 
 
 def _plain_variants() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
     """Of the families that are registered and named above nowhere."""
     named = {model for model, _ in (VARIANTS | FURTHER | PARTLY_OWN).values()}
-    known = FAMILIES
-    for path in known:
-        model = known[path].causal_lm.rpartition(".")[2].removesuffix("ForCausalLM")
+    for path in FAMILIES:
+        model = FAMILIES[path].causal_lm.rpartition(".")[2].removesuffix("ForCausalLM")
         if path.startswith("transformers.") and model not in named:
             yield path.split(".")[2], (model, {})
 
@@ -125,7 +164,7 @@ def exact_float64() -> Iterator[None]:
     def as_exact(x: torch.Tensor) -> torch.Tensor:
         return x if x.dtype == torch.float64 else single(x)
 
-    for family, _ in VARIANTS.values():
+    for family, _ in EVERY.values():
         getattr(transformers, f"{family}ForCausalLM")  # imports its file
     files = [m for name, m in sys.modules.items() if name.startswith("transformers.models.") and ".modeling_" in name]
     with pytest.MonkeyPatch.context() as patch:

@@ -11,6 +11,7 @@ import transformers
 
 from cogsym.errors import CogsymError
 from cogsym.models.loading import load_config, load_model
+from cogsym.ops.operation import Sizes
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool
+
+    def sizes(self, rows: int, length: int) -> Sizes:
+        """Those of an operation's example, for so many sequences of so many tokens."""
+        return Sizes(
+            rows, length, self.width, self.heads, self.kv_heads, self.head_dim, self.mlp_width, self.vocabulary
+        )
 
     def config(self, layers: int | None = None) -> Any:
         """As transformers describes it, with so many layers."""

@@ -9,23 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cogsym.bench import floor, report
 from cogsym.bench.case import OURS, ROUNDING, Case, CaseSpec, Line, Setting, difference, dtype_name, error_line
 from cogsym.bench.method import Variant
-from cogsym.bench.models import Shape, shape_of
-from cogsym.bench.operations import OPERATIONS, Outputs, Workload, directions
+from cogsym.bench.models import SHAPES, Shape, shape_of
 from cogsym.bench.study import Study
-from cogsym.ops import backend
+from cogsym.ops import backend, operations, route
+from cogsym.ops.operation import Example, MakeExample, Sizes
 
+PLAIN = "PyTorch"
 LENGTH = 512
 ROUNDS, PASSES = 7, 3
-REFERENCE_BYTES = 2**30  # that an operation's reference may hold; above, it is left out
+REFERENCE_BYTES = 2**30  # of logits that the reference of attention may hold; above, it is left out
+
+Outputs = tuple[Tensor, ...]
+Function = Callable[..., Outputs]  # of the inputs of an example, by name
+
+
+def examples() -> dict[str, MakeExample]:
+    """Of every operation that declares one, by name."""
+    return {name: operation.example for name, operation in operations().items() if operation.example}
 
 
 def cases(setting: Setting) -> list[CaseSpec]:
@@ -37,41 +47,68 @@ def cases(setting: Setting) -> list[CaseSpec]:
     for model in setting.models:
         shape, B = shape_of(model), 4 if setting.full else 2
         for dtype in dtypes:
-            for name, make in OPERATIONS.items():
-                for direction in directions(make):
+            for name, make in examples().items():
+                tiny = make(SHAPES["tiny"].sizes(1, 2), torch.float32, torch.device("cpu"))
+                for direction in tiny.work:
                     title = f"{shape.name}, {B * LENGTH} tokens, {dtype_name(dtype)}: {name}, {direction}"
-                    make_workload = partial(make, shape, B, LENGTH, dtype, setting.device)
-                    build = partial(case, make_workload, direction, (B * LENGTH, shape))
+                    build = partial(case, name, shape, shape.sizes(B, LENGTH), dtype, direction, setting.device)
                     found.append(CaseSpec(title, build, rounds=ROUNDS, passes=PASSES))
     return found
 
 
-def case(make: Callable[[], Workload], direction: str, product: tuple[int, Shape]) -> Case:
-    """One operation in one direction, verified, in every way there is here.
+def case(
+    name: str,
+    shape: Shape,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    direction: str,
+    device: torch.device,
+    more: Mapping[str, Function] | None = None,
+) -> Case:
+    """An operation's example in one direction, verified, in every way there is here, and `more` ways of PyTorch's."""
+    torch.manual_seed(0)
+    example = examples()[name](sizes, dtype, device)
+    logits = 4 * sizes.rows * sizes.heads * sizes.length**2 if name == "attention" else 0
+    result = measured_ways(name, example, direction, {PLAIN: example.plain} | dict(more or {}), logits)
+    if example.unit == "FLOP":
+        products, tokens = floor.Products(dtype, device), sizes.rows * sizes.length
+        products.add_linear(tokens, (shape.mlp_width, shape.width), input_gradient=True, weight_gradient=False)
+        result.floor, result.floor_work = products, products.flops
+    return result
+
+
+def measured_ways(name: str, example: Example, direction: str, plain: Mapping[str, Function], logits: int = 0) -> Case:
+    """An example in one direction, verified.
 
     Args:
-        make: makes it with its inputs.
+        name: of the operation.
+        example: it at work.
         direction: one that it has work for.
-        product: an operation of FLOPs is told beside the linear map of so many rows up an MLP of this shape.
+        plain: PyTorch's ways, by label.
+        logits: bytes of them that our reference holds.
+
+    Returns:
+        With a copy as its floor where the operation passes over memory.
     """
-    torch.manual_seed(0)
-    workload = make()
-    tensor = next(iter(workload.inputs.values()))
+    tensor = next(iter(example.inputs.values()))
     device, dtype = tensor.device, tensor.dtype
-    truth, dout = workload.results(workload.ours)
-    result = Case(unit=workload.unit, work=workload.work[direction])
-    result.facts = {"backend": backend.choose(device), "dtype": dtype_name(dtype)}
-    for label, (function, forced) in _candidates(workload, device).items():
-        if forced == "reference" and workload.reference_bytes > REFERENCE_BYTES:
-            result.skipped[label] = (
-                f"the reference holds all logits, {workload.reference_bytes / 2**30:.0f} GiB of them"
-            )
+    served = route(name, device, dtype).backend
+    result = Case(unit=example.unit, work=example.work[direction])
+    result.facts = {"backend": served, "dtype": dtype_name(dtype)}
+    ways: dict[str, tuple[Function, str | None]] = {OURS: (example.ours, None)}
+    for other in ("triton", "reference") if device.type == "cuda" else ("cpp", "reference"):
+        if other != served and not backend.unavailable(other):
+            ways[f"{OURS}, {other}"] = (example.ours, other)
+    truth, dout = results(example, example.ours)
+    for label, (function, forced) in (ways | {label: (function, None) for label, function in plain.items()}).items():
+        if forced == "reference" and logits > REFERENCE_BYTES:
+            result.skipped[label] = f"the reference holds all logits, {logits / 2**30:.0f} GiB of them"
             continue
         context = partial(forced_backend, forced)
         try:
             with context():
-                distance = difference(workload.results(function, dout)[0], truth)
-                run = directed(workload, function, direction, dout)
+                distance = difference(results(example, function, dout)[0], truth)
+                run = directed(example, function, direction, dout)
         except (RuntimeError, NotImplementedError, ImportError) as error:
             result.skipped[label] = error_line(error)
             continue
@@ -79,23 +116,25 @@ def case(make: Callable[[], Workload], direction: str, product: tuple[int, Shape
             result.different[label] = f"its results are {distance:.1e} away from ours"
             continue
         result.variants[label] = Variant(run, context)
-    if workload.unit == "B":
+    if example.unit == "B":
         result.floor, result.floor_work = floor.copy(int(result.work), device), result.work
-    else:
-        products, (rows, shape) = floor.Products(dtype, device), product
-        products.add_linear(rows, (shape.mlp_width, shape.width), input_gradient=True, weight_gradient=False)
-        result.floor, result.floor_work = products, products.flops
     return result
 
 
-def _candidates(workload: Workload, device: torch.device) -> dict[str, tuple[Callable[..., Outputs], str | None]]:
-    """(function, backend it is forced to), by label; ours first."""
-    found: dict[str, tuple[Callable[..., Outputs], str | None]] = {OURS: (workload.ours, None)}
-    chosen = backend.choose(device)
-    for name in ("triton", "reference") if device.type == "cuda" else ("cpp", "reference"):
-        if name != chosen and not backend.unavailable(name):
-            found[f"{OURS}, {name}"] = (workload.ours, name)
-    return found | {label: (function, None) for label, function in workload.plain.items()}
+def gradients(example: Example, outputs: Outputs, dout: Outputs, retain_graph: bool = False) -> tuple[Tensor, ...]:
+    """Those of the differentiated inputs."""
+    if not example.differentiated:
+        return ()
+    wanted = [example.inputs[name] for name in example.differentiated]
+    return torch.autograd.grad(outputs, wanted, dout, retain_graph=retain_graph)
+
+
+def results(example: Example, function: Function, dout: Outputs | None = None) -> tuple[list[Tensor], Outputs]:
+    """Outputs and gradients, and the gradients of the outputs that they were taken for."""
+    outputs = function(**example.inputs)
+    if dout is None:
+        dout = tuple(torch.ones_like(o) if o.dim() == 0 else torch.randn_like(o) for o in outputs)
+    return [*(o.detach() for o in outputs), *gradients(example, outputs, dout)], dout
 
 
 @contextlib.contextmanager
@@ -113,19 +152,17 @@ def forced_backend(name: str | None) -> Iterator[None]:
                 os.environ["COGSYM_BACKEND"] = before
 
 
-def directed(
-    workload: Workload, function: Callable[..., Outputs], direction: str, dout: Outputs
-) -> Callable[[], object]:
+def directed(example: Example, function: Function, direction: str, dout: Outputs) -> Callable[[], object]:
     """What is timed."""
     if direction == "both":
-        return lambda: workload.gradients(function(**workload.inputs), dout)
+        return lambda: gradients(example, function(**example.inputs), dout)
     if direction == "backward":
-        outputs = function(**workload.inputs)
-        return lambda: workload.gradients(outputs, dout, retain_graph=True)
+        outputs = function(**example.inputs)
+        return lambda: gradients(example, outputs, dout, retain_graph=True)
 
     def forward() -> None:
         with torch.no_grad():
-            function(**workload.inputs)
+            function(**example.inputs)
 
     return forward
 

@@ -7,7 +7,6 @@ model of four tiny layers, one token of each of four rows, beside transformers' 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,9 +17,9 @@ from cogsym.bench.generate import draw_prompts, write_tokens
 from cogsym.bench.loops import LOOPS, LoopOptions, Probe, texts
 from cogsym.bench.method import LEAST_ROUNDS, Variant
 from cogsym.bench.models import SHAPES, build
-from cogsym.bench.operations import OPERATIONS, PLAIN, Workload
-from cogsym.bench.ops import directed
+from cogsym.bench.ops import PLAIN, directed, examples, results
 from cogsym.bench.study import Study
+from cogsym.ops.operation import MakeExample
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.unembedding import SweepHead
 from cogsym.sweeps.engine.weights import ResidentLayers
@@ -32,21 +31,21 @@ ROWS, NEW_TOKENS = 4, 16
 
 def cases(setting: Setting) -> list[CaseSpec]:
     """Each operation, and a step; the models that are asked for do not matter."""
-    builds = {f"a call: {name}": partial(call, make, setting) for name, make in OPERATIONS.items()}
+    builds = {f"a call: {name}": partial(call, make, setting) for name, make in examples().items()}
     builds[f"a decoding step: {SHAPES[TINY].layers} layers, {ROWS} rows"] = partial(step, setting)
     return [CaseSpec(name, build, rounds=15 if setting.full else LEAST_ROUNDS) for name, build in builds.items()]
 
 
-def call(make: Callable[..., Workload], setting: Setting) -> Case:
+def call(make: MakeExample, setting: Setting) -> Case:
     """One operation, ours and PyTorch's."""
-    workload = make(SHAPES[TINY], 1, TOKENS, torch.float32, setting.device)
+    example = make(SHAPES[TINY].sizes(1, TOKENS), torch.float32, setting.device)
     result = Case()
-    for label, function in ((OURS, workload.ours), (PLAIN, workload.plain[PLAIN])):
-        _, dout = workload.results(function)
-        result.variants[label] = Variant(directed(workload, function, "forward", dout))
-        if workload.differentiated:
-            result.variants[f"{label}, recorded"] = Variant(partial(function, **workload.inputs))
-            result.variants[f"{label}, with backward"] = Variant(directed(workload, function, "both", dout))
+    for label, function in ((OURS, example.ours), (PLAIN, example.plain)):
+        _, dout = results(example, function)
+        result.variants[label] = Variant(directed(example, function, "forward", dout))
+        if example.differentiated:
+            result.variants[f"{label}, recorded"] = Variant(partial(function, **example.inputs))
+            result.variants[f"{label}, with backward"] = Variant(directed(example, function, "both", dout))
     return result
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 import cogsym
 from cogsym.bench.case import Case, CaseSpec, Line, Setting, difference, dtype_name, error_line
 from cogsym.bench.models import build, shape_of
-from cogsym.bench.operations import OPERATIONS, PLAIN
-from cogsym.bench.ops import LENGTH, forced_backend
+from cogsym.bench.ops import LENGTH, examples, forced_backend, results
 from cogsym.bench.report import Table
 from cogsym.bench.study import Study
 from cogsym.training.autograd import KEEPS
@@ -39,7 +38,7 @@ def cases(setting: Setting) -> list[CaseSpec]:
     for model in setting.models:
         for dtype in DTYPES:
             checks: dict[str, Callable[[], Errors]] = {
-                name: partial(operation, name, model, dtype, setting.device) for name in OPERATIONS
+                name: partial(operation, name, model, dtype, setting.device) for name in examples()
             }
             for keep in KEEPS:
                 if keep != "offload" or setting.device.type == "cuda":
@@ -68,13 +67,13 @@ def check(compute: Callable[[], Errors], eps: float) -> Case:
 def operation(name: str, model: str, dtype: torch.dtype, device: torch.device) -> Errors:
     """(our error, PyTorch's) of each output and gradient."""
     torch.manual_seed(0)
-    small = OPERATIONS[name](shape_of(model), 1, LENGTH, dtype, device)
+    small = examples()[name](shape_of(model).sizes(1, LENGTH), dtype, device)
     exact = {n: t.detach().double() if t.is_floating_point() else t for n, t in small.inputs.items()}
     doubles = dataclasses.replace(small, inputs=exact)
-    ours, dout = small.results(small.ours)
+    ours, dout = results(small, small.ours)
     with forced_backend("reference"):
-        truth, _ = doubles.results(doubles.ours, tuple(d.double() for d in dout))
-    theirs, _ = small.results(small.plain[PLAIN], dout)
+        truth, _ = results(doubles, doubles.ours, tuple(d.double() for d in dout))
+    theirs, _ = results(small, small.plain, dout)
     names = [f"output {i}" for i in range(len(dout))] + [f"gradient of {n}" for n in small.differentiated]
     return _errors(names, ours, theirs, truth)
 

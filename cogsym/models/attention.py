@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cogsym import ops
 from cogsym.models.half import Dial, Half, Kept, Product
-from cogsym.models.inputs import LayerInputs, Positions, Rotary
+from cogsym.models.inputs import LayerInputs, Positions, QueryScale, Rotary
 from cogsym.models.masks import UnknownMaskError, visible_keys
 from cogsym.models.norm import Norm
 from cogsym.models.projections import Projections, compute_dtype
@@ -49,6 +49,7 @@ class AttentionHalf(Half):
         normed_rows: what they take as a row: a "head", or "all" heads together.
         norm_behind_rotation: they stand behind the rotation, not before it.
         rotary: how queries and keys are rotated, or None.
+        query_scale: how queries grow with their position, or None.
         options: of `cogsym.ops.attention`, without `starts`.
         sinks: the module's attribute with a logit for each head that takes part in its softmax; "" for none.
     """
@@ -61,6 +62,7 @@ class AttentionHalf(Half):
     normed_rows: Literal["head", "all"] = "head"
     norm_behind_rotation: bool = False
     rotary: Rotary | None
+    query_scale: QueryScale | None = None
     options: AttentionOptions
     sinks: str = ""
 
@@ -92,15 +94,20 @@ class AttentionHalf(Half):
             raise UnknownMaskError(reason)
         visible = visible_keys(inputs.attention_mask, x.shape[1])
         starts = None if visible.starts is None else visible.starts.expand(x.shape[0], -1)
-        return Positions(*self._tables(inputs), starts, visible.blind)
+        scale = self.query_scale
+        factors = scale.where_needed(inputs.keywords["position_ids"]) if scale else None
+        return Positions(*self._tables(inputs), starts, visible.blind, factors)
 
     def forward(self, n: Tensor, inputs: LayerInputs) -> Tensor:
         """See `Half`. Without `inputs.positions` the model's own implementation attends, with its cache."""
         where = inputs.positions
         if where is None:
-            return self._project(self._attend(*self.heads(self.qkv(n), *self._tables(inputs)), inputs))
+            q, k, v = self.heads(self.qkv(n), *self._tables(inputs))
+            if self.query_scale:
+                q = scaled(q, self.query_scale(inputs.keywords["position_ids"]))
+            return self._project(self._attend(q, k, v, inputs))
         q, k, v = self.heads(self.qkv(n), where.cos, where.sin)
-        o, _ = ops.attention(q, k, v, self.at(where.starts))
+        o, _ = ops.attention(scaled(q, where.query_scale), k, v, self.at(where.starts))
         return self._project(o if where.blind is None else o.masked_fill(where.blind, 0))
 
     def run(self, n: Tensor, inputs: LayerInputs, kept: Kept) -> Tensor:
@@ -129,9 +136,10 @@ class AttentionHalf(Half):
             do = do.masked_fill(where.blind, 0)
         raw = qkv.split(self.qkv.sizes, dim=-1)
         q, k, v = self.heads(raw, where.cos, where.sin)
+        q = scaled(q, where.query_scale)
         dq, dk, dv = ops.attention_gradients(do, q, k, v, o, lse, self.at(where.starts))
         del q, k, v, o, do
-        dq = self._raw_gradient(dq, raw[0], self.q_norm, where)
+        dq = self._raw_gradient(scaled(dq, where.query_scale), raw[0], self.q_norm, where)
         dk = self._raw_gradient(dk, raw[1], self.k_norm, where)
         return self.qkv.input_gradient(torch.cat([t.flatten(-2) for t in (dq, dk, dv)], dim=-1))
 
@@ -167,11 +175,13 @@ class AttentionHalf(Half):
 
     def at(self, starts: Tensor | None) -> AttentionOptions:
         """The options for queries that see keys from `starts` on, int32 [B, T]; None for the first of all."""
-        return replace(self.options, starts=starts, sinks=self._sink_logits())
+        it = self.options
+        return AttentionOptions(it.scale, starts, it.window, it.soft_cap, self._sink_logits())
 
     def in_ranges(self) -> AttentionOptions:
         """The options for queries whose keys are given as ranges, the sliding window's ends among them."""
-        return replace(self.options, window=None, sinks=self._sink_logits())
+        it = self.options
+        return AttentionOptions(it.scale, soft_cap=it.soft_cap, sinks=self._sink_logits())
 
     def kept(self, dial: Dial) -> tuple[str, ...]:
         """See `Half`."""
@@ -238,7 +248,7 @@ class AttentionHalf(Half):
         assert where is not None
         kept["qkv"] = qkv = self.qkv.product(n, compute_dtype(n))
         q, k, v = self.heads(qkv.split(self.qkv.sizes, dim=-1), where.cos, where.sin)
-        kept["o"], kept["lse"] = ops.attention(q, k, v, self.at(where.starts))
+        kept["o"], kept["lse"] = ops.attention(scaled(q, where.query_scale), k, v, self.at(where.starts))
         if where.blind is not None:
             kept["o"].masked_fill_(where.blind, 0)
 
@@ -292,6 +302,11 @@ class AttentionHalf(Half):
         dropout = self.dropout if module.training else 0.0
         o: Tensor = attend(module, q, k, v, inputs.attention_mask, dropout=dropout, **options, **rest)[0]
         return o
+
+
+def scaled(q: Tensor, factors: Tensor | None) -> Tensor:
+    """Queries, [B, T, H, d], times factors of `QueryScale`."""
+    return q if factors is None else q * factors.to(q.dtype)
 
 
 def _beside(q: Tensor, k: Tensor) -> bool:

@@ -55,11 +55,13 @@ class Block:
         attention: its attention.
         mlp: its MLP.
         parallel: both halves read the block's input.
+        dropout: share of what the halves add that is dropped in training, which only the layer's own forward does.
     """
 
     attention: Half
     mlp: Half
     parallel: bool = False
+    dropout: float = 0.0
 
     @property
     def halves(self) -> tuple[Half, Half]:

@@ -223,6 +223,10 @@ class OwnHalf(Half):
         """See `Half`."""
         return (self.PROJECTED,) if self.output_norm and dial != "input" else ()
 
+    def on_own_forward(self, reason: str) -> OwnHalf:
+        """See `Half`: it is."""
+        return self
+
     def draws(self) -> bool:
         """Whether its forward draws at random in training, so that running it again gives something else."""
         module = self.module

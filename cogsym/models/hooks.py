@@ -11,9 +11,5 @@ _CAPTURE_MODULE = "transformers.utils.output_capturing"
 
 def hook_on(module: nn.Module) -> bool:
     """Whether something waits on the module."""
-    attributes = vars(module)
-    for name in HOOKS:
-        for hook in attributes[name].values():
-            if getattr(hook, "__module__", None) != _CAPTURE_MODULE:
-                return True
-    return False
+    waiting = [hooks for hooks in map(vars(module).__getitem__, HOOKS) if hooks]
+    return any(getattr(hook, "__module__", None) != _CAPTURE_MODULE for hooks in waiting for hook in hooks.values())

@@ -18,12 +18,14 @@ class Positions(NamedTuple):
         sin: like `cos`.
         starts: the first key that each query sees, int32 [B, T]; None for the first of all.
         blind: queries whose attention is 0, bool [B or 1, T, 1, 1]; None where there are none.
+        query_scale: factors of the queries, [B or 1, T, 1, 1]; None where all are 1.
     """
 
     cos: Tensor | None
     sin: Tensor | None
     starts: Tensor | None = None
     blind: Tensor | None = None
+    query_scale: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -54,8 +56,9 @@ class LayerInputs:
         return self.keywords.get("past_key_values")
 
 
-# Every layer of a forward pass is given the same tables, and strided ones would be copied at each use.
+# Every layer of a forward pass is given the same tables and positions; strided tables would be copied at each use.
 _cut: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_scales: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -87,3 +90,31 @@ class Rotary:
             _cut[table] = table[..., ::2].contiguous()
         cut: Tensor = _cut[table]
         return cut
+
+
+@dataclass(frozen=True)
+class QueryScale:
+    """How queries grow with their position: 1 + β log(1 + ⌊position / length⌋), so that long texts stay sharp.
+
+    Source: Llama 4, "temperature tuning"; Ministral 3.
+
+    Attributes:
+        beta: β.
+        length: positions that are left as they are.
+    """
+
+    beta: float
+    length: int
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """The factors, float32 [..., 1, 1], of positions [...]."""
+        return (1 + self.beta * torch.log(1 + torch.floor(positions / self.length)))[..., None, None]
+
+    def where_needed(self, positions: Tensor) -> Tensor | None:
+        """The same, or None where all are 1; for positions that all layers of a forward pass are given."""
+        if torch.compiler.is_compiling():
+            return self(positions)
+        if positions not in _scales:
+            _scales[positions] = self(positions) if (positions >= self.length).any() else None
+        factors: Tensor | None = _scales[positions]
+        return factors

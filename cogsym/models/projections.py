@@ -40,7 +40,9 @@ class Projections:
     @property
     def modules(self) -> list[Any]:
         """The modules, as they are now."""
-        return [getattr(self.owner, name) for name in self.names]
+        # Submodules are not among an object's plain attributes, and asking for them as such is slow.
+        modules = vars(self.owner)["_modules"]
+        return [modules[name] for name in self.names]
 
     def __call__(self, x: Tensor, outputs: slice = slice(None)) -> tuple[Tensor, ...]:
         """The outputs, [..., size] each: by their modules under autograd and where they are more than linear maps of
@@ -53,15 +55,18 @@ class Projections:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.plain():
             made = [module(x) for module in self.modules[outputs if self._apart else slice(None)]]
             return tuple(made) if self._apart else made[0].split(self.sizes, dim=-1)[outputs]
-        return self.product(x, compute_dtype(x), outputs).split(self.sizes[outputs], dim=-1)
+        product, sizes = self.product(x, compute_dtype(x), outputs), self.sizes[outputs]
+        return (product,) if len(sizes) == 1 else product.split(sizes, dim=-1)
 
     def plain(self) -> bool:
         """Whether the modules are `nn.Linear` and nothing more: no adapter, no quantised weight, no sharded one, no
         forward of its own, no hook."""
         for module in self.modules:
-            if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or module.weight.is_meta:
+            if type(module) is not nn.Linear:
                 return False
-            if "forward" in vars(module) or hook_on(module):
+            attributes = vars(module)
+            weight = attributes["_parameters"]["weight"]
+            if type(weight) is not nn.Parameter or weight.is_meta or "forward" in attributes or hook_on(module):
                 return False
         return True
 
@@ -80,11 +85,7 @@ class Projections:
         """
         weights, biases = self._parameters()
         x = x.to(dtype)
-        if (
-            self._packed
-            and outputs in (slice(None), slice(0, len(self.sizes)))
-            and x.numel() <= _PACKED_ROWS * x.shape[-1]
-        ):
+        if self._packed and outputs == slice(None) and x.numel() <= _PACKED_ROWS * x.shape[-1]:
             bias = None if biases is None else torch.cat(biases).to(dtype)
             return packed_linear(x, self._packed[0], bias)
         weight = _joined(weights)
@@ -141,9 +142,9 @@ class Projections:
         return [module.weight.shape[0] for module in self.modules]
 
     def _parameters(self) -> tuple[list[Any], list[Any] | None]:
-        modules = self.modules
-        biases = None if modules[0].bias is None else [module.bias for module in modules]
-        return [module.weight for module in modules], biases
+        owned = [vars(module)["_parameters"] for module in self.modules]
+        biases = None if owned[0]["bias"] is None else [parameters["bias"] for parameters in owned]
+        return [parameters["weight"] for parameters in owned], biases
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogsym.ops import backend
+from cogsym.ops import backend, cpp
+from cogsym.ops.operation import Example, Sizes, register_operation
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+_CODES: dict[str, int] = {name: code for code, name in enumerate(ACTIVATIONS)}  # of csrc/activation.cpp
 
 
 def activation(x: Tensor, kind: Activation) -> Tensor:
@@ -145,31 +147,35 @@ def _compute_dtype(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-@torch.library.custom_op("cogsym::gated_activation", mutates_args=())
-def _gated_activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
-    function = backend.implementation("gated_activation", gated_activation_reference, gate)
-    if up is None or kind not in ("silu", "gelu_tanh"):
-        function = gated_activation_reference
-    return function(gate, up, kind)
+def _cpp(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """By csrc/activation.cpp."""
+    z = cpp.empty_like(gate)
+    if gate.numel():
+        g = cpp.rows(gate)
+        u = g if up is None else cpp.rows(up)
+        cpp.extension.gated_activation(
+            g.data_ptr(), g.stride(0), 0 if up is None else u.data_ptr(), u.stride(0), z.data_ptr(), len(g), g.shape[1],
+            _CODES[kind], cpp.DTYPES[gate.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return z
 
 
-@torch.library.custom_op("cogsym::gated_activation_backward", mutates_args=())
-def _gated_activation_backward(
-    dz: Tensor, gate: Tensor, up: Tensor | None, kind: str, need_dgate: bool, need_dup: bool
-) -> Tensor:
-    function = backend.implementation("gated_activation_backward", gated_activation_backward_reference, gate)
-    if up is None or kind not in ("silu", "gelu_tanh"):
-        function = gated_activation_backward_reference
-    return function(dz, gate, up, kind, need_dgate, need_dup)
+def _cpp_backward(dz: Tensor, gate: Tensor, up: Tensor | None, kind: str, need_dgate: bool, need_dup: bool) -> Tensor:
+    """By csrc/activation.cpp."""
+    d = _fake_backward(dz, gate, up, kind, need_dgate, need_dup)
+    if d.numel():
+        z, g = cpp.rows(dz), cpp.rows(gate)
+        u = g if up is None else cpp.rows(up)
+        dup = d.data_ptr() + (g.shape[1] * d.element_size() if need_dgate else 0)
+        cpp.extension.gated_activation_backward(
+            z.data_ptr(), z.stride(0), g.data_ptr(), g.stride(0), 0 if up is None else u.data_ptr(), u.stride(0),
+            d.data_ptr() if need_dgate else 0, dup if need_dup else 0, d.shape[-1], len(g), g.shape[1],
+            _CODES[kind], cpp.DTYPES[gate.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return d
 
 
-@_gated_activation.register_fake
-def _(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
-
-
-@_gated_activation_backward.register_fake
-def _(dz: Tensor, gate: Tensor, up: Tensor | None, kind: str, need_dgate: bool, need_dup: bool) -> Tensor:
+def _fake_backward(dz: Tensor, gate: Tensor, up: Tensor | None, kind: str, need_dgate: bool, need_dup: bool) -> Tensor:
     return gate.new_empty(*gate.shape[:-1], gate.shape[-1] * (need_dgate + need_dup))
 
 
@@ -185,4 +191,33 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
     return d[..., :F] if need_dgate else None, d[..., d.shape[-1] - F :] if need_dup else None, None
 
 
-_gated_activation.register_autograd(_backward, setup_context=_setup)
+def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
+    """On the halves of a fused product."""
+    gate, up = torch.randn(sizes.rows, sizes.length, 2 * sizes.mlp_width, device=device).to(dtype).chunk(2, -1)
+
+    def ours(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        return (gated_activation(gate, up, "silu"),)
+
+    def plain(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        return (F.silu(gate) * up,)
+
+    size = gate.numel() * gate.element_size()
+    inputs = {"gate": gate.detach(), "up": up.detach()}
+    return Example(inputs, ours, plain, ("gate", "up"), "B", {"forward": 3 * size, "backward": 5 * size})
+
+
+_gated_activation = register_operation(
+    "gated_activation",
+    gated_activation_reference,
+    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.activation:gated_activation")),
+    fake=lambda gate, *_: torch.empty_like(gate, memory_format=torch.contiguous_format),
+    autograd=(_setup, _backward),
+    example=_example,
+)
+_gated_activation_backward = register_operation(
+    "gated_activation_backward",
+    gated_activation_backward_reference,
+    backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.activation:gated_activation_backward")),
+    fake=_fake_backward,
+    part_of="gated_activation",
+)

@@ -26,15 +26,15 @@ kernels do; the reference does not. A key that is not finite reaches only the qu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.nn import functional as F
 
-from cogsym.ops import backend, flash
+from cogsym.ops import backend, cpp, flash
+from cogsym.ops.operation import Example, Sizes, register_operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,26 +241,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> None:
         raise ValueError(f"attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one a query head.")
 
 
-def _implementation(
-    operation: str, q: Tensor, starts: Tensor | None, window: int | None, soft_cap: float | None
-) -> Any:
-    """The function that computes `operation` here: ours on CPU, PyTorch's flash kernels where they do what is asked."""
-    chosen = backend.choose(q.device)
-    if chosen == "cpp" and q.dtype in backend.KERNEL_DTYPES:
-        return backend.implementation(operation, _REFERENCES[operation], q)
-    if not backend.forced() and flash.serves(q, starts, window, soft_cap):
-        return getattr(flash, operation)
-    return _REFERENCES[operation]
-
-
-_REFERENCES: dict[str, Callable[..., Any]] = {
-    "attention": attention_reference,
-    "attention_backward": attention_backward_reference,
-}
-
-
-@torch.library.custom_op("cogsym::attention", mutates_args=())
-def _attention(
+def _cpp(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -270,16 +251,20 @@ def _attention(
     window: int | None,
     soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    function = _implementation("attention", q, starts, window, soft_cap)
-    if function is attention_reference or sinks is None:
-        return function(q, k, v, starts, sinks, scale, window, soft_cap)
-    o, lse = function(q, k, v, starts, None, scale, window, soft_cap)
-    with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    return (o * torch.exp(lse - with_sinks).mT[..., None]).to(o.dtype), with_sinks
+    """By csrc/attention.cpp."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    o, lse = cpp.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute)
+    if q.numel():
+        q, k, v = cpp.contiguous_rows(q), cpp.contiguous_rows(k), cpp.contiguous_rows(v)
+        starts = None if starts is None else starts.contiguous()
+        sinks = None if sinks is None else sinks.to(compute).contiguous()
+        cpp.extension.attention(
+            *_cpp_inputs(q, k, v, starts, scale, window, soft_cap), o.data_ptr(), lse.data_ptr(), cpp.address(sinks)
+        )
+    return o, lse
 
 
-@torch.library.custom_op("cogsym::attention_backward", mutates_args=())
-def _attention_backward(
+def _cpp_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -294,13 +279,61 @@ def _attention_backward(
     need_dk: bool,
     need_dv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    function = _implementation("attention_backward", q, starts, window, soft_cap)
-    return function(dout, q, k, v, o, lse, starts, scale, window, soft_cap, need_dq, need_dk, need_dv)
+    """By csrc/attention_backward.cpp."""
+    dq, dk, dv = _fake_backward(dout, q, k, v, need_dq, need_dk, need_dv)
+    if q.numel() and (need_dq or need_dk or need_dv):
+        q, k, v, dout = (cpp.contiguous_rows(x) for x in (q, k, v, dout))
+        starts = None if starts is None else starts.contiguous()
+        o, lse = o.contiguous(), lse.contiguous()
+        cpp.extension.attention_backward(
+            *_cpp_inputs(q, k, v, starts, scale, window, soft_cap),
+            o.data_ptr(), lse.data_ptr(), dout.data_ptr(), dout.stride()[:3],
+            dq.data_ptr() if need_dq else 0, dk.data_ptr() if need_dk else 0, dv.data_ptr() if need_dv else 0,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _cpp_inputs(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[
+    int, tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...], int, int, int, int, int, int,
+    float, int, float, int, int,
+]:  # fmt: skip
+    """The arguments that both directions begin with."""
+    B, T, H, D = q.shape
+    return (
+        q.data_ptr(), q.stride()[:3], k.data_ptr(), k.stride()[:3], v.data_ptr(), v.stride()[:3],
+        cpp.address(starts), B, T, H, k.shape[2], D, scale, window or 0, soft_cap or 0.0,
+        cpp.DTYPES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    B, T, H, _D = q.shape
+    lse = q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for x, need in zip((q, k, v), rest[-3:], strict=True)
+    )
+    return dq, dk, dv
+
+
+def _facts(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, sinks: Any, scale: float, *rest: Any
+) -> backend.Facts:
+    return flash.facts(q, starts, *rest)
+
+
+def _backward_facts(dout: Tensor, q: Tensor, *rest: Any) -> backend.Facts:
+    return flash.facts(q, rest[4], *rest[6:8])
 
 
 # Two products of D multiplications for each pair of a query and a key that it sees, and five in the backward pass.
 # Where a sequence begins is in the values of `starts`, so packed sequences count as whole rows.
-@register_flop_formula(torch.ops.cogsym.attention)
 def _flops(
     q: tuple[int, ...], k: Any, v: Any, starts: Any, sinks: Any, scale: float, window: int | None, *_: Any, **__: Any
 ) -> int:
@@ -308,40 +341,9 @@ def _flops(
     return 4 * B * H * D * attention_pairs(T, window)
 
 
-@register_flop_formula(torch.ops.cogsym.attention_backward)
 def _backward_flops(dout: Any, *rest: Any, **__: Any) -> int:
     B, T, H, D = dout
     return 10 * B * H * D * attention_pairs(T, rest[7])
-
-
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    B, T, H, _ = q.shape
-    lse = q.new_empty((B, H, T), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
-
-
-@_attention_backward.register_fake
-def _(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    starts: Tensor | None,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    need_dq: bool,
-    need_dk: bool,
-    need_dv: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = ((q, need_dq), (k, need_dk), (v, need_dv))
-    dq, dk, dv = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0) for x, need in wanted
-    )
-    return dq, dk, dv
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -365,4 +367,39 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *given, None, dsinks, None, None, None
 
 
-_attention.register_autograd(_backward, setup_context=_setup)
+def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
+    """Causal, with grouped heads, on slices of a fused projection."""
+    H, KV, D, T = sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.length
+    q, k, v = torch.randn(sizes.rows, T, H + 2 * KV, D, device=device).to(dtype).split((H, KV, KV), 2)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return (attention(q, k, v, AttentionOptions(D**-0.5))[0],)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2),)
+
+    product = 2 * sizes.rows * H * D * attention_pairs(T)
+    inputs = {"q": q.detach(), "k": k.detach(), "v": v.detach()}
+    return Example(inputs, ours, plain, ("q", "k", "v"), "FLOP", {"forward": 2 * product, "backward": 5 * product})
+
+
+_attention = register_operation(
+    "attention",
+    attention_reference,
+    backends=(backend.cpp(_cpp), flash.backend(flash.attention)),
+    facts=_facts,
+    fake=_fake,
+    autograd=(_setup, _backward),
+    flops=_flops,
+    example=_example,
+)
+_attention_backward = register_operation(
+    "attention_backward",
+    attention_backward_reference,
+    backends=(backend.cpp(_cpp_backward), flash.backend(flash.attention_backward)),
+    facts=_backward_facts,
+    fake=_fake_backward,
+    flops=_backward_flops,
+    part_of="attention",
+)

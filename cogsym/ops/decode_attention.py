@@ -19,13 +19,13 @@ There are no gradients: scoring and generating need none.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from cogsym.ops import backend
+from cogsym.ops import backend, cpp
 from cogsym.ops.attention import AttentionOptions
+from cogsym.ops.operation import Example, Sizes, register_operation
 
 
 def decode_attention(
@@ -66,6 +66,7 @@ def decode_attention_reference(
     soft_cap: float | None,
 ) -> Tensor:
     """`decode_attention` in plain PyTorch, row by row; the documentation of the kernels."""
+    _check_ranges(begins, ends, len(k))
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     o, kv = torch.zeros_like(q, memory_format=torch.contiguous_format), k.shape[1]
     for n, ranges in enumerate(torch.stack((begins, ends), -1).tolist()):
@@ -120,6 +121,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, option
 
 
 def _check_ranges(begins: Tensor, ends: Tensor, S: int) -> None:
+    """Values are looked at within the operation: before it, torch.compile would have to break its graph for them."""
     if begins.numel() == 0 or not begins.device.type == ends.device.type == "cpu":
         return
     first, last = int(begins.min()), int(ends.max())
@@ -128,8 +130,7 @@ def _check_ranges(begins: Tensor, ends: Tensor, S: int) -> None:
         raise ValueError(f"decode_attention: a range {wrong}, expected one within the store's {S} keys.")
 
 
-@torch.library.custom_op("cogsym::decode_attention", mutates_args=())
-def _decode_attention(
+def _cpp(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -139,15 +140,49 @@ def _decode_attention(
     scale: float,
     soft_cap: float | None,
 ) -> Tensor:
-    # Values are looked at here: before the operation, torch.compile would have to break its graph for them.
+    """By csrc/decode_attention.cpp."""
     _check_ranges(begins, ends, len(k))
-    function = backend.implementation("decode_attention", decode_attention_reference, q)
-    if sinks is not None:
-        function = decode_attention_reference
-    return function(q, k, v, begins, ends, sinks, scale, soft_cap)
+    o = cpp.empty_like(q)
+    if q.numel():
+        q, k, v = cpp.contiguous_rows(q), cpp.contiguous_rows(k), cpp.contiguous_rows(v)
+        begins, ends = begins.contiguous(), ends.contiguous()
+        sinks = None if sinks is None else sinks.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+        N, H, D = q.shape
+        cpp.extension.decode_attention(
+            q.data_ptr(), q.stride()[:2], k.data_ptr(), k.stride()[:2], v.data_ptr(), v.stride()[:2],
+            begins.data_ptr(), ends.data_ptr(), cpp.address(sinks), N, begins.shape[1], H, k.shape[1], D,
+            scale, soft_cap or 0.0, cpp.DTYPES[q.dtype], torch.get_num_threads(), o.data_ptr(),
+        )  # fmt: skip
+    return o
 
 
-# No FLOP formula is registered: it would see shapes alone, and how many keys a row sees is in the values of its ranges.
-@_decode_attention.register_fake
-def _(q: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
+    """Sixteen rows that share a prompt, each with 64 tokens of its own behind it."""
+    N, H, KV, D, own, prompt = 16, sizes.heads, sizes.kv_heads, sizes.head_dim, 64, sizes.rows * sizes.length
+    q = torch.randn(N, H, D, device=device).to(dtype)
+    k, v = (torch.randn(prompt + N * own, KV, D, device=device).to(dtype) for _ in range(2))
+    firsts = prompt + own * torch.arange(N, device=device)
+    begins = torch.stack((torch.zeros_like(firsts), firsts), 1)
+    ends = torch.stack((torch.full_like(firsts, prompt), firsts + own), 1)
+    place = torch.arange(len(k), device=device)
+    visible = ((place >= begins[..., None]) & (place < ends[..., None])).any(1)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return (decode_attention(q, k, v, begins, ends, AttentionOptions(D**-0.5)),)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        return (F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)[0].transpose(0, 1),)
+
+    size = (2 * k.numel() + 2 * q.numel()) * q.element_size()
+    return Example({"q": q, "k": k, "v": v}, ours, plain, (), "B", {"forward": size})
+
+
+# No FLOP formula: it would see shapes alone, and how many keys a row sees is in the values of its ranges.
+_decode_attention = register_operation(
+    "decode_attention",
+    decode_attention_reference,
+    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.decode_attention:decode_attention")),
+    fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
+    example=_example,
+)

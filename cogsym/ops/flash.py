@@ -6,20 +6,62 @@ is not built. The CUDA half follows the schema of torch 2.13; no GPU has run it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
+
+from cogsym.ops.backend import Backend, Facts
+
+# How sequences lie in a batch: one a row, one behind the other, or with starts of any other kind.
+Sequences = Literal["whole", "end to end", "overlapping"]
 
 aten = torch.ops.aten
 
 
-def serves(q: Tensor, starts: Tensor | None, window: int | None, soft_cap: float | None) -> bool:
-    """Whether these kernels compute attention for such arguments; the reference does the rest."""
-    if soft_cap is not None or not q.numel():
-        return False
-    if q.is_cuda:
-        half, D = q.dtype in (torch.bfloat16, torch.float16), q.shape[-1]
-        return half and D % 8 == 0 and D <= 256 and (starts is None or cu_seqlens(starts) is not None)
-    return q.device.type == "cpu" and starts is None and window is None
+def backend(function: Callable[..., Any]) -> Backend:
+    """These kernels, as a backend of attention."""
+    return Backend("flash", function, ("cuda", "cpu"), refuses=refuses)
+
+
+def refuses(
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int = 128,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sequences: Sequences = "whole",
+    empty: bool = False,
+) -> str | None:
+    """Why these kernels do not compute such attention, or None."""
+    if soft_cap is not None:
+        return "PyTorch's flash attention has no soft cap"
+    if empty:
+        return "PyTorch's flash attention takes no empty tensors"
+    if device == "cpu":
+        restricted = sequences != "whole" or window is not None
+        return "PyTorch's flash attention on a CPU is causal and nothing else" if restricted else None
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "PyTorch's flash attention takes bfloat16 and float16"
+    if head_dim % 8 or head_dim > 256:
+        return f"PyTorch's flash attention takes heads of a multiple of 8 up to 256, not {head_dim}"
+    return "PyTorch's flash attention takes sequences end to end" if sequences == "overlapping" else None
+
+
+def facts(q: Tensor, starts: Tensor | None, window: int | None, soft_cap: float | None) -> Facts:
+    """Of arguments, what `refuses` looks at."""
+    sequences: Sequences = "whole"
+    if starts is not None:
+        # On a CPU it is refused in any case, and so it need not be looked at.
+        sequences = "end to end" if q.is_cuda and cu_seqlens(starts) is not None else "overlapping"
+    return {
+        "head_dim": q.shape[-1],
+        "window": window,
+        "soft_cap": soft_cap,
+        "sequences": sequences,
+        "empty": not q.numel(),
+    }
 
 
 def attention(
@@ -27,7 +69,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     starts: Tensor | None,
-    sinks: None,
+    sinks: Tensor | None,
     scale: float,
     window: int | None,
     soft_cap: float | None,
@@ -36,14 +78,14 @@ def attention(
     B, T, H, _ = q.shape
     if not q.is_cuda:
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v), 0.0, True, scale=scale)
-        return o.transpose(1, 2).contiguous(), lse.contiguous()
+        return _with_sinks(o.transpose(1, 2).contiguous(), lse.contiguous(), sinks)
     ends, longest = _sequences(q, starts)
     # The last key that a query sees is its own, which window_size_right says: 0 keys after it.
     o, lse, *_ = aten._flash_attention_forward(
         *(x.flatten(0, 1) for x in (q, k, v)), ends, ends, longest, longest, 0.0, True, False,
         scale=scale, window_size_left=None if window is None else window - 1, window_size_right=0,
     )  # fmt: skip
-    return o.view(q.shape), lse.view(H, B, T).transpose(0, 1).contiguous()
+    return _with_sinks(o.view(q.shape), lse.view(H, B, T).transpose(0, 1).contiguous(), sinks)
 
 
 def attention_backward(
@@ -101,6 +143,14 @@ def cu_seqlens(starts: Tensor) -> Tensor | None:
     return torch.cat((place[begins], place.new_tensor([B * T])))
 
 
+def _with_sinks(o: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A sink's value is 0: it takes its share of every other."""
+    if sinks is None:
+        return o, lse
+    with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return (o * torch.exp(lse - with_sinks).mT[..., None]).to(o.dtype), with_sinks
+
+
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
 
@@ -111,5 +161,5 @@ def _sequences(q: Tensor, starts: Tensor | None) -> tuple[Tensor, int]:
     if starts is None:
         return torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32), T
     ends = cu_seqlens(starts)
-    assert ends is not None  # `serves` has looked
+    assert ends is not None  # `refuses` has looked
     return ends, int(ends.diff().max())

@@ -22,6 +22,10 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from cogsym.ops import backend, cpp
+from cogsym.ops.operation import Example, Sizes, register_operation
 
 
 @overload
@@ -154,20 +158,35 @@ def _normalised(h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return centred * r, r
 
 
-@torch.library.custom_op("cogsym::layer_norm", mutates_args=())
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float) -> Tensor:
-    return layer_norm_reference(x, weight, bias, eps, offset)
+def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float) -> Tensor:
+    return _cpp_forward(x, None, weight, bias, eps, offset)[0]
 
 
-@torch.library.custom_op("cogsym::add_layer_norm", mutates_args=())
-def _add_layer_norm(
+def _cpp_add(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
-    return add_layer_norm_reference(x, residual, weight, bias, eps, offset)
+    return _cpp_forward(x, residual, weight, bias, eps, offset)
 
 
-@torch.library.custom_op("cogsym::layer_norm_backward", mutates_args=())
-def _layer_norm_backward(
+def _cpp_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """By csrc/layer_norm.cpp: (y, h), h being x without a residual."""
+    y = cpp.empty_like(x)
+    h = x if residual is None else cpp.empty_like(x)
+    if x.numel():
+        rows, weight = cpp.rows(x), cpp.table(weight)
+        stream = rows if residual is None else cpp.rows(residual)
+        bias = None if bias is None else cpp.table(bias)
+        cpp.extension.layer_norm(
+            rows.data_ptr(), rows.stride(0), 0 if residual is None else stream.data_ptr(), stream.stride(0),
+            weight.data_ptr(), cpp.address(bias), y.data_ptr(), h.data_ptr(), len(rows), rows.shape[1], eps, offset,
+            cpp.DTYPES[x.dtype], cpp.DTYPES[weight.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return y, h
+
+
+def _cpp_backward(
     dy: Tensor,
     h: Tensor,
     weight: Tensor,
@@ -178,22 +197,30 @@ def _layer_norm_backward(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return layer_norm_backward_reference(dy, h, weight, eps, offset, dh, need_dx, need_dweight, need_dbias)
+    """By csrc/layer_norm.cpp."""
+    table = cpp.table(weight)
+    dx = cpp.empty_like(h) if need_dx else h.new_empty(0)
+    empty = torch.empty_like if h.numel() else torch.zeros_like
+    dweight, dbias = (empty(table) if need else table.new_empty(0) for need in (need_dweight, need_dbias))
+    if h.numel():
+        rows, grad = cpp.rows(h), cpp.rows(dy)
+        stream = grad if dh is None else cpp.rows(dh)
+        cpp.extension.layer_norm_backward(
+            grad.data_ptr(), grad.stride(0), rows.data_ptr(), rows.stride(0),
+            0 if dh is None else stream.data_ptr(), stream.stride(0), table.data_ptr(),
+            dx.data_ptr() if need_dx else 0, dweight.data_ptr() if need_dweight else 0,
+            dbias.data_ptr() if need_dbias else 0, len(rows), rows.shape[1], eps, offset,
+            cpp.DTYPES[h.dtype], cpp.DTYPES[table.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-@_layer_norm.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_add_layer_norm.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_add(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, torch.empty_like(y)
 
 
-@_layer_norm_backward.register_fake
-def _(dy: Tensor, h: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(dy: Tensor, h: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     need_dx, need_dweight, need_dbias = rest[-3:]
     dx = torch.empty_like(h, memory_format=torch.contiguous_format) if need_dx else h.new_empty(0)
     dweight, dbias = (torch.empty_like(weight) if need else weight.new_empty(0) for need in (need_dweight, need_dbias))
@@ -237,5 +264,44 @@ def _backward_add(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tenso
     )
 
 
-_layer_norm.register_autograd(_backward, setup_context=_setup)
-_add_layer_norm.register_autograd(_backward_add, setup_context=_setup_add)
+def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
+    """Without a bias, as Cohere has it, and with the residual addition before it."""
+    shape = (sizes.rows, sizes.length, sizes.width)
+    x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight = torch.rand(sizes.width, device=device).to(dtype)
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return layer_norm(x, weight, None, 1e-5, residual=residual)
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        h = x + residual
+        return F.layer_norm(h, weight.shape, weight, None, 1e-5), h
+
+    size = 4 * x.numel() * x.element_size()
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    return Example(inputs, ours, plain, ("x",), "B", {"forward": size, "backward": size})
+
+
+_layer_norm = register_operation(
+    "layer_norm",
+    layer_norm_reference,
+    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.layer_norm:layer_norm")),
+    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    autograd=(_setup, _backward),
+    example=_example,
+)
+_add_layer_norm = register_operation(
+    "add_layer_norm",
+    add_layer_norm_reference,
+    backends=(backend.cpp(_cpp_add), backend.triton("cogsym.kernels.layer_norm:add_layer_norm")),
+    fake=_fake_add,
+    autograd=(_setup_add, _backward_add),
+    part_of="layer_norm",
+)
+_layer_norm_backward = register_operation(
+    "layer_norm_backward",
+    layer_norm_backward_reference,
+    backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.layer_norm:layer_norm_backward")),
+    fake=_fake_backward,
+    part_of="layer_norm",
+)

@@ -37,15 +37,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from cogsym.ops.logit_blocks import (
+    ADD_RESCALED,
+    HEAD_STATISTICS,
+    LOGITS_GRADIENT,
+    ONLINE_SOFTMAX,
     backward_pass,
     capped,
     compute_dtype,
     forward_pass,
-    statistics_at_once,
 )
+from cogsym.ops.operation import Example, Sizes, register_operation
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -220,8 +223,7 @@ def _counted(hidden: Tensor, targets: Tensor, ignore_index: int, V: int) -> _Row
     return rows
 
 
-@torch.library.custom_op("cogsym::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
+def _linear_cross_entropy_reference(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -248,8 +250,7 @@ def _linear_cross_entropy(
     )
 
 
-@torch.library.custom_op("cogsym::linear_cross_entropy_backward", mutates_args=())
-def _linear_cross_entropy_backward(
+def _linear_cross_entropy_backward_reference(
     dloss: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -285,25 +286,19 @@ def _linear_cross_entropy_backward(
     )
 
 
-@torch.library.custom_op("cogsym::linear_cross_entropy_scale", mutates_args=())
-def _linear_cross_entropy_scale(dhidden: Tensor, dloss: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+def _linear_cross_entropy_scale_reference(dhidden: Tensor, dloss: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """dhidden · dloss row by row, rounded once. Rows that do not count stay 0, even times infinity: a mean of none."""
     dloss = torch.where(targets == ignore_index, 0, dloss)
     return torch.mul(dhidden, dloss.unsqueeze(-1), out=torch.empty_like(dhidden))
 
 
-@torch.library.custom_op("cogsym::token_scores", mutates_args=())
-def _token_scores(
+def _token_scores_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, soft_cap: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(target_logit, logsumexp, argmax)."""
     rows = _counted(hidden, targets, ignore_index, len(weight))
-    state = statistics_at_once(rows.hidden, rows.targets, weight, soft_cap, scale)
-    if state is None:
-        state, _ = forward_pass(
-            rows.hidden, rows.targets, weight, soft_cap, scale, logit_sum=False, argmax=True, dhidden=False
-        )
-    assert state.argmax is not None
+    arguments = rows.hidden, rows.targets, weight, soft_cap, scale
+    state = HEAD_STATISTICS.implementation(*arguments)(*arguments)
     return (
         rows.spread(state.target_logit, 0, targets.shape),
         rows.spread(state.logsumexp(scale, soft_cap), 0, targets.shape),
@@ -319,34 +314,24 @@ def _like(x: Tensor, needed: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
 
 
-@_linear_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _statistic(hidden), _statistic(hidden), _like(hidden, options[-1])
 
 
-@_linear_cross_entropy_backward.register_fake
-def _(dloss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(dloss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _like(hidden, rest[-2]), _like(weight, rest[-1])
 
 
-@_linear_cross_entropy_scale.register_fake
-def _(dhidden: Tensor, dloss: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    return torch.empty_like(dhidden)
-
-
-@_token_scores.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_scores(hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _statistic(hidden), _statistic(hidden), torch.empty_like(targets, memory_format=torch.contiguous_format)
 
 
 # Products of all rows: which targets are ignored is not known from shapes.
-@register_flop_formula([torch.ops.cogsym.linear_cross_entropy, torch.ops.cogsym.token_scores])
 def _forward_flops(hidden: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **_: Any) -> int:
     at_once = len(rest) == 6 and rest[-1]
     return 2 * math.prod(hidden) * weight[0] * (2 if at_once else 1)
 
 
-@register_flop_formula(torch.ops.cogsym.linear_cross_entropy_backward)
 def _backward_flops(dloss: Any, hidden: tuple[int, ...], weight: tuple[int, ...], *rest: Any, **_: Any) -> int:
     return 2 * math.prod(hidden) * weight[0] * (1 + rest[-2] + rest[-1])
 
@@ -373,4 +358,47 @@ def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return dhidden if need_dhidden else None, dweight if need_dweight else None, *[None] * 6
 
 
-_linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
+def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
+    """The loss of a frozen head, as a model takes it, and the gradient for its hidden states."""
+    N, D, V = sizes.rows * sizes.length, sizes.width, sizes.vocabulary
+    hidden, weight = (torch.randn(rows, D, device=device).to(dtype) for rows in (N, V))
+    targets = torch.randint(V, (N,), device=device)
+
+    def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return (linear_cross_entropy(hidden, weight, targets),)
+
+    def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return (F.cross_entropy(compute_dtype(F.linear(hidden, weight)), targets),)
+
+    product = 2 * N * D * V
+    inputs = {"hidden": hidden, "weight": weight / D**0.5, "targets": targets}
+    # The gradient is there when the loss is, so a backward pass alone says nothing.
+    return Example(inputs, ours, plain, ("hidden",), "FLOP", {"forward": product, "both": 2 * product})
+
+
+_linear_cross_entropy = register_operation(
+    "linear_cross_entropy",
+    _linear_cross_entropy_reference,
+    parts=(ONLINE_SOFTMAX, ADD_RESCALED, LOGITS_GRADIENT),
+    fake=_fake,
+    autograd=(_setup, _backward),
+    flops=_forward_flops,
+    example=_example,
+)
+_linear_cross_entropy_backward = register_operation(
+    "linear_cross_entropy_backward",
+    _linear_cross_entropy_backward_reference,
+    parts=(LOGITS_GRADIENT, ADD_RESCALED),
+    fake=_fake_backward,
+    flops=_backward_flops,
+    part_of="linear_cross_entropy",
+)
+_linear_cross_entropy_scale = register_operation(
+    "linear_cross_entropy_scale",
+    _linear_cross_entropy_scale_reference,
+    fake=lambda dhidden, *_: torch.empty_like(dhidden),
+    part_of="linear_cross_entropy",
+)
+_token_scores = register_operation(
+    "token_scores", _token_scores_reference, parts=(HEAD_STATISTICS,), fake=_fake_scores, flops=_forward_flops
+)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cogsym.ops import backend
+from cogsym.ops import backend, cpp
+from cogsym.ops.backend import Kernel
 
 # (rows, columns) of a block at most. On a CPU: 8 MiB in bfloat16, which its cache keeps from one product to the other.
 # On a GPU: so many columns that adding up the products, which is bound by memory, takes a few per cent.
@@ -136,19 +137,105 @@ def logits_gradient_reference(
     logits.copy_(dloss[:, None] * dx * _slope(x, scale, soft_cap))
 
 
-def statistics_at_once(
+def head_statistics_reference(
     hidden: Tensor, targets: Tensor, weight: Tensor, soft_cap: float, scale: float
-) -> OnlineState | None:
-    """What `forward_pass` says of every row, argmax and all, from a kernel that makes its own products and rounds none
-    of them; None where there is none for this processor and dtype."""
+) -> OnlineState:
+    """What `forward_pass` says of every row, argmax and all."""
+    options = {"logit_sum": False, "argmax": True, "dhidden": False}
+    return forward_pass(hidden, targets, weight, soft_cap, scale, **options)[0]
 
-    def nothing(*_: object) -> None:
-        return None
 
-    if soft_cap or hidden.device.type != "cpu":
-        return None
-    state: OnlineState | None = backend.implementation("token_scores", nothing, hidden)(hidden, weight, targets, scale)
-    return state
+def _one_pass_refuses(
+    device: str, dtype: torch.dtype, soft_cap: float | None = None, empty: bool = False
+) -> str | None:
+    """Of the kernel that makes its own products and rounds none of them."""
+    if dtype != torch.bfloat16:
+        return "in blocks of logits, as one pass takes bfloat16"
+    if cpp.extension.isa() != "amx_bf16":
+        return f"in blocks of logits, as {cpp.extension.isa()} kernels have no tiles for one pass"
+    return "in blocks of logits, as one pass has no soft cap" if soft_cap or empty else None
+
+
+def _cpp_head_statistics(hidden: Tensor, targets: Tensor, weight: Tensor, soft_cap: float, scale: float) -> OnlineState:
+    """By csrc/token_scores.cpp."""
+    hidden, weight, targets = cpp.contiguous_rows(hidden), cpp.contiguous_rows(weight), targets.contiguous()
+    # Each of its own: an operation's outputs share no memory.
+    maximum, total, target_logit = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+    argmax = targets.new_zeros(len(targets))
+    cpp.extension.token_scores(
+        hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0), targets.data_ptr(),
+        maximum.data_ptr(), total.data_ptr(), target_logit.data_ptr(), argmax.data_ptr(),
+        len(hidden), len(weight), weight.shape[1], scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return OnlineState(maximum, total, target_logit, None, argmax)
+
+
+def _cpp_online_softmax(
+    logits: Tensor,
+    first: int,
+    targets: Tensor,
+    state: OnlineState,
+    rescale: Tensor,
+    scale: float,
+    soft_cap: float,
+    exponentials: bool,
+) -> None:
+    cpp.extension.online_softmax(
+        logits.data_ptr(), targets.data_ptr(), state.maximum.data_ptr(), state.total.data_ptr(),
+        state.target_logit.data_ptr(), rescale.data_ptr(), cpp.address(state.logit_sum), cpp.address(state.argmax),
+        len(logits), logits.shape[1], first, scale, soft_cap, exponentials,
+        cpp.DTYPES[logits.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _cpp_add_rescaled(total: Tensor, product: Tensor, rescale: Tensor) -> None:
+    cpp.extension.add_rescaled(
+        total.data_ptr(), product.data_ptr(), rescale.data_ptr(), len(product), product.shape[1],
+        cpp.DTYPES[product.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _cpp_logits_gradient(
+    logits: Tensor,
+    first: int,
+    targets: Tensor,
+    logsumexp: Tensor,
+    dloss: Tensor,
+    scale: float,
+    soft_cap: float,
+    confidence: float,
+    floor: float,
+) -> None:
+    cpp.extension.logits_gradient(
+        logits.data_ptr(), targets.data_ptr(), logsumexp.data_ptr(), dloss.data_ptr(),
+        len(logits), logits.shape[1], first, scale, soft_cap, confidence, floor,
+        cpp.DTYPES[logits.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+_TRITON = "cogsym.kernels.linear_cross_entropy"
+ONLINE_SOFTMAX = Kernel(
+    "online_softmax",
+    online_softmax_reference,
+    (backend.cpp(_cpp_online_softmax), backend.triton(f"{_TRITON}:online_softmax")),
+)
+ADD_RESCALED = Kernel(
+    "add_rescaled",
+    add_rescaled_reference,
+    (backend.cpp(_cpp_add_rescaled), backend.triton(f"{_TRITON}:add_rescaled")),
+)
+LOGITS_GRADIENT = Kernel(
+    "logits_gradient",
+    logits_gradient_reference,
+    (backend.cpp(_cpp_logits_gradient), backend.triton(f"{_TRITON}:logits_gradient")),
+)
+HEAD_STATISTICS = Kernel(
+    "head_statistics",
+    head_statistics_reference,
+    (backend.cpp(_cpp_head_statistics, _one_pass_refuses),),
+    facts=lambda hidden, targets, weight, soft_cap, scale: {"soft_cap": soft_cap, "empty": not len(hidden)},
+    parts=(ONLINE_SOFTMAX,),
+)
 
 
 def forward_pass(
@@ -175,8 +262,7 @@ def forward_pass(
     )
     gradient = torch.empty_like(hidden) if dhidden else None
     buffer = hidden.new_empty(min(block_rows, N) * min(block_columns, V))
-    softmax = backend.implementation("online_softmax", online_softmax_reference, hidden)
-    add = backend.implementation("add_rescaled", add_rescaled_reference, hidden)
+    softmax, add = ONLINE_SOFTMAX.implementation(hidden), ADD_RESCALED.implementation(hidden)
     for begin, end in row_pieces(N, hidden.device):
         h, t = hidden[begin:end], targets[begin:end]
         part = state.rows(begin, end)
@@ -217,8 +303,7 @@ def backward_pass(
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dweight else None
     buffer = hidden.new_empty(min(block_rows, N) * min(block_columns, V))
     product, one = torch.empty_like(hidden[:block_rows]), torch.ones_like(logsumexp)
-    gradient = backend.implementation("logits_gradient", logits_gradient_reference, hidden)
-    add = backend.implementation("add_rescaled", add_rescaled_reference, hidden)
+    gradient, add = LOGITS_GRADIENT.implementation(hidden), ADD_RESCALED.implementation(hidden)
     # Rows inside columns: each block of dweight is then finished, and rounded, before the next is begun.
     for first in range(0, V, block_columns):
         w = weight[first : first + block_columns]

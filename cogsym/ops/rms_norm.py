@@ -23,8 +23,10 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from cogsym.ops import backend
+from cogsym.ops import backend, cpp
+from cogsym.ops.operation import Example, Sizes, register_operation
 
 
 @overload
@@ -134,18 +136,32 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-@torch.library.custom_op("cogsym::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    return backend.implementation("rms_norm", rms_norm_reference, x)(x, weight, eps, offset)
+def _cpp(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    return _cpp_forward(x, None, weight, eps, offset)[0]
 
 
-@torch.library.custom_op("cogsym::add_rms_norm", mutates_args=())
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    return backend.implementation("add_rms_norm", add_rms_norm_reference, x)(x, residual, weight, eps, offset)
+def _cpp_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    return _cpp_forward(x, residual, weight, eps, offset)
 
 
-@torch.library.custom_op("cogsym::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(
+def _cpp_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """By csrc/rms_norm.cpp: (y, h), h being x without a residual."""
+    y = cpp.empty_like(x)
+    h = x if residual is None else cpp.empty_like(x)
+    if x.numel():
+        rows, weight = cpp.rows(x), cpp.table(weight)
+        stream = rows if residual is None else cpp.rows(residual)
+        cpp.extension.rms_norm(
+            rows.data_ptr(), rows.stride(0), 0 if residual is None else stream.data_ptr(), stream.stride(0),
+            weight.data_ptr(), y.data_ptr(), h.data_ptr(), len(rows), rows.shape[1], eps, offset,
+            cpp.DTYPES[x.dtype], cpp.DTYPES[weight.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return y, h
+
+
+def _cpp_backward(
     dy: Tensor,
     h: Tensor,
     weight: Tensor,
@@ -155,32 +171,30 @@ def _rms_norm_backward(
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    function = backend.implementation("rms_norm_backward", rms_norm_backward_reference, h)
-    return function(dy, h, weight, eps, offset, dh, need_dx, need_dweight)
+    """By csrc/rms_norm.cpp."""
+    dx = cpp.empty_like(h) if need_dx else h.new_empty(0)
+    if not h.numel():
+        return dx, torch.zeros_like(weight) if need_dweight else weight.new_empty(0)
+    table = cpp.table(weight)
+    dweight = torch.empty_like(table) if need_dweight else table.new_empty(0)
+    rows, grad = cpp.rows(h), cpp.rows(dy)
+    stream = grad if dh is None else cpp.rows(dh)
+    cpp.extension.rms_norm_backward(
+        grad.data_ptr(), grad.stride(0), rows.data_ptr(), rows.stride(0),
+        0 if dh is None else stream.data_ptr(), stream.stride(0), table.data_ptr(),
+        dx.data_ptr() if need_dx else 0, dweight.data_ptr() if need_dweight else 0,
+        len(rows), rows.shape[1], eps, offset, cpp.DTYPES[h.dtype], cpp.DTYPES[table.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dweight.to(weight.dtype)
 
 
-@_rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_add_rms_norm.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+def _fake_add(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, torch.empty_like(y)
 
 
-@_rms_norm_backward.register_fake
-def _(
-    dy: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    eps: float,
-    offset: float,
-    dh: Tensor | None,
-    need_dx: bool,
-    need_dweight: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(dy: Tensor, h: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_dx, need_dweight = rest[-2:]
     dx = torch.empty_like(h, memory_format=torch.contiguous_format) if need_dx else h.new_empty(0)
     return dx, torch.empty_like(weight) if need_dweight else weight.new_empty(0)
 
@@ -220,5 +234,44 @@ def _backward_add(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tenso
     )
 
 
-_rms_norm.register_autograd(_backward, setup_context=_setup)
-_add_rms_norm.register_autograd(_backward_add, setup_context=_setup_add)
+def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
+    """With the residual addition before it, as a block has it."""
+    shape = (sizes.rows, sizes.length, sizes.width)
+    x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight = torch.rand(sizes.width, device=device).to(dtype)
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return rms_norm(x, weight, 1e-5, residual=residual)
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        h = x + residual
+        return F.rms_norm(h, weight.shape, weight, 1e-5), h
+
+    size = 4 * x.numel() * x.element_size()
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    return Example(inputs, ours, plain, ("x",), "B", {"forward": size, "backward": size})
+
+
+_rms_norm = register_operation(
+    "rms_norm",
+    rms_norm_reference,
+    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.rms_norm:rms_norm")),
+    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    autograd=(_setup, _backward),
+    example=_example,
+)
+_add_rms_norm = register_operation(
+    "add_rms_norm",
+    add_rms_norm_reference,
+    backends=(backend.cpp(_cpp_add), backend.triton("cogsym.kernels.rms_norm:add_rms_norm")),
+    fake=_fake_add,
+    autograd=(_setup_add, _backward_add),
+    part_of="rms_norm",
+)
+_rms_norm_backward = register_operation(
+    "rms_norm_backward",
+    rms_norm_backward_reference,
+    backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.rms_norm:rms_norm_backward")),
+    fake=_fake_backward,
+    part_of="rms_norm",
+)

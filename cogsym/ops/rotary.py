@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogsym.ops import backend
+from cogsym.ops import backend, cpp
+from cogsym.ops.operation import Example, Sizes, register_operation
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, inverse: bool = False) -> Tensor:
@@ -70,14 +71,18 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inv
     return torch.cat((turned.to(x.dtype), rest), -1).contiguous()
 
 
-@torch.library.custom_op("cogsym::rotary", mutates_args=())
-def _rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    return backend.implementation("rotary", rotary_reference, x)(x, cos, sin, interleaved, inverse)
-
-
-@_rotary.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _cpp(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    """By csrc/rotary.cpp."""
+    y = cpp.empty_like(x)
+    if x.numel():
+        (B, T, H, D), x, cos = x.shape, cpp.contiguous_rows(x), cpp.table(cos)
+        sin = cpp.table(sin.to(cos.dtype))
+        of_cos, of_sin = ((0 if t.shape[0] == 1 else t.stride(0), t.stride(1)) for t in (cos, sin))
+        cpp.extension.rotary(
+            x.data_ptr(), x.stride()[:3], cos.data_ptr(), of_cos, sin.data_ptr(), of_sin, y.data_ptr(), B, T, H, D,
+            cos.shape[2], interleaved, inverse, cpp.DTYPES[x.dtype], cpp.DTYPES[cos.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return y
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -90,4 +95,32 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return _rotary(dy, cos, sin, ctx.interleaved, not ctx.inverse), None, None, None, None
 
 
-_rotary.register_autograd(_backward, setup_context=_setup)
+def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
+    """On the queries where a fused projection left them."""
+    D, heads, length = sizes.head_dim, sizes.heads, sizes.length
+    qkv = torch.randn(sizes.rows, length, heads + 2 * sizes.kv_heads, D, device=device).to(dtype)
+    angles = torch.arange(length, device=device)[:, None] * 10000 ** -torch.linspace(0, 1, D // 2, device=device)
+    cos, sin = (t[None].to(dtype) for t in (angles.cos(), angles.sin()))
+
+    def ours(q: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        return (rotary(q, cos, sin),)
+
+    def plain(q: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:  # as transformers does it
+        cos, sin = (torch.cat((t, t), -1)[:, :, None] for t in (cos, sin))
+        a, b = q.chunk(2, -1)
+        return (q * cos + torch.cat((-b, a), -1) * sin,)
+
+    q = qkv[:, :, :heads]
+    size = 2 * q.numel() * q.element_size()
+    inputs = {"q": q.detach(), "cos": cos, "sin": sin}
+    return Example(inputs, ours, plain, ("q",), "B", {"forward": size, "backward": size})
+
+
+_rotary = register_operation(
+    "rotary",
+    rotary_reference,
+    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.rotary:rotary")),
+    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    autograd=(_setup, _backward),
+    example=_example,
+)

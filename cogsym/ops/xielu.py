@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogsym.ops import backend, cpp
+from cogsym.ops.operation import Example, Sizes, register_operation
+
 
 def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps: float) -> Tensor:
     """y, for every element of x.
@@ -90,13 +93,19 @@ def _bend(x: Tensor, eps: float) -> Tensor:
     return torch.expm1(x.clamp(max=eps)) - x
 
 
-@torch.library.custom_op("cogsym::xielu", mutates_args=())
-def _xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps: float) -> Tensor:
-    return xielu_reference(x, alpha_p, alpha_n, beta, eps)
+def _cpp(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps: float) -> Tensor:
+    """By csrc/xielu.cpp."""
+    y = cpp.empty_like(x)
+    if x.numel():
+        rows = cpp.rows(x)
+        cpp.extension.xielu(
+            rows.data_ptr(), rows.stride(0), y.data_ptr(), len(rows), rows.shape[1],
+            alpha_p.item(), alpha_n.item(), beta, eps, cpp.DTYPES[x.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return y
 
 
-@torch.library.custom_op("cogsym::xielu_backward", mutates_args=())
-def _xielu_backward(
+def _cpp_backward(
     dz: Tensor,
     x: Tensor,
     alpha_p: Tensor,
@@ -106,16 +115,20 @@ def _xielu_backward(
     need_dx: bool,
     need_dalphas: bool,
 ) -> tuple[Tensor, Tensor]:
-    return xielu_backward_reference(dz, x, alpha_p, alpha_n, beta, eps, need_dx, need_dalphas)
+    """By csrc/xielu.cpp."""
+    dx, dalphas = _fake_backward(dz, x, need_dx, need_dalphas)
+    if not x.numel():
+        return dx, dalphas.zero_()
+    rows, grad = cpp.rows(x), cpp.rows(dz)
+    cpp.extension.xielu_backward(
+        grad.data_ptr(), grad.stride(0), rows.data_ptr(), rows.stride(0), dx.data_ptr() if need_dx else 0,
+        dalphas.data_ptr() if need_dalphas else 0, len(rows), rows.shape[1], alpha_p.item(), alpha_n.item(), beta, eps,
+        cpp.DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dalphas
 
 
-@_xielu.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_xielu_backward.register_fake
-def _(dz: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(dz: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     need_dx, need_dalphas = rest[-2:]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0)
     return dx, x.new_empty(2 * need_dalphas, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -137,4 +150,35 @@ def _backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
     return dx if need_dx else None, *of_alphas, None, None
 
 
-_xielu.register_autograd(_backward, setup_context=_setup)
+def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
+    """Behind the up projection, with Apertus's own numbers."""
+    x = torch.randn(sizes.rows, sizes.length, sizes.mlp_width, device=device).to(dtype)
+    alpha_p, alpha_n = (torch.full((1,), value, device=device).to(dtype) for value in (0.8, 0.8))
+
+    def ours(x: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> tuple[Tensor, ...]:
+        return (xielu(x, alpha_p, alpha_n, 0.5, -1e-6),)
+
+    def plain(x: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> tuple[Tensor, ...]:  # as transformers does it
+        below = (torch.expm1(torch.min(x, x.new_tensor(-1e-6))) - x) * alpha_n + 0.5 * x
+        return (torch.where(x > 0, alpha_p * x * x + 0.5 * x, below),)
+
+    size = x.numel() * x.element_size()
+    inputs = {"x": x, "alpha_p": alpha_p, "alpha_n": alpha_n}
+    return Example(inputs, ours, plain, ("x", "alpha_p", "alpha_n"), "B", {"forward": 2 * size, "backward": 3 * size})
+
+
+_xielu = register_operation(
+    "xielu",
+    xielu_reference,
+    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.xielu:xielu")),
+    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    autograd=(_setup, _backward),
+    example=_example,
+)
+_xielu_backward = register_operation(
+    "xielu_backward",
+    xielu_backward_reference,
+    backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.xielu:xielu_backward")),
+    fake=_fake_backward,
+    part_of="xielu",
+)

@@ -145,6 +145,8 @@ def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
     how = known.read(layer)
     if how.block is None:
         return own(how.reason, how)
+    if how.block.dropout:
+        return own(f"it drops out {how.block.dropout:.0%} of what it adds to the stream", how)
     block, reasons = how.block, []
     foreign = block.attention.foreign(training=True) if isinstance(block.attention, AttentionHalf) else None
     if foreign and how.frozen:

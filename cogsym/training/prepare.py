@@ -111,7 +111,8 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
         attach(layer, layer_forward, known)
         how = known.read(layer)
         if how.block is not None and how.frozen:
-            memory.blocks[i] = how.block
+            if not how.block.dropout:
+                memory.blocks[i] = how.block
             for projections in how.block.projections():
                 projections.join()
     head = find_head(model)
@@ -167,7 +168,7 @@ def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
         return own(hidden_states, *args, **kwargs)
     how, x = known.read(layer), hidden_states
     block, inputs = how.block, LayerInputs(kwargs)
-    if block is None or args:
+    if block is None or args or (layer.training and block.dropout):
         return _run_own(layer, partial(own, **kwargs), x, args, known.memory)
     if _wants_attentions(block, kwargs) or not _has_tables(block, inputs):
         return own(x, **kwargs)

@@ -8,7 +8,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,8 @@ class RunCallback(TrainerCallback):
         if metrics.exists():
             lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.endswith("}")]
             self.history = [line for line in lines if line["step"] <= state.global_step]
-        write_whole(metrics, "".join(json.dumps(line) + "\n" for line in self.history).encode())
+        with self._writing_metrics():
+            write_whole(metrics, "".join(json.dumps(line) + "\n" for line in self.history).encode())
         self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, detail="")
         self._first_step, self._tokens = state.global_step, state.num_input_tokens_seen
         self._running.enter_context(handled(self._stop))
@@ -174,7 +175,7 @@ class RunCallback(TrainerCallback):
         self._shown(self._console.print, line)
 
     def _shown(self, show: Callable[..., Any], *args: Any) -> None:
-        """Show something; training goes on without where the terminal is gone."""
+        """Show something, or go on without where the terminal is gone."""
         with contextlib.suppress(OSError):
             show(*args)
 
@@ -210,17 +211,21 @@ class RunCallback(TrainerCallback):
         if self.seconds:
             line["tokens_per_second"] = round((state.num_input_tokens_seen - self._tokens) / self.seconds, 1)
         self.history.append(line)
-        self._folder.check_held()
-        try:
-            with self._folder.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise RunStopped(
-                f"{self._folder.metrics} was not written ({reason(error)}); the last checkpoint is intact, free some "
-                "space and run again with --resume."
-            ) from error
+        with self._writing_metrics(), self._folder.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         if not self._console.is_terminal:
             self._say(self._describe(line, state))
+
+    @contextlib.contextmanager
+    def _writing_metrics(self) -> Iterator[None]:
+        self._folder.check_held()
+        try:
+            yield
+        except OSError as error:
+            raise RunStopped(
+                f"{self._folder.metrics} was not written ({reason(error)}); free some space and run again with "
+                "--resume, from the last checkpoint."
+            ) from error
 
     def _describe(self, line: dict[str, float], state: TrainerState) -> str:
         words = [f"step {state.global_step}/{state.max_steps}"]

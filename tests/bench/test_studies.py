@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from texts import sentences
 
-from cogsym import ops as operations_of_cogsym
-from cogsym.bench import operations, ops, report, study
+from cogsym.bench import ops, report, study
 from cogsym.bench.case import OURS, Case, Line, measure
+from cogsym.ops import operations
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NO_STUDIES = {"bench", "conftest", "gpu", "readme"}
@@ -131,7 +131,8 @@ def test_runs_are_compared(run: Callable[..., list[Line]], monkeypatch: pytest.M
         noise.quick_run(**names, out=Path(out))
 
     monkeypatch.setattr(ops, "PASSES", 1)
-    monkeypatch.setattr(ops, "OPERATIONS", {"rms_norm": operations.OPERATIONS["rms_norm"]})
+    one = {"rms_norm": ops.examples()["rms_norm"]}
+    monkeypatch.setattr(ops, "examples", lambda: one)
     monkeypatch.setattr("cogsym.bench.process.run_python", in_this_process)
     lines = run("noise", "--model", "tiny")
     assert [line["name"].partition(":")[0] for line in lines] == ["runs"] * 4 + ["pairs"] * 6
@@ -167,7 +168,8 @@ def test_committed_results_make_the_table_on_a_narrow_screen(name: str, tmp_path
 
 
 def test_every_operation_is_measured() -> None:
-    assert tuple(operations.OPERATIONS) == operations_of_cogsym.OPERATIONS
+    by_themselves = {name for name, operation in operations().items() if operation.part_of is None}
+    assert ops.examples().keys() == by_themselves - {"token_scores"}  # which is the loss without its mean
 
 
 def test_the_scripts_measure_nothing_by_themselves() -> None:

@@ -24,7 +24,6 @@ from cogsym.bench import competitor as competitor_module
 from cogsym.bench import (
     generate,
     install,
-    operations,
     ops,
     overhead,
     parity,
@@ -72,7 +71,7 @@ def test_quick_run(
     parts = ("ops", "sweep", "generate", "train")
     status, out, err = command(*parts, "--model", "tiny", "--quick", "--out", tmp_path / "new")
     assert status == 0, err
-    assert "1/14  tiny, 1024 tokens, bfloat16: rms_norm, forward, 40:00 left" in out
+    assert "1/18  tiny, 1024 tokens, bfloat16: gated_activation, forward, 40:00 left" in out
     for part in parts:
         result = report.read(tmp_path / "new" / f"{part}.json")
         assert (tmp_path / "new" / f"{part}.png").stat().st_size > 5000
@@ -120,7 +119,8 @@ def test_a_run_that_is_killed_goes_on(
             raise KeyboardInterrupt
         return measure(case, device, 1)
 
-    monkeypatch.setattr(ops, "OPERATIONS", dict(itertools.islice(ops.OPERATIONS.items(), 2)))
+    few = dict(itertools.islice(ops.examples().items(), 2))
+    monkeypatch.setattr(ops, "examples", lambda: few)
     monkeypatch.setattr(ops, "PASSES", 2)
     monkeypatch.setattr(study, "measure", killed)
     names = [spec.name for spec in ops.cases(QUICK)]
@@ -187,14 +187,13 @@ def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_operation_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong() -> Any:
-        made = operations.rms_norm(ops.shape_of("tiny"), 1, 8, torch.float32, CPU)
-        ways = {"wrong": lambda x, **_: (x, x + _["residual"]), "right": made.plain[operations.PLAIN]}
-        return dataclasses.replace(made, plain=ways)
+    def wrong(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+        return x, x + residual
 
-    case = ops.case(wrong, "forward", (8, ops.shape_of("tiny")))
+    shape = ops.shape_of("tiny")
+    case = ops.case("rms_norm", shape, shape.sizes(1, 8), torch.float32, "forward", CPU, {"wrong": wrong})
     assert "wrong" not in case.variants and "away from ours" in case.different["wrong"]
-    assert "right" in case.variants
+    assert ops.PLAIN in case.variants
 
 
 @pytest.mark.parametrize("kind", ["outer layers", "LoRA on the outer layers"])
@@ -250,19 +249,19 @@ def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parity_at_a_tiny_shape() -> None:
     facts = [spec.build().facts for spec in parity.cases(QUICK)]
-    assert len(facts) == 3 * (6 + 4)
+    assert len(facts) == 3 * (len(ops.examples()) + 4) >= 3 * 12
     assert not [found for found in facts if not found["right"]]
 
 
 def test_parity_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = operations.rotary
+    made = ops.examples()
 
     def wrong(*args: Any) -> Any:
-        it = made(*args)
+        it = made["rotary"](*args)
         return dataclasses.replace(it, ours=lambda q, cos, sin: (it.ours(q, cos, sin)[0] + 1e-3 * q,))
 
     # The truth is computed by the same function in float64, so the plain way is what is off.
-    monkeypatch.setitem(parity.OPERATIONS, "rotary", wrong)
+    monkeypatch.setattr(parity, "examples", lambda: made | {"rotary": wrong})
     ours, theirs = parity.operation("rotary", "tiny", torch.float32, CPU)["gradient of q"]
     assert ours < 1e-6 < 1e-4 < theirs
 
@@ -289,8 +288,8 @@ def test_lora_is_compared_with_lora(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cases_of_a_full_run() -> None:
     full = Setting(suite.FULL_MODELS["cpu"], CPU, full=True)
     assert len(train.cases(full)) == 4
-    assert len(ops.cases(full)) == 2 * 2 * 11
-    assert len({p.name for p in ops.cases(full)}) == 44
+    assert len(ops.cases(full)) == 2 * 2 * 15
+    assert len({p.name for p in ops.cases(full)}) == 60
     assert [p.name for p in install.cases(full)][-1] == "fresh install"
     assert len(sweep.cases(full)) == 5 + 4 + 1 and len(generate.cases(full)) == 4 + 1
 
@@ -321,7 +320,7 @@ def test_pytest_benchmark_modules() -> None:
     command = [sys.executable, "-m", "pytest", *options, *modules]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed, 9 deselected" in done.stdout
+    assert "4 passed, 13 deselected" in done.stdout
 
 
 def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,14 +332,15 @@ def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:3])
     monkeypatch.setattr(study, "measure", lambda case, device, *_: measure(case, device, 1))
     monkeypatch.setattr(ops, "PASSES", 1)
-    for module in (ops, overhead):
-        monkeypatch.setattr(module, "OPERATIONS", {"rms_norm": operations.OPERATIONS["rms_norm"]})
+    one = {"rms_norm": ops.examples()["rms_norm"]}
+    for module in (ops, overhead, parity):
+        monkeypatch.setattr(module, "examples", lambda: one)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         script.main()
     assert end.value.code == 0
     cases = {part: report.read(tmp_path / f"{part}.json")["cases"] for part in ("parity", *script.SECONDS)}
     assert {part: len(lines) for part, lines in cases.items()} == {
-        "parity": 30, "ops": 2, "overhead": 2, "train": 1, "sweep": 1, "generate": 1,
+        "parity": 15, "ops": 2, "overhead": 2, "train": 1, "sweep": 1, "generate": 1,
     }  # fmt: skip
     assert all(line["facts"]["right"] for line in cases["parity"])

@@ -65,9 +65,9 @@ def kernels(extension: Any, m: Memory, dtype: int, rows: int) -> dict[str, Any]:
     targets, sums = m.room(8 * rows), [m.room(4 * rows) for _ in range(6)]
     total = m.room(4 * rows * D)
     heads, groups = (T * H * d, H * d, d), (T * KV * d, KV * d, d)
-    attention = (q, heads, k, groups, v, groups, 0, (1, T, H, KV, d), d**-0.5, 0, 0.0, dtype, 1)
+    attention = (q, heads, k, groups, v, groups, 0, 1, T, H, KV, d, d**-0.5, 0, 0.0, dtype, 1, o, lse)
     begins, ends = m.integers([0, T // 2] * 8), m.integers([T // 3, T] * 8)
-    decode = (q, heads[1:], k, groups[1:], v, groups[1:], begins, ends, (8, 2, H, KV, d), d**-0.5, 0.0, dtype, 1, o)
+    decode = (q, heads[1:], k, groups[1:], v, groups[1:], begins, ends, 0, 8, 2, H, KV, d, d**-0.5, 0.0, dtype, 1, o)
     return {
         "rms_norm": lambda: extension.rms_norm(x, D, dy, D, weight, y, h, rows, D, 1e-5, 0.0, dtype, FLOAT32, 1),
         "rms_norm_backward": lambda: extension.rms_norm_backward(
@@ -80,8 +80,8 @@ def kernels(extension: Any, m: Memory, dtype: int, rows: int) -> dict[str, Any]:
         "gated_activation_backward": lambda: extension.gated_activation_backward(
             dz, F, gate, F, up, F, dgate_up, dgate_up + F * size, 2 * F, rows, F, 0, dtype, 1
         ),
-        "attention": lambda: extension.attention(*attention, o, lse),
-        "attention_backward": lambda: extension.attention_backward(*attention, do, heads, o, lse, dq, dk, dv),
+        "attention": lambda: extension.attention(*attention, 0),
+        "attention_backward": lambda: extension.attention_backward(*attention, do, heads, dq, dk, dv),
         "decode_attention": lambda: extension.decode_attention(*decode),
         "online_softmax": lambda: extension.online_softmax(
             logits, targets, *sums[:4], 0, 0, rows, V, 0, 1.0, 0.0, True, dtype, 1

@@ -141,6 +141,7 @@ def instructions(rows: int = ROWS) -> Counts:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "valgrind", "--tool=callgrind", "--dump-after=pybind11::cpp_function::dispatcher*",
+            "--dump-after=*call_kernel*",
             f"--callgrind-out-file={folder}/out",
             sys.executable, "-S", str(HERE / "callgrind.py"), extension(), ISA, str(rows),
         ]  # fmt: skip

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import EVERY, VARIANTS, batch, exact_float64, tiny_model
+from tiny_models import EVERY, FURTHER, PARTLY_OWN, VARIANTS, batch, exact_float64, tiny_model
 
 import cogsym
+from cogsym import ops
+from cogsym.models import read_block
+from cogsym.models.inputs import LayerInputs, Positions, QueryScale
 
 KINDS = ("plain", "padded-right", "padded-left", "packed")
 
@@ -117,8 +122,13 @@ def test_packed_documents_do_not_see_each_other(variant: str) -> None:
                 torch.testing.assert_close(packed[row, a:b], alone, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2-windows", "qwen3"])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("implementation", "variant"),
+    [
+        *itertools.product(("sdpa", "eager"), ("llama", "mistral-window", "qwen2-windows", "qwen3")),
+        *itertools.product(("sdpa",), FURTHER | PARTLY_OWN),
+    ],
+)
 def test_generation_with_a_cache_gives_the_same_tokens(variant: str, implementation: str) -> None:
     model = tiny_model(variant, attn_implementation=implementation)
     prompt = batch("plain")["input_ids"][:, :7]
@@ -177,3 +187,57 @@ def test_an_unknown_activation_runs_the_mlp_s_own_forward_beside_our_attention()
         assert report.reason == "the activation Tanh has no kernel; checkpointed"
         got = run(model, inputs)
     assert max(largest_errors(got, (want[0], {n: want[1][n] for n in got[1]})).values()) < 1e-12
+
+
+@pytest.mark.parametrize("one_norm", [True, False])
+def test_halves_side_by_side_read_the_block_s_input(one_norm: bool) -> None:
+    """A norm each, as GPT-NeoX has them, or one for both: every way of computing them, in float64."""
+    layer = tiny_model("stablelm", torch.float64).model.layers[0].requires_grad_(False)
+    block = read_block(layer)
+    norm = block.attention.norm if one_norm else block.mlp.norm
+    block = replace(block, mlp=replace(block.mlp, norm=norm), parallel=True)
+    x = torch.randn(2, 7, 36, dtype=torch.float64, requires_grad=True)
+    angles = torch.rand(1, 7, 2, dtype=torch.float64)
+    where = Positions(angles.cos(), angles.sin())
+    inputs = LayerInputs({"position_embeddings": (where.cos.repeat(1, 1, 2), where.sin.repeat(1, 1, 2))})
+    n = layer.input_layernorm(x)
+    m = n if one_norm else layer.post_attention_layernorm(x)
+    attended = layer.self_attn(n, position_embeddings=inputs.position_embeddings)[0]
+    want = x + attended + layer.mlp(m)
+    dy = torch.randn_like(x)
+    (dx,) = torch.autograd.grad(want, x, dy)
+    inputs.positions = where
+    torch.testing.assert_close(block.forward(x, inputs), want, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        for dial in ("all", "attention", "input"):
+            y, kept = block.run(x, inputs, dial)
+            torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
+            torch.testing.assert_close(block.input_gradient(dy, kept, inputs), dx, rtol=0, atol=1e-12)
+        attend = lambda q, k, v: ops.attention(q, k, v, block.attention.options)[0]  # noqa: E731
+        for both, expected in ((True, want), (False, x + attended)):
+            stream = x.clone()
+            block.add_attention(stream, where.cos, where.sin, attend, both)
+            torch.testing.assert_close(stream, expected, rtol=0, atol=1e-12)
+            # The last query sees every key, as attention of one to all does.
+            last = torch.tensor([6])
+            some = block.attention_added_at(x, last, where.cos, where.sin, attend_to_all, both)
+            torch.testing.assert_close(some, expected[:, last], rtol=0, atol=1e-12)
+        stream = x.clone()
+        block.add_mlp(stream)
+        torch.testing.assert_close(stream, x + layer.mlp(m), rtol=0, atol=1e-12)
+
+
+def attend_to_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of queries that see every key, [B, P, H, d]."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+
+def test_queries_grow_only_where_their_positions_ask() -> None:
+    scale = QueryScale(beta=0.5, length=5)
+    positions = torch.arange(12)[None]
+    factors = scale(positions)
+    assert factors.shape == (1, 12, 1, 1) and torch.all(factors[:, :5] == 1) and torch.all(factors[:, 5:] > 1)
+    torch.testing.assert_close(factors[0, 11, 0, 0], torch.tensor(1 + 0.5 * math.log(3)))
+    assert torch.equal(scale.where_needed(positions), factors)
+    assert scale.where_needed(positions[:, :5]) is None

@@ -70,19 +70,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def backward_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
     """The last two arguments of every backward computation: which of the two gradients it was asked for."""
     calls: list[tuple[bool, bool]] = []
-    implementation = backend.implementation
+    implementation = backend.Kernel.implementation
 
-    def recording(operation: str, reference: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
-        function = implementation(operation, reference, tensor)
+    def recording(self: backend.Kernel, *args: Any) -> Callable[..., Any]:
+        if self.name.endswith("backward"):
+            calls.append(args[-2:])
+        return implementation(self, *args)
 
-        def call(*args: Any) -> Any:
-            if operation.endswith("backward"):
-                calls.append(args[-2:])
-            return function(*args)
-
-        return call
-
-    monkeypatch.setattr(backend, "implementation", recording)
+    monkeypatch.setattr(backend.Kernel, "implementation", recording)
     return calls
 
 

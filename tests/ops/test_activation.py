@@ -126,7 +126,7 @@ def test_whole_range(cpu_backend: str, kind: Activation, dtype: torch.dtype) -> 
     precision = torch.finfo(dtype).eps + (4 + argument.clamp(max=100)) * float32_eps
     subnormal = max(torch.finfo(torch.float32).tiny * 1e4, torch.finfo(dtype).smallest_normal)
     # PyTorch's 1 + tanh, where the tanh is near -1, and 1 + erf, with an erf that is off by a few last bits
-    last_bits = (4 if kind == "gelu" else 1) * float32_eps if cpu_backend == "reference" or kind == "gelu" else 0
+    last_bits = (4 if kind == "gelu" else 1) * float32_eps if cpu_backend == "reference" else 0
     cancelled = gate.detach().double().abs() * last_bits
     for ours, real, scale in ((z, value, value), (up.grad, value, value), (gate.grad, slope, terms)):
         assert ours.isfinite().all()
@@ -195,6 +195,9 @@ def test_nan_and_infinity(cpu_backend: str, kind: Activation, dtype: torch.dtype
     own = transformers_activation(*own_leaves, kind)
     special = torch.zeros(6, 37, dtype=torch.bool)
     special[[0, 1, 2, 3, 4], [3, 4, 5, 6, 36]] = True
+    if kind == "gelu":  # PyTorch's own says NaN of infinity, where the formula says infinity
+        assert not z[1, 4].isfinite()
+        z, own = z.detach().index_fill(0, torch.tensor(1), 0), own.detach().index_fill(0, torch.tensor(1), 0)
     torch.testing.assert_close(z[special], own[special], equal_nan=True)
     assert z[~special].isfinite().all() and dgate[~special].isfinite().all() and dup[~special].isfinite().all()
     assert dgate[0, 3].isnan() and dup[0, 3].isnan() and dgate[3, 6].isnan()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogsym.ops import AttentionOptions, attention, attention_gradients, backend, flash
+from cogsym.ops import AttentionOptions, attention, attention_gradients, backend, flash, operations
 from cogsym.ops.attention import starts_from_cu_seqlens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -294,18 +294,25 @@ def test_compiles_to_one_graph(best_backend: str) -> None:
 
 def test_pytorchs_kernel_serves_where_the_extension_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COGSYM_BACKEND", raising=False)
-    monkeypatch.setattr(backend, "choose", lambda device: "reference")
+    monkeypatch.setattr(backend, "_missing", lambda module: f"{module} does not import")
     calls = []
     for name in ("attention", "attention_backward"):
-        function = getattr(flash, name)
-        monkeypatch.setattr(flash, name, lambda *a, f=function: (calls.append(f.__name__), f(*a))[1])
+        by_flash = next(b for b in operations()[name].backends if b.name == "flash")
+        function = by_flash.function
+        counted = lambda *a, f=function: (calls.append(f.__name__), f(*a))[1]  # noqa: E731
+        monkeypatch.setitem(by_flash.__dict__, "function", counted)
     tensors = inputs((2, 70, 4, 2, 16), torch.float32)
     exact = results(exact_attention, [t.double() for t in tensors], scale=0.3)
     for got, truth in zip(results(ours, tensors, scale=0.3), exact, strict=True):
         torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
     assert calls == ["attention", "attention_backward"]
+    with_sinks = [*tensors, torch.randn(4)]
+    exact = results(exact_attention, [t.double() for t in with_sinks], scale=0.3)
+    for got, truth in zip(results(ours, with_sinks, scale=0.3), exact, strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 4
     results(ours, tensors, scale=0.3, window=9)
-    assert len(calls) == 2  # that kernel has no window
+    assert len(calls) == 4  # that kernel has no window
 
 
 def test_starts_and_cumulative_lengths() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogsym.ops import AttentionOptions, backend, decode_attention
+from cogsym.ops import AttentionOptions, backend, decode_attention, operations
 from cogsym.ops.decode_attention import decode_attention_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -283,7 +283,7 @@ def test_a_gradient_is_refused_not_dropped(best_backend: str) -> None:
 
 def test_served_by_the_extension_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COGSYM_BACKEND", raising=False)
-    function = backend.implementation("decode_attention", decode_attention_reference, torch.zeros(1))
+    function = operations()["decode_attention"].implementation(torch.zeros(1))
     assert (function is decode_attention_reference) == bool(backend.unavailable("cpp"))
 
 

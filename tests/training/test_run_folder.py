@@ -167,6 +167,18 @@ def test_a_folder_that_vanishes(
     assert not out.exists()
 
 
+def test_metrics_that_cannot_be_written(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        at_step(3, lambda: ((out / "metrics.jsonl").unlink(), (out / "metrics.jsonl").mkdir()), patch)
+        with pytest.raises(RunStopped, match=r"metrics\.jsonl was not written \(Is a directory\); free some space and"):
+            run(model_folder, text_file, out)
+    (out / "metrics.jsonl").rmdir()
+    assert run(model_folder, text_file, out, resume=True).steps == 4
+
+
 def test_a_run_that_was_paused_and_overtaken_writes_no_more(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

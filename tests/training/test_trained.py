@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import cogsym
 import cogsym.training.prepare
 from cogsym.bench.method import saved_bytes
+from cogsym.models import read_block
 
 prepare_module = sys.modules["cogsym.training.prepare"]  # the package has a function of this name
 KEEPS = ("all", "attention", "input", "nothing")
@@ -94,6 +95,7 @@ def bytes_of_one_layer(model: Any, layer: Any) -> int:
     ((x, kwargs),) = calls
     x = x.detach().requires_grad_()
     shared = [*layer.parameters(), *kwargs["position_embeddings"], kwargs["attention_mask"]]
+    shared += read_block(layer).attention.rotary.tables(kwargs["position_embeddings"])
     return saved_bytes(lambda: layer(x, **kwargs), filter(torch.is_tensor, shared)) // (B * T)
 
 
@@ -107,6 +109,23 @@ def test_a_trained_block_keeps_exactly_what_its_gradients_need(variant: str) -> 
     D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     H, G = config.num_attention_heads, config.num_key_value_heads
     expected = 2 * (4 * D + (2 * H + 2 * G) * d + 3 * F) + 4 * H
+    assert bytes_of_one_layer(model, model.model.layers[0]) == expected <= theirs
+
+
+@pytest.mark.parametrize(
+    ("variant", "streams", "hidden", "normed"),
+    [("cohere", 2, 3, 0), ("stablelm-parallel", 2, 3, 0), ("starcoder2", 4, 2, 0), ("apertus-biases", 4, 2, 1)],
+)
+def test_what_other_topologies_keep(variant: str, streams: int, hidden: int, normed: int) -> None:
+    """Side by side: x and n for both halves; without a gate: u and z; with norms of queries and keys: these, raw."""
+    model = tiny_model(variant, torch.bfloat16, sliding_window=None)
+    theirs = bytes_of_one_layer(model, model.model.layers[0])
+    cogsym.prepare(model, cogsym.LayerPlan.all(LAYERS))
+    config, module = model.config, model.model.layers[0].self_attn
+    D, F, d = config.hidden_size, config.intermediate_size, module.head_dim
+    H, G = config.num_attention_heads, config.num_key_value_heads
+    heads = (2 * H + 2 * G + normed * (H + G)) * d
+    expected = 2 * (streams * D + heads + hidden * F) + 4 * H
     assert bytes_of_one_layer(model, model.model.layers[0]) == expected <= theirs
 
 

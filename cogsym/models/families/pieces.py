@@ -15,7 +15,7 @@ from cogsym.models.attention import AttentionHalf
 from cogsym.models.block import Block
 from cogsym.models.guard import class_of
 from cogsym.models.half import Half
-from cogsym.models.inputs import Rotary
+from cogsym.models.inputs import QueryScale, Rotary
 from cogsym.models.mlp import Gated, MlpHalf, Nonlinearity, Pointwise
 from cogsym.models.norm import LayerNorm, ModuleNorm, Norm, RMSNorm
 from cogsym.models.projections import Projections
@@ -27,11 +27,13 @@ ACTIVATIONS: dict[type, Activation] = {
     type(ACT2FN["silu"]): "silu",
     type(ACT2FN["gelu"]): "gelu",
     type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh",
+    type(ACT2FN["gelu_new"]): "gelu_tanh",
     type(ACT2FN["relu"]): "relu",
     type(ACT2FN["relu2"]): "relu2",
 }
 
 HALVES = Rotary()  # a column of the first half turns with one of the second, as Llama's
+NEIGHBOURS = Rotary(interleaved=True)  # two neighbours turn together, by tables like Llama's
 
 # Makes the norm that is an attribute of a module, or None where the name is None.
 MakeNorm = Callable[[Any, str | None], Norm | None]
@@ -75,6 +77,7 @@ def attention(
     normed_rows: Literal["head", "all"] = "head",
     norm_behind_rotation: bool = False,
     rotary: Rotary | None = HALVES,
+    query_scale: QueryScale | None = None,
     soft_cap: float | None = None,
     window: int | None = None,
     sinks: str = "",
@@ -93,6 +96,7 @@ def attention(
         normed_rows: whether these take a "head" or "all" of them as a row.
         norm_behind_rotation: whether they stand behind the rotation.
         rotary: how queries and keys are rotated, or None.
+        query_scale: how queries grow with their position, or None.
         soft_cap: bound of the logits.
         window: positions that a query sees, itself included.
         sinks: the attribute with a logit for each head that takes part in its softmax.
@@ -119,6 +123,7 @@ def attention(
         normed_rows=normed_rows,
         norm_behind_rotation=norm_behind_rotation,
         rotary=rotary,
+        query_scale=query_scale,
         options=AttentionOptions(scale=module.scaling, window=window, soft_cap=soft_cap),
         sinks=sinks,
     )
@@ -192,6 +197,8 @@ def llama_like(
     window: int | None = None,
     soft_cap: float | None = None,
     rotary: Rotary | None = HALVES,
+    query_scale: QueryScale | None = None,
+    dropout: float = 0.0,
 ) -> Block:
     """A layer like Llama's: root-mean-square norms, rotated grouped heads, a gated MLP.
 
@@ -205,6 +212,8 @@ def llama_like(
         window: positions that a query sees, itself included.
         soft_cap: bound of attention's logits.
         rotary: how queries and keys are rotated, or None.
+        query_scale: how queries grow with their position, or None.
+        dropout: share of what the halves add that is dropped in training.
     """
     make = rms_norms(layer, offset)
     q_norm, k_norm = (make(layer.self_attn, name if qk_norm else None) for name in ("q_norm", "k_norm"))
@@ -212,12 +221,13 @@ def llama_like(
     return Block(
         attention(
             layer, before, behind, fused=fused, q_norm=q_norm, k_norm=k_norm, normed_rows=qk_norm or "head",
-            rotary=rotary, soft_cap=soft_cap, window=window, residual_scale=residual_scale,
+            rotary=rotary, query_scale=query_scale, soft_cap=soft_cap, window=window, residual_scale=residual_scale,
         ),
         mlp(
             layer, before_mlp, behind_mlp, up=("gate_up_proj",) if fused else ("gate_proj", "up_proj"),
             activation="activation_fn" if fused else "act_fn", residual_scale=residual_scale,
         ),
+        dropout=dropout,
     )  # fmt: skip
 
 

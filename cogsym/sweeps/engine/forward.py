@@ -14,7 +14,7 @@ from torch import Tensor
 from cogsym import ops
 from cogsym.errors import CogsymError
 from cogsym.models import Block
-from cogsym.models.attention import Attend, AttentionHalf
+from cogsym.models.attention import Attend, AttentionHalf, scaled
 from cogsym.models.calls import layer_calls
 from cogsym.sweeps.engine.fallback import FallbackRun
 from cogsym.sweeps.engine.prefixes import Batch, OnEnds
@@ -149,6 +149,9 @@ class _Run:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self._on_keys:
                 self._on_keys(unit, nodes, k, v)
+            if half.query_scale:
+                positions = self._layout.positions[self._places] if only_scored else self._layout.positions
+                q = scaled(q, half.query_scale(positions.to(q.device)))
             window = half.options.window
             if only_scored:
                 return attend_ranges(half, q, k, v, *self._layout.ranges_at(self._places, window))

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from cogsym import ops
 from cogsym.models import Block
-from cogsym.models.attention import AttentionHalf
-from cogsym.models.calls import layer_calls
+from cogsym.models.attention import AttentionHalf, scaled
+from cogsym.models.calls import TokenCalls
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.prefixes import Batch, windowed
 from cogsym.sweeps.engine.requests import Generate, Generated
@@ -155,6 +155,12 @@ class _Decoder:
         self._max_new = max(request.max_new_tokens for request in requests)
         self._batch = Batch([r.tokens for r in requests], [(i, len(r.tokens) - 1) for i, r in enumerate(requests)])
         self._tokens = len(self._batch.packed.tokens)
+        lengths = [len(request.tokens) for request in requests]
+        self._calls = TokenCalls(
+            engine.layers.model,
+            self._batch.packed.tokens.to(self._device),
+            range(min(lengths), max(lengths) + self._max_new),
+        )
         self._stores: dict[int, _Store] = {}
         self._steps = self._node_tables()
         self._plans: list[list[_Plan]] = []  # by layer; empty where they must be made anew
@@ -284,13 +290,9 @@ class _Decoder:
         first, _ = _states(np.zeros_like(self._history), self._history)
         tokens = torch.tensor([written[-1] for written in self._written], device=self._device)
         lengths = torch.tensor([len(self._requests[r].tokens) for r in self._request[first]])
-        x, calls = layer_calls(
-            self._engine.layers.model,
-            input_ids=tokens[:, None],
-            position_ids=(lengths + step).to(self._device)[:, None],
-        )
+        x, position_embeddings = self._calls(tokens, (lengths + step).to(self._device))
         states = x.new_empty(len(self._history), x.shape[-1])
-        states[self._index(first)] = x[:, 0]
+        states[self._index(first)] = x
         self._plans = self._plans or self._new_plans()
         needed = [(plans[0].unit.layer, {plan.unit.weights for plan in plans}) for plans in self._plans]
         for plans, loaded in zip(self._plans, self._engine.layers.walk(needed), strict=True):
@@ -303,7 +305,7 @@ class _Decoder:
                 if keys is None:
                     block.add_mlp(cells[None])
                 else:
-                    self._attend(block, unit, cells, keys, calls[unit.layer].get("position_embeddings"), step)
+                    self._attend(block, unit, cells, keys, position_embeddings[unit.layer], step)
                 states[division.to] = cells
                 self._engine.on_forwards(unit.forwards * len(cells))
         last = np.asarray(self._trie.last)[self._configuration]
@@ -375,6 +377,8 @@ class _Decoder:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             store.k[here], store.v[here] = k[0], v[0]
+            if half.query_scale:
+                q = scaled(q, half.query_scale((keys.positions + step).to(q.device)))
             ranges = begins.to(q.device), ends.to(q.device)
             return ops.decode_attention(q[0], store.k, store.v, *ranges, half.in_ranges())[None]
 

@@ -47,7 +47,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gpt-neox": lambda: GPTNeoXForCausalLM(
         GPTNeoXConfig(**{k: v for k, v in _SHAPE.items() if k != "num_key_value_heads"})
     ),
-    "cohere": lambda: CohereForCausalLM(CohereConfig(**_SHAPE, logit_scale=0.3, tie_word_embeddings=True)),
+    "cohere": lambda: CohereForCausalLM(
+        CohereConfig(**_SHAPE, logit_scale=0.3, tie_word_embeddings=True, use_qk_norm=True)
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweeps.plain import all_log_probabilities, log_probabilities, plain_model
-from tiny_models import VARIANTS, VOCABULARY, exact_float64, tiny_model
+from tiny_models import FURTHER, PARTLY_OWN, VARIANTS, VOCABULARY, exact_float64, tiny_model
 
 from cogsym.sweeps.engine import forward as engine
 from cogsym.sweeps.engine.forward import Engine
@@ -23,6 +23,7 @@ from cogsym.sweeps.layers.configurations import Configuration, distinct, grid
 from cogsym.sweeps.layers.trie import Trie
 
 L = 4
+WHOLE = tuple(name for name in ACTIONS if ACTIONS[name].whole)  # what layers that only run whole can take
 # Made once for the hundreds of sets that are tried.
 LLAMAS = cache(lambda seed: tiny_model("llama", seed=seed))
 PLAIN = cache(plain_model)
@@ -43,14 +44,15 @@ def requests(seed: int) -> list[Score]:
 def swept(model, configurations, asked, base=None):
     layers = ResidentLayers(model, base)
     try:
-        return score(Engine(layers), SweepHead(model), Trie(configurations), asked)
+        engine = Engine(layers)
+        return score(engine, SweepHead(model), Trie(configurations, engine.topology), asked)
     finally:
         layers.close()
 
 
-def chosen(seed: int, number: int = 14) -> list[Configuration]:
+def chosen(seed: int, number: int = 14, actions: tuple[str, ...] = tuple(ACTIONS)) -> list[Configuration]:
     chance = random.Random(seed)
-    some = [Configuration(tuple(chance.choice(tuple(ACTIONS)) for _ in range(L))) for _ in range(number)]
+    some = [Configuration(tuple(chance.choice(actions) for _ in range(L))) for _ in range(number)]
     return distinct([Configuration(("keep",) * L), Configuration(("skip",) * L), *some])[0]
 
 
@@ -74,10 +76,12 @@ def test_scores_are_those_of_models_without_the_layers(variant):
         check(swept(model, configurations, asked, base), model, configurations, asked, base, 2e-6)
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma2", "olmo2", "granite", "qwen3-windows-biases"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "gemma2", "olmo2", "granite", "qwen3-windows-biases", *FURTHER, *PARTLY_OWN]
+)
 def test_scores_are_exact_in_float64(variant):
     model, base = (tiny_model(variant, torch.float64, seed) for seed in (0, 1))
-    asked, configurations = requests(8), chosen(9)
+    asked, configurations = requests(8), chosen(9, actions=WHOLE if variant in PARTLY_OWN else tuple(ACTIONS))
     with torch.no_grad(), exact_float64():
         check(swept(model, configurations, asked, base), model, configurations, asked, base, 1e-12)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweeps.plain import greedy_tokens, plain_model
-from tiny_models import VARIANTS, VOCABULARY, tiny_model
+from tiny_models import FURTHER, VARIANTS, VOCABULARY, tiny_model
 
 from cogsym.errors import CogsymError
 from cogsym.sweeps.engine import generate as generating
@@ -55,8 +55,8 @@ def chosen(seed: int, number: int = 12) -> list[Configuration]:
 def written(model, configurations, asked, base=None, sampling=None):
     layers = ResidentLayers(model, base)
     try:
-        stops = Stops(Numbers(), [END])
-        return generate(Engine(layers), SweepHead(model), Trie(configurations), asked, stops, sampling)
+        engine, stops = Engine(layers), Stops(Numbers(), [END])
+        return generate(engine, SweepHead(model), Trie(configurations, engine.topology), asked, stops, sampling)
     finally:
         layers.close()
 
@@ -71,10 +71,10 @@ def check(got, model, configurations, asked, base):
             assert answer.ended == ("stop" if expected[-1] == END else "length")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | FURTHER)
 def test_tokens_are_those_of_models_without_the_layers(variant):
     model, base, asked = tiny_model(variant), tiny_model(variant, seed=1), prompts(0)
-    configurations = chosen(1)
+    configurations = chosen(1, 12 if variant in VARIANTS else 4)
     check(written(model, configurations, asked, base), model, configurations, asked, base)
 
 

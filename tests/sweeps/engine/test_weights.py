@@ -52,7 +52,7 @@ def states(layers: LayerSource, configurations: list[Configuration], seed: int) 
     return ended
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "apertus-biases", "cohere2", "ministral3", "starcoder2"])
 def test_streamed_is_resident_bit_for_bit(variant: str, tmp_path: Path) -> None:
     """Every family, weights in several files, with a base: states, scores, texts and revisions."""
     seed = random.randrange(10**6)
@@ -65,7 +65,7 @@ def test_streamed_is_resident_bit_for_bit(variant: str, tmp_path: Path) -> None:
     want, got = states(resident, configurations, seed), states(streamed, configurations, seed)
     assert got.keys() == want.keys() == set(range(len(configurations)))
     assert all(torch.equal(got[c], want[c]) for c in want)
-    trie, stops = Trie(configurations), Stops(Numbers(), [END])
+    trie, stops = Trie(configurations, Engine(resident).topology), Stops(Numbers(), [END])
     asked = [Score(request.tokens, 3) for request in prompts(seed)]
     answers = []
     for layers in (resident, streamed):
