@@ -288,15 +288,15 @@ def sweep(
         stream=stream,
         dtype=None if dtype is None else {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}[dtype],
     )
-    told = run(model, configs, task, out, base=base, settings=settings, resume=resume, dry_run=dry_run)
-    if told is not None:
-        unablated = told[told["direction"] == "none"]
+    found = run(model, configs, task, out, base=base, settings=settings, resume=resume, dry_run=dry_run)
+    if found is not None:
+        unablated = found[found["direction"] == "none"]
         for _, line in unablated.iterrows():
             typer.echo(
                 f"{line['task']}, {line['metric']}, every layer kept: {line['value']:.4g} "
                 f"({line['low']:.4g} to {line['high']:.4g})"
             )
-        number = counted(told["configuration"].nunique(), "configuration")
+        number = counted(found["configuration"].nunique(), "configuration")
         typer.echo(f"{number} in {out}; `cogsym plot {out}` draws them.")
 
 

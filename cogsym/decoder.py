@@ -8,8 +8,11 @@ from torch import nn
 
 from cogsym.errors import CogsymError
 
-_LAYERS = ("layers", "h")  # what decoders call their layers
-_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm")  # and the norm behind them
+# What decoders call their layers, and the norm behind them.
+_LAYERS = ("layers", "h", "blocks")
+_NORMS = (
+    "norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm", "final_norm", "norm_f", "embedding_norm",
+)  # fmt: skip
 
 
 def decoder_of(model: Any) -> Any:
@@ -21,8 +24,8 @@ def decoder_of(model: Any) -> Any:
     decoder = getattr(model, "get_decoder", lambda: None)()
     if not any(isinstance(getattr(decoder, name, None), nn.ModuleList) for name in _LAYERS):
         raise CogsymError(
-            f"{type(model).__name__} has no decoder layers at get_decoder().layers, expected a decoder language model "
-            "such as AutoModelForCausalLM gives."
+            f"{type(model).__name__} has no decoder layers at get_decoder().layers (or .{', .'.join(_LAYERS[1:])}), "
+            "expected a decoder language model such as AutoModelForCausalLM gives."
         )
     return decoder
 
@@ -33,8 +36,7 @@ def layers_of(model: Any) -> nn.ModuleList:
     Raises:
         CogsymError: as `decoder_of`.
     """
-    decoder = decoder_of(model)
-    layers: nn.ModuleList = getattr(decoder, _layers_name(decoder))
+    layers: nn.ModuleList = getattr(decoder_of(model), layers_name_of(model))
     return layers
 
 
@@ -44,8 +46,7 @@ def set_layers(model: Any, layers: nn.ModuleList) -> None:
     Raises:
         CogsymError: as `decoder_of`.
     """
-    decoder = decoder_of(model)
-    setattr(decoder, _layers_name(decoder), layers)
+    setattr(decoder_of(model), layers_name_of(model), layers)
 
 
 def final_norm_of(model: Any) -> tuple[str, nn.Module] | None:
@@ -55,5 +56,15 @@ def final_norm_of(model: Any) -> tuple[str, nn.Module] | None:
     return next(((name, norm) for name, norm in found if isinstance(norm, nn.Module)), None)
 
 
-def _layers_name(decoder: Any) -> str:
+def before_layers_of(model: Any) -> list[nn.Module]:
+    """What of the decoder is neither layers nor final norm: embeddings of tokens and positions, their norm, what each
+    layer is given of its own."""
+    norm = final_norm_of(model)
+    others = {layers_name_of(model), norm[0] if norm else None}
+    return [module for name, module in decoder_of(model).named_children() if name not in others]
+
+
+def layers_name_of(model: Any) -> str:
+    """What the decoder calls its layers."""
+    decoder = decoder_of(model)
     return next(name for name in _LAYERS if isinstance(getattr(decoder, name, None), nn.ModuleList))

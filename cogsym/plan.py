@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from cogsym import strategies
-from cogsym.decoder import final_norm_of, layers_of
+from cogsym.decoder import before_layers_of, final_norm_of, layers_of
 from cogsym.errors import CogsymError
 
 
@@ -47,7 +47,7 @@ class LayerPlan:
     Attributes:
         num_layers: decoder layers in the model, L.
         trained: indices of the trained layers, ascending, 0 next to the embeddings.
-        embeddings: whether the input embeddings are trained.
+        embeddings: whether the input embeddings are trained, with all else before the layers (learned positions).
         head: whether the output head is trained.
         final_norm: whether the norm before the head is trained.
     """
@@ -133,10 +133,10 @@ class LayerPlan:
         """The parts of a Hugging Face decoder model in order, each trained or not by this plan.
 
         Raises:
-            CogsymError: the model has no decoder layers, or another number of them; or it ties its head to its
-                embeddings and the plan trains only one of them.
+            CogsymError: the model has no decoder layers, or another number of them; or the plan trains one of two parts
+                that share weights, such as a head tied to the embeddings.
         """
-        layers = layers_of(model)
+        layers, norm = layers_of(model), final_norm_of(model)
         if len(layers) != self.num_layers:
             raise CogsymError(
                 f"The plan is for {self.num_layers} layers and the model has {len(layers)}; "
@@ -148,9 +148,17 @@ class LayerPlan:
                 "The model ties its head to its embeddings, one weight for both, but the plan trains only "
                 f"{'the embeddings' if self.embeddings else 'the head'}; set embeddings and head alike."
             )
-        modules = [("embeddings", embeddings, self.embeddings)]
+        owners: dict[int, int] = {}
+        for i, layer in enumerate(layers):
+            for first in (owners.setdefault(id(p), i) for p in layer.parameters()):
+                if (i in self.trained) != (first in self.trained):
+                    raise CogsymError(
+                        f"Layers {first} and {i} of the model share weights, but the plan trains only layer "
+                        f"{i if i in self.trained else first}; train both or neither."
+                    )
+        before: nn.Module = nn.ModuleList([embeddings, *before_layers_of(model)])
+        modules: list[tuple[str, nn.Module | None, bool]] = [("embeddings", before, self.embeddings)]
         modules += [(f"layer {i}", layer, i in self.trained) for i, layer in enumerate(layers)]
-        norm = final_norm_of(model)
         modules += [("final norm", norm and norm[1], self.final_norm), ("head", head, self.head)]
         seen: set[int] = set()
         parts = [Part(name, _unseen(module, seen), on) for name, module, on in modules if module is not None]

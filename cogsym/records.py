@@ -1,13 +1,18 @@
-"""Files and folders that are whole whenever they are there, and locked for one writer; what two records differ in."""
+"""Files and folders that are whole whenever they are there and say where they are not any more, locked for one writer.
+
+What two records differ in.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,8 @@ from typing import Any
 from filelock import FileLock
 
 TEMPORARY = ".tmp"  # the end of the name of what is not whole yet
+MANIFEST = "manifest.json"
+_CHECKSUM = "sha256"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -25,6 +32,71 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     with replacing(path) as new:
         new.write_bytes(content)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object, and the checksum that `read_record` looks at, as `write_whole` does.
+
+    Raises:
+        OSError: it was not written; what was there is as it was.
+    """
+    checked = {**record, _CHECKSUM: _checksum(record)}
+    write_whole(path, (json.dumps(checked, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not that any more.
+    """
+    record = json.loads(path.read_bytes())
+    if not isinstance(record, dict) or record.pop(_CHECKSUM, None) != _checksum(record):
+        raise ValueError(f"{path.name} is damaged")
+    return record
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write down the size and the SHA-256 of every file in a folder, for `damage`; the last thing written there.
+
+    Raises:
+        OSError: it was not written.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    files = {name: {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in names}
+    write_record(folder / MANIFEST, {"files": files})
+
+
+def damage(folder: Path) -> str:
+    """What in a folder is not as its manifest says, in a few words; "" where everything is.
+
+    Raises:
+        OSError: it cannot be read, which is no damage.
+    """
+    try:
+        files = read_record(folder / MANIFEST)["files"]
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{MANIFEST} is missing"
+    except ValueError:
+        return f"{MANIFEST} is not what was written"
+    for name, written in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (size := (folder / name).stat().st_size) != written["size"]:
+            return f"{name} has {size:,} bytes, expected {written['size']:,}"
+        if _digest(folder / name) != written["sha256"]:
+            return f"{name} is not what was written"
+    return ""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -218,7 +218,7 @@ def test_ended_by_a_signal_then_resume_gives_the_same_weights(
     assert "Traceback" not in stderr
     assert status == 128 + (signal.SIGHUP if ending == "terminal" else signal.SIGTERM), stderr
     assert "and saved; the same command with --resume goes on from there." in stderr or ending == "terminal"
-    assert not (cut / "model").exists() and list((cut / "checkpoints").glob("*/complete"))
+    assert not (cut / "model").exists() and list((cut / "checkpoints").glob("*/manifest.json"))
     assert cogsym(*args(cut), "--resume").returncode == 0
     want, got = (load_file(out / "model" / "model.safetensors") for out in (whole, cut))
     assert all(torch.equal(want[name], got[name]) for name in want)

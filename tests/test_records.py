@@ -12,7 +12,18 @@ import pytest
 from children import in_child
 from filelock import Timeout
 
-from cogsym.records import TEMPORARY, FolderLock, differences, remove_leftovers, replacing, write_whole
+from cogsym.records import (
+    TEMPORARY,
+    FolderLock,
+    damage,
+    differences,
+    read_record,
+    remove_leftovers,
+    replacing,
+    write_manifest,
+    write_record,
+    write_whole,
+)
 
 
 def write_folder(folder: Path, text: str) -> None:
@@ -136,3 +147,46 @@ def test_a_lock_is_held_by_one_and_lost_with_its_folder(tmp_path: Path) -> None:
     lock.acquire()
     assert lock.held()
     lock.release()
+
+
+RECORD = {"model": "ñ", "steps": 4, "rate": 0.1, "none": None, "list": [1, 2.5], "nested": {"a": True}}
+
+
+def test_a_record_comes_back_or_is_known_to_be_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_record(path, RECORD)
+    assert read_record(path) == RECORD
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(ValueError):
+            print(bit, content, read_record(path))
+    for size in range(len(whole) - 1):  # the last byte ends the line
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError):
+            read_record(path)
+    path.write_text('{"model": "m"}')
+    with pytest.raises(ValueError, match="damaged"):
+        read_record(path)
+
+
+def test_a_folder_with_a_manifest_says_what_is_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / "it"
+    assert damage(folder) == "manifest.json is missing"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"a" * 2000)
+    (folder / "b").write_bytes(b"")
+    write_manifest(folder)
+    assert damage(folder) == ""
+    (folder / "c").write_bytes(b"put there later")
+    assert damage(folder) == ""
+    (folder / "b").write_bytes(b"1")
+    assert damage(folder) == "b has 1 bytes, expected 0"
+    (folder / "a").write_bytes(b"a" * 1999 + b"b")
+    assert damage(folder) == "a is not what was written"
+    (folder / "a").unlink()
+    assert damage(folder) == "a is missing"
+    (folder / "manifest.json").write_text("{}")
+    assert damage(folder) == "manifest.json is not what was written"

@@ -112,9 +112,25 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 # The same, of models with a half, or a whole layer, that runs its own forward.
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 12, "mlp_only_layers": [1], "experts_implementation": "eager",
+}  # fmt: skip
+_LINEAR: dict[str, Any] = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "full_attention"],
+}  # fmt: skip
 PARTLY_OWN: dict[str, tuple[str, dict[str, Any]]] = {
-    "cohere-qk-norm": ("Cohere", {"use_qk_norm": True}),
-    "stablelm-qk-norm": ("StableLm", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "qk_layernorm": True}),
+    "mixtral": ("Mixtral", {**_EXPERTS, "sliding_window": 5}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {**_EXPERTS, "use_sliding_window": True, "sliding_window": 5, "layer_types": _SLIDING, "qkv_bias": True},
+    ),
+    "qwen3-moe": ("Qwen3Moe", {**_EXPERTS, "attention_bias": True}),
+    "gpt-oss": ("GptOss", {**_EXPERTS, "sliding_window": 5, "layer_types": _SLIDING}),
+    "qwen3-next": ("Qwen3Next", {**_EXPERTS, **_LINEAR}),
+    "qwen3.5": ("Qwen3_5", {**_LINEAR, "attention_bias": True}),
+    "qwen3.5-moe": ("Qwen3_5Moe", {**_EXPERTS, **_LINEAR}),
 }
 
 
@@ -135,7 +151,8 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float32, seed: int = 0, 
     """A random model in evaluation mode, its norms and biases random too so that none can be forgotten."""
     torch.manual_seed(seed)
     family, extra = EVERY[variant]
-    config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")
+    text = "Text" if family in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else ""
+    config = getattr(transformers, f"{family}{text}Config")
     model = getattr(transformers, f"{family}ForCausalLM")(config(**{**_SHAPE, **extra, **changes}))
     for name, p in model.named_parameters():
         if p.dim() == 1:

@@ -5,7 +5,9 @@
 Queries, keys and values may be those of many sequences and of many states of each; where the caller passes `attend`,
 which keys a query sees is the caller's affair. From the gradient of f, do = df Wo; dq, dk, dv from do, q, k, v, o and
 lse; they are rotated back and led through the norms of queries and keys; dn = [dq; dk; dv] · Wqkv is one product. With
-o and lse kept, attention is never computed again.
+o and lse kept, attention is never computed again. Some families gate what attention gives (Qwen3-Next):
+
+    f(n) = Wo · (sigmoid(gate) · attention(...)),  [Wq n]_h = [q_h; gate_h] for each head h
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class AttentionHalf(Half):
 
     Attributes:
         qkv: queries, keys and values.
+        gated: a head's gate lies behind its queries.
         output: the projection back (one name).
         head_dim: d.
         q_norm: norm of the queries, or None.
@@ -55,6 +58,7 @@ class AttentionHalf(Half):
     """
 
     qkv: Projections
+    gated: bool = False
     output: Projections
     head_dim: int
     q_norm: Norm | None = None
@@ -72,6 +76,11 @@ class AttentionHalf(Half):
         if implementation not in _PLAIN_ATTENTION:
             return f"the model was loaded with {implementation} attention"
         return "attention dropout is on" if training and self.dropout else None
+
+    @property
+    def query_features(self) -> int:
+        """Features of all heads' queries together."""
+        return self.qkv.sizes[0] // (2 if self.gated else 1)
 
     @property
     def dropout(self) -> float:
@@ -100,20 +109,21 @@ class AttentionHalf(Half):
 
     def forward(self, n: Tensor, inputs: LayerInputs) -> Tensor:
         """See `Half`. Without `inputs.positions` the model's own implementation attends, with its cache."""
-        where = inputs.positions
+        where, raw = inputs.positions, self.qkv(n)
         if where is None:
-            q, k, v = self.heads(self.qkv(n), *self._tables(inputs))
+            q, k, v = self.heads(raw, *self._tables(inputs))
             if self.query_scale:
                 q = scaled(q, self.query_scale(inputs.keywords["position_ids"]))
-            return self._project(self._attend(q, k, v, inputs))
-        q, k, v = self.heads(self.qkv(n), where.cos, where.sin)
+            return self._project(self._attend(q, k, v, inputs), raw[0])
+        q, k, v = self.heads(raw, where.cos, where.sin)
         o, _ = ops.attention(scaled(q, where.query_scale), k, v, self.at(where.starts))
-        return self._project(o if where.blind is None else o.masked_fill(where.blind, 0))
+        return self._project(o if where.blind is None else o.masked_fill(where.blind, 0), raw[0])
 
     def run(self, n: Tensor, inputs: LayerInputs, kept: Kept) -> Tensor:
         """See `Half`."""
         self._mix(n, inputs, kept)
-        kept[self.PROJECTED] = projected = self.output.product(kept["o"].flatten(-2), compute_dtype(n))
+        o = self._through_gate(kept["o"], kept["qkv"])
+        kept[self.PROJECTED] = projected = self.output.product(o.flatten(-2), compute_dtype(n))
         return projected
 
     def recall(self, n: Tensor, inputs: LayerInputs, kept: Kept, need_projected: bool) -> Tensor | None:
@@ -135,17 +145,21 @@ class AttentionHalf(Half):
         if where.blind is not None:
             do = do.masked_fill(where.blind, 0)
         raw = qkv.split(self.qkv.sizes, dim=-1)
+        do, dgate = self._through_gate_backward(do, o, raw[0])
         q, k, v = self.heads(raw, where.cos, where.sin)
         q = scaled(q, where.query_scale)
         dq, dk, dv = ops.attention_gradients(do, q, k, v, o, lse, self.at(where.starts))
         del q, k, v, o, do
-        dq = self._raw_gradient(scaled(dq, where.query_scale), raw[0], self.q_norm, where)
+        dq = self._raw_gradient(scaled(dq, where.query_scale), self._queries(raw[0]), self.q_norm, where)
+        if dgate is not None:
+            dq = torch.cat([dq, dgate], dim=-1)
         dk = self._raw_gradient(dk, raw[1], self.k_norm, where)
         return self.qkv.input_gradient(torch.cat([t.flatten(-2) for t in (dq, dk, dv)], dim=-1))
 
     def attended(self, n: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend) -> Tensor:
         """What f gives with the attention that is passed."""
-        return self._project(attend(*self.heads(self.qkv(n), cos, sin)))
+        raw = self.qkv(n)
+        return self._project(attend(*self.heads(raw, cos, sin)), raw[0])
 
     def attended_at(self, n: Tensor, rows: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend) -> Tensor:
         """As `attended` at some positions only, [B, P, D]; keys and values are those of all.
@@ -158,14 +172,14 @@ class AttentionHalf(Half):
             attend: attention of the chosen queries to all keys.
         """
         at = (None, None) if cos is None or sin is None else (cos[:, rows], sin[:, rows])
-        (q,) = self.qkv(n[:, rows], slice(0, 1))
+        (raw,) = self.qkv(n[:, rows], slice(0, 1))
         k, v = self.qkv(n, _KEYS_VALUES)
-        q, k = self._placed(q, self.q_norm, *at), self._placed(k, self.k_norm, cos, sin)
-        return self._project(attend(q, k, v.unflatten(-1, k.shape[-2:])))
+        q, k = self._placed(self._queries(raw), self.q_norm, *at), self._placed(k, self.k_norm, cos, sin)
+        return self._project(attend(q, k, v.unflatten(-1, k.shape[-2:])), raw)
 
     def heads(self, qkv: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as attention takes them: normed, rotated, [B, T, heads, head_dim] each."""
-        q, k, v = qkv
+        q, k, v = self._queries(qkv[0]), *qkv[1:]
         v = v.unflatten(-1, (-1, self.head_dim))
         if self.q_norm is None and self.rotary and not q.requires_grad and _beside(q, k):
             both = q.as_strided((*q.shape[:-1], q.shape[-1] + k.shape[-1]), q.stride(), q.storage_offset())
@@ -192,22 +206,21 @@ class AttentionHalf(Half):
         """See `Half`; the logarithm of a query's sum of exponentials has 4 bytes (8 in float64)."""
         if dial == "input":
             return 0
-        queries = self.qkv.sizes[0]
+        queries = self.query_features
         qkv = element_size * sum(self.qkv.sizes) if dial == "all" else 0
         lse = max(4, element_size) * queries // self.head_dim
         return qkv + element_size * queries + lse + super().kept_bytes(dial, element_size)
 
     def products(self, rows: int) -> list[Product]:
         """See `Half`."""
-        queries = self.qkv.sizes[0]
         return [
             Product("qkv", rows, self.width, sum(self.qkv.sizes), True),
-            Product("output", rows, queries, self.width, False),
+            Product("output", rows, self.query_features, self.width, False),
         ]
 
     def mixing_flops(self, length: int) -> int:
         """See `Half`."""
-        return 4 * self.qkv.sizes[0] * attention_pairs(length, self.options.window)
+        return 4 * self.query_features * attention_pairs(length, self.options.window)
 
     def repeated(self, dial: Dial, need_projected: bool) -> set[str]:
         """See `Half`."""
@@ -218,6 +231,12 @@ class AttentionHalf(Half):
     def projections(self) -> tuple[Projections, ...]:
         """See `Half`."""
         return self.qkv, self.output
+
+    def operations(self) -> dict[str, dict[str, Any]]:
+        """See `Half`."""
+        it = self.options
+        facts = {"head_dim": self.head_dim, "window": it.window, "soft_cap": it.soft_cap}
+        return {"attention": facts} | ({"rotary": {}} if self.rotary else {})
 
     def bypassed(self) -> list[nn.Module]:
         """See `Half`."""
@@ -252,8 +271,28 @@ class AttentionHalf(Half):
         if where.blind is not None:
             kept["o"].masked_fill_(where.blind, 0)
 
-    def _project(self, o: Tensor) -> Tensor:
-        return self.output(o.flatten(-2))[0]
+    def _project(self, o: Tensor, raw: Tensor) -> Tensor:
+        """f, of what attention gives and what the first projection gave."""
+        return self.output(self._through_gate(o, raw).flatten(-2))[0]
+
+    def _queries(self, raw: Tensor) -> Tensor:
+        """The queries in what their projection gave, [B, T, features]."""
+        return raw.unflatten(-1, (-1, 2, self.head_dim))[..., 0, :].flatten(-2) if self.gated else raw
+
+    def _gate(self, raw: Tensor) -> Tensor:
+        """What o is multiplied by, [B, T, heads, head_dim]; `raw` may have more features behind the queries'."""
+        queries = raw[..., : self.qkv.sizes[0]]
+        return queries.unflatten(-1, (-1, 2, self.head_dim))[..., 1, :].sigmoid()
+
+    def _through_gate(self, o: Tensor, raw: Tensor) -> Tensor:
+        return o * self._gate(raw) if self.gated else o
+
+    def _through_gate_backward(self, do: Tensor, o: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of o and of what the gate's sigmoid takes, [B, T, heads, head_dim] each."""
+        if not self.gated:
+            return do, None
+        gate = self._gate(raw)
+        return do * gate, do * o * gate * (1 - gate)
 
     def _placed(self, x: Tensor, norm: Norm | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """Queries or keys as attention takes them, [B, T, heads, head_dim]."""

@@ -167,6 +167,10 @@ class Half:
         """The linear maps that are computed here, in order."""
         return ()
 
+    def operations(self) -> dict[str, dict[str, Any]]:
+        """Names of the operations that f takes, with what decides where they run, as `cogsym.ops.route` has it."""
+        return {}
+
     def bypassed(self) -> list[nn.Module]:
         """Modules whose own forward f does not call, so that nothing that waits on it would fire."""
         return []

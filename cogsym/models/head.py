@@ -13,7 +13,7 @@ from cogsym.models.families import logits_of
 from cogsym.models.hooks import hook_on
 
 IGNORED = -100  # the label that transformers' losses leave out
-_OWN_WORDS = ("shift_labels", "logits_to_keep", "return_dict", "output_attentions", "output_hidden_states")
+_OWN_WORDS = ("shift_labels", "logits_to_keep", "output_attentions", "output_hidden_states")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,7 @@ class Head:
     def serves(self, labels: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a call with these keywords may go without logits: training, on labels, with nothing unusual."""
         plain = self.model.training and labels is not None and not any(kwargs.get(word) for word in _OWN_WORDS)
+        plain = plain and kwargs.get("return_dict", getattr(self.model.config, "return_dict", True)) is not False
         return bool(plain and self.why_logits() is None)
 
     def forward(self, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:

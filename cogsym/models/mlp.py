@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -26,8 +26,10 @@ class Nonlinearity(Protocol):
     """What stands between the products.
 
     Attributes:
-        modules: the model's modules that it stands for.
+        operation: the name of what computes it.
     """
+
+    operation: ClassVar[str]
 
     def modules(self) -> list[nn.Module]:
         """The model's modules that it stands for."""
@@ -52,6 +54,8 @@ class Gated:
     owner: Any
     name: str
     kind: Activation
+
+    operation: ClassVar[str] = "gated_activation"
 
     def modules(self) -> list[nn.Module]:
         """See `Nonlinearity`."""
@@ -81,6 +85,8 @@ class Pointwise:
     owner: Any
     name: str
     kind: Activation
+
+    operation: ClassVar[str] = "gated_activation"  # which it is without a gate
 
     def modules(self) -> list[nn.Module]:
         """See `Nonlinearity`."""
@@ -162,6 +168,10 @@ class MlpHalf(Half):
     def projections(self) -> tuple[Projections, ...]:
         """See `Half`."""
         return self.up, self.down
+
+    def operations(self) -> dict[str, dict[str, Any]]:
+        """See `Half`."""
+        return {self.nonlinearity.operation: {}}
 
     def bypassed(self) -> list[nn.Module]:
         """See `Half`."""

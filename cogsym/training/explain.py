@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from cogsym import ops
 from cogsym.decoder import layers_of
 from cogsym.models import Block, UnknownLayerError, read_block
 from cogsym.models.attachment import attached, attachment
 from cogsym.models.attention import AttentionHalf
-from cogsym.models.half import OwnHalf
 from cogsym.models.norm import ModuleNorm
-from cogsym.ops import backend
 from cogsym.plan import Part
 from cogsym.training.keep import Memory, cost
 from cogsym.training.layer import How, PreparedLayer, possible
@@ -94,10 +93,13 @@ def explain(model: nn.Module) -> Explanation:
     record = record_of(model)
     plan = record.plan
     parts = {part.name: part for part in plan.parts(model)}
+    adapters = hasattr(model, "peft_config")
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
     summary = plan.describe(model)
-    if adapters := hasattr(model, "peft_config"):
-        counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
+    if adapters:
         summary = f"{plan}\ntrained: {counts[0]:,} adapter parameters of {counts[1]:,} ({counts[0] / counts[1]:.1%})"
+    elif any(p.requires_grad is not part.trained for part in parts.values() for p in part.parameters):
+        summary += f"\nchanged since: {counts[0]:,} of {counts[1]:,} parameters need a gradient now"
     reports: list[LayerReport] = []
     gradient_below = any(p.requires_grad for p in parts["embeddings"].parameters)
     for i, layer in enumerate(layers_of(model)):
@@ -116,7 +118,9 @@ def _head(model: nn.Module) -> str:
         reason = "another library has replaced the model's forward"
     if reason:
         return f"logits by its own forward ({reason})"
-    return f"loss without logits, {backend.choose(head.model.lm_head.weight.device)}"
+    weight = head.model.lm_head.weight
+    route = ops.route("linear_cross_entropy", weight.device, weight.dtype)
+    return f"loss without logits, {route.backend}{f' ({route.reason})' if route.reason else ''}"
 
 
 def _trained(part: Part, adapters: bool) -> str:
@@ -155,8 +159,15 @@ def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
             return own(foreign, how)
     elif foreign:
         reasons.append(f"but the model's own attention: {foreign}")
-    device = next(layer.parameters()).device
-    attention, mlp = (OWN if isinstance(half, OwnHalf) else backend.choose(device) for half in block.halves)
+    weight = next(layer.parameters())
+    routes = [
+        {name: ops.route(name, weight.device, weight.dtype, **facts) for name, facts in half.operations().items()}
+        for half in block.halves
+    ]
+    attention, mlp = (next((route.backend for route in each.values()), OWN) for each in routes)
+    reasons += [
+        f"{name} on {route.backend}: {route.reason}" for each in routes for name, route in each.items() if route.reason
+    ]
     sharded = any(isinstance(p, DTensor) for p in layer.parameters())  # whole again while the layer runs
     if not (how.trained or how.frozen or sharded):
         reasons.append("its projections are called as modules: it keeps what autograd keeps")

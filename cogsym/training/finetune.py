@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from cogsym.data import Document, PackedDataset, Source, content_digest, pack, separator_id, tokenize
-from cogsym.decoder import layers_of
+from cogsym.decoder import layers_name_of, layers_of
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
@@ -151,8 +154,8 @@ def _trained(
         highlight=False,
     )
 
-    checkpoint = next(reversed(folder.complete_checkpoints()), None)
-    callback = RunCallback(folder, console)
+    checkpoint = folder.checkpoint_to_resume(partial(console.print, highlight=False, markup=False, soft_wrap=True))
+    callback = RunCallback(folder, checkpoint, console)
     trainer = OuterTrainer(
         model=adapted,
         args=_arguments(folder.checkpoints, settings, bool(held_out), checkpoint is None),
@@ -161,6 +164,7 @@ def _trained(
         callbacks=[callback],
         bf16=settings.dtype == "bf16",
         folder=folder,
+        history=callback.history,
     )
     trainer.remove_callback(PrinterCallback)
     callback.trainer = trainer
@@ -209,7 +213,6 @@ def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bo
         eval_steps=settings.eval_every or 10**9,
         eval_on_start=evaluates and fresh,
         save_steps=settings.save_every,
-        save_total_limit=2,
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all",
@@ -225,17 +228,22 @@ def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bo
 def _with_adapters(model: Any, plan: LayerPlan, rank: int) -> Any:
     if plan.embeddings or plan.head or plan.final_norm:
         raise CogsymError("LoRA trains decoder layers only; leave embeddings, head and final norm out of the plan.")
-    layers = layers_of(model)
-    projections = {name.rpartition(".")[2] for name, m in layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
+    linear = [
+        (n.rpartition(".")[2], m) for n, m in layers_of(model).named_modules() if isinstance(m, (nn.Linear, Conv1D))
+    ]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=sorted(projections),
+        target_modules=sorted({name for name, _ in linear}),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for _, module in linear),
         layers_to_transform=list(plan.trained),
-        layers_pattern=next(name for name, module in model.named_modules() if module is layers).rpartition(".")[2],
+        layers_pattern=layers_name_of(model),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise CogsymError(f"LoRA does not fit {type(model).__name__} ({error}); train whole layers.") from error
 
 
 def _digest(text: Text) -> str:

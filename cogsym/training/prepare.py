@@ -16,6 +16,7 @@ then kept for the backward pass is the compiler's choice, and `keep` has no say.
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogsym.decoder import decoder_of, layers_of
@@ -34,13 +36,18 @@ from cogsym.models.attention import AttentionHalf
 from cogsym.models.head import Head
 from cogsym.models.inputs import LayerInputs
 from cogsym.models.masks import UnknownMaskError
-from cogsym.plan import LayerPlan
+from cogsym.plan import LayerPlan, Part
 from cogsym.training.autograd import run_frozen
 from cogsym.training.keep import Memory
 from cogsym.training.layer import PreparedLayer, possible
 
 # Newer releases checkpoint in the class's forward, which a prepared layer does not call; older ones around the call.
 _CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
+
+_CACHE_WITH_POSITIONS = (
+    "A training step was given position_ids and fills a cache, as transformers does unless told otherwise; pass "
+    "use_cache=False, and documents that the positions pack do not attend to each other and frozen layers keep less."
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,7 +73,8 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
     """Freeze what `plan` does not train and run the decoder layers on cogsym's kernels.
 
     Call it after the model is on its device and after peft has added adapters, and before the optimizer is built. In
-    a peft model only adapter weights that are trainable already stay so, those of the planned layers.
+    a peft model what is trainable already stays so in the planned layers and outside of layers (`modules_to_save`,
+    `trainable_token_indices`), and nothing else is.
 
     In training mode a call with labels returns the loss without logits, which are then never made; in evaluation mode
     there are logits as ever. A training step has no cache unless `use_cache=True` asks for one, and then frozen layers
@@ -95,10 +103,10 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
     if hasattr(model, RECORD):
         restore(model)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    adapters_only = hasattr(model, "peft_config")
+    adapters = hasattr(model, "peft_config")
     for part in parts:
         for p in part.parameters:
-            p.requires_grad_(part.trained and (p.requires_grad or not adapters_only))
+            p.requires_grad_(_needs_gradient(part, p, adapters))
     if not any(p.requires_grad for p in model.parameters()):
         for name, p in model.named_parameters():
             p.requires_grad_(requires_grad[name])
@@ -121,6 +129,22 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
         _attach_with_signature(head.model, forward_with_loss, head)
     setattr(model, RECORD, Prepared(plan, requires_grad, memory, head))
     return model
+
+
+def _needs_gradient(part: Part, p: nn.Parameter, adapters: bool) -> bool:
+    """Whether the plan trains a parameter of a part; in a peft model, of those that peft trains.
+
+    Raises:
+        CogsymError: it would, and the parameter is quantised.
+    """
+    if adapters:
+        return p.requires_grad and (part.trained or not part.name.startswith("layer "))
+    if part.trained and not p.is_floating_point():
+        raise CogsymError(
+            f"The plan trains {part.name}, which holds weights quantised to {str(p.dtype).removeprefix('torch.')}, "
+            "expected floating point; add LoRA adapters with peft, or load that part unquantised."
+        )
+    return part.trained
 
 
 def restore(model: Model) -> Model:
@@ -207,7 +231,7 @@ def _checkpointed(layer: Any) -> bool:
 
 def _run_own(layer: nn.Module, own: Any, x: Tensor, args: tuple[Any, ...], memory: Memory) -> Any:
     """The layer's own forward; a frozen layer's activations are computed again rather than kept."""
-    cached = own.keywords.get("past_key_values") is not None or own.keywords.get("layer_past") is not None
+    cached = any(isinstance(value, Cache) for value in (*args, *own.keywords.values()))
     trained = any(p.requires_grad for p in layer.parameters())
     if memory.keep == "all" or cached or not x.requires_grad or trained or _checkpointed(layer):
         return own(x, *args)
@@ -223,10 +247,17 @@ def _attach_with_signature(module: nn.Module, forward: Any, record: Any) -> None
 
 
 def decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A prepared decoder's forward: a training step that does not ask for a cache has none to fill in each layer."""
-    asked = kwargs.get("use_cache") is not None or kwargs.get("past_key_values") is not None or len(args) > 3
+    """A prepared decoder's forward: a training step that does not ask for a cache has none to fill in each layer.
+
+    But transformers reads packed documents off the positions only where there is no cache, so that a step with
+    positions is left as transformers has it: what attends to what is the caller's to say.
+    """
+    asked = kwargs.get("use_cache") is not None or kwargs.get("past_key_values") is not None or len(args) > 2
     if attachment(decoder) and decoder.training and torch.is_grad_enabled() and not asked:
-        kwargs["use_cache"] = False
+        if kwargs.get("position_ids") is None:
+            kwargs["use_cache"] = False
+        elif getattr(decoder.config, "use_cache", False):
+            warnings.warn(_CACHE_WITH_POSITIONS, stacklevel=2)
     return type(decoder).forward(decoder, *args, **kwargs)
 
 

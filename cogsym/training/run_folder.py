@@ -8,19 +8,32 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 
 from cogsym.errors import CogsymError, RunStopped
-from cogsym.records import FolderLock, differences, is_leftover, reason, remove_leftovers, write_whole
+from cogsym.records import (
+    MANIFEST,
+    TEMPORARY,
+    FolderLock,
+    damage,
+    differences,
+    is_leftover,
+    read_record,
+    reason,
+    remove_leftovers,
+    replacing,
+    write_manifest,
+    write_record,
+)
+from cogsym.training import checkpoint
 from cogsym.training.settings import FREE_TO_CHANGE
 
-COMPLETE = "complete"  # written last, so that a checkpoint cut short by a kill is not taken for a whole one
+_KEPT = 2  # checkpoints: where the last one is damaged there is one before it
 _LOCK = "train.lock"
 _RECORD = {"model", "plan", "settings", "data"}  # what settings.json says
 
@@ -34,6 +47,8 @@ class RunFolder:
         checkpoints: the folder of the checkpoints.
         metrics: the lines of numbers.
         picture: the curves.
+        settings: what was asked of it, a file.
+        record: what that holds.
     """
 
     def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
@@ -42,10 +57,72 @@ class RunFolder:
         self.model, self.checkpoints = path / "model", path / "checkpoints"
         self.metrics, self.picture = path / "metrics.jsonl", path / "loss.png"
         self.settings = path / "settings.json"
+        self.record: dict[str, Any] = {}
+        self._damaged: set[Path] = set()
 
     def complete_checkpoints(self) -> list[Path]:
-        """The checkpoints that are whole, oldest first."""
-        return [folder for folder in self._checkpoint_folders() if (folder / COMPLETE).exists()]
+        """The checkpoints that were written to their end and are not known to be damaged, oldest first."""
+        written = [folder for folder in self._checkpoint_folders() if (folder / MANIFEST).exists()]
+        return [folder for folder in written if folder not in self._damaged]
+
+    def checkpoint_to_resume(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is as it was written.
+
+        Args:
+            say: told of those that are not, and of what is in its folder and no run wrote.
+
+        Raises:
+            CogsymError: one cannot be read.
+        """
+        damaged: dict[Path, str] = {}
+        whole = None
+        for folder in reversed(self._checkpoint_folders()):
+            try:
+                what = damage(folder)
+            except OSError as error:
+                raise CogsymError(
+                    f"{folder} cannot be read ({reason(error)}); mend that and run again with --resume."
+                ) from None
+            if not what:
+                whole = folder
+                break
+            damaged[folder] = what
+        then = f"going on from {whole.name}" if whole else "beginning at step 0"
+        for folder, what in damaged.items():
+            say(f"{folder} is damaged ({what}) and not used; {then}.")
+        self._damaged = {*damaged}
+        for name in checkpoint.strangers(whole) if whole else ():
+            say(f"{whole} holds {name}, which the run did not write: it is not read.")
+        return whole
+
+    @contextmanager
+    def new_checkpoint(self, step: int) -> Iterator[Path]:
+        """A new folder, which becomes the checkpoint of a step once it is whole and on the disk; old ones go then.
+
+        Raises:
+            OSError: it was not written; those before are as they were.
+            RunStopped: in the place of it is what no run wrote.
+        """
+        folder = self.checkpoints / f"checkpoint-{step}"
+        if folder.exists():  # a damaged one
+            checkpoint.remove(folder)
+            for name in checkpoint.strangers(folder) if folder.exists() else ():
+                raise RunStopped(
+                    f"A checkpoint was not written: {folder / name} is in its place and not of this run; move it away "
+                    "and run again with --resume."
+                )
+        self.checkpoints.mkdir(exist_ok=True)
+        with replacing(folder) as new:
+            new.mkdir()
+            yield new
+            write_record(new / checkpoint.SETTINGS, self.record)
+            write_manifest(new)
+        self._damaged.discard(folder)
+        oldest = self.complete_checkpoints()[-_KEPT:][0]
+        every = self._checkpoint_folders()
+        for old in every[: every.index(oldest)]:
+            with suppress(OSError):  # the next one will try again
+                checkpoint.remove(old)
 
     def check_held(self) -> None:
         """Raise where this run may write no more.
@@ -109,18 +186,16 @@ class RunFolder:
             )
 
     def read_record(self) -> dict[str, Any]:
-        """What the run in this folder was asked.
+        """What the run in this folder was asked; from a checkpoint, where settings.json is damaged.
 
         Raises:
             CogsymError: settings.json is not that of a run.
         """
-        try:
-            record = json.loads(self.settings.read_text("utf-8"))
-        except (OSError, ValueError):
-            record = None
-        if not isinstance(record, dict) or not record.keys() >= _RECORD:
-            raise CogsymError(f"{self.settings} is not that of a run of cogsym, or is damaged; choose another --out.")
-        return record
+        copies = [folder / checkpoint.SETTINGS for folder in reversed(self.complete_checkpoints())]
+        for path in (self.settings, *copies):
+            if (record := _record(path)) is not None:
+                return record
+        raise CogsymError(f"{self.settings} is not that of a run of cogsym, or is damaged; choose another --out.")
 
     def _checkpoint_folders(self) -> list[Path]:
         found = [p for p in self.checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
@@ -130,10 +205,8 @@ class RunFolder:
         """Remove what a kill left half written."""
         for path in (self.settings, self.metrics, self.model):
             remove_leftovers(path)
-        whole = self.complete_checkpoints()
-        for folder in self._checkpoint_folders():
-            if folder not in whole:
-                shutil.rmtree(folder)
+        for name in {path.name.partition(".")[0] for path in self.checkpoints.glob(f"checkpoint-*{TEMPORARY}")}:
+            remove_leftovers(self.checkpoints / name)
 
 
 def check_inputs(out: Path, model: Path | None, data: Sequence[Path]) -> None:
@@ -182,7 +255,8 @@ def open_run_folder(out: Path, record: dict[str, Any], resume: bool) -> Iterator
                 raise CogsymError(
                     f"The run in {out} was started with {different}; resume it with the same, or choose another --out."
                 )
-            write_whole(folder.settings, (json.dumps(record, indent=1) + "\n").encode())
+            write_record(folder.settings, record)
+            folder.record = record
             folder.remove_unfinished()
         except Timeout as error:
             raise CogsymError(f"Another run is writing to {out}; wait for it, or choose another --out.") from error
@@ -191,6 +265,18 @@ def open_run_folder(out: Path, record: dict[str, Any], resume: bool) -> Iterator
         yield folder
     finally:
         lock.release()
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """What a settings.json holds, or None; an earlier version wrote no checksum."""
+    try:
+        try:
+            record = read_record(path)
+        except ValueError:
+            record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.keys() == _RECORD else None
 
 
 def _fixed(record: dict[str, Any]) -> dict[str, Any]:

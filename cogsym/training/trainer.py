@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +23,10 @@ from cogsym.data import PackedDataset
 from cogsym.errors import RunStopped
 from cogsym.records import reason, write_whole
 from cogsym.signals import handled
+from cogsym.training import checkpoint
 from cogsym.training.evaluate import bits_per_byte
-from cogsym.training.run_folder import COMPLETE, RunFolder
+from cogsym.training.run_folder import RunFolder
 
-_TRAINED = "trained.safetensors"
 _LOGGED = ("loss", "grad_norm", "learning_rate")
 
 
@@ -42,9 +41,21 @@ class OuterTrainer(Trainer):
     args: Any
     eval_dataset: Any
 
-    def __init__(self, *args: Any, bf16: bool, folder: RunFolder, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, bf16: bool, folder: RunFolder, history: list[dict[str, float]], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._bf16, self._folder = bf16, folder
+        self._bf16, self._folder, self._history = bf16, folder, history
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, but that would train a step more where the checkpoint is that of the last step."""
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / checkpoint.STATE))
+            if state.global_step >= state.max_steps:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Trainer's contexts, and autocast.
@@ -94,31 +105,46 @@ class OuterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the trained parameters: the frozen ones are in the base model already."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, folder / _TRAINED)
+        save_file(trained, Path(output_dir or self.args.output_dir) / checkpoint.TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / _TRAINED)
+        saved = load_file(Path(resume_from_checkpoint) / checkpoint.TRAINED)
         with torch.no_grad():
             for name, p in (model or self.model).named_parameters():
                 if p.requires_grad:
                     p.copy_(saved[name])
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        checkpoint.save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir) / checkpoint.OPTIMIZER)
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is not None:
+            checkpoint.load_optimizer(self.optimizer, self.lr_scheduler, Path(folder) / checkpoint.OPTIMIZER)
+
+    def _load_rng_state(self, folder: str | None) -> None:
+        if folder is not None:
+            checkpoint.load_random(Path(folder) / checkpoint.RANDOM)
+
+    def _load_scaler(self, folder: str | None) -> None:
+        """There is none; a scaler.pt that lies in the folder is not read."""
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write what a run goes on from, and remove the checkpoints that are not needed any more."""
         self._folder.check_held()
-        folder = self._folder.checkpoints / f"checkpoint-{self.state.global_step}"
+        self.store_flos()
+        step = self.state.global_step
         try:
-            super()._save_checkpoint(model, trial)
-            (folder / COMPLETE).touch()
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            shutil.rmtree(folder, ignore_errors=True)
+            with self._folder.new_checkpoint(step) as new:
+                self._save(str(new))
+                self._save_optimizer_and_scheduler(str(new))
+                checkpoint.save_random(new / checkpoint.RANDOM)
+                self.state.save_to_json(str(new / checkpoint.STATE))
+                _write_lines(new / checkpoint.METRICS, self._history)
+        except (OSError, SafetensorError) as error:
             kept = self._folder.complete_checkpoints()
             saved = f"{kept[-1]} is intact; free some space and resume" if kept else "free some space and start again"
-            raise RunStopped(
-                f"The checkpoint at step {self.state.global_step} was not written ({error}); {saved}."
-            ) from error
+            raise RunStopped(f"The checkpoint at step {step} was not written ({error}); {saved}.") from error
 
 
 class RunCallback(TrainerCallback):
@@ -130,11 +156,13 @@ class RunCallback(TrainerCallback):
         history: the lines of `metrics.jsonl`, of earlier parts of the run too.
     """
 
-    def __init__(self, folder: RunFolder, console: Console) -> None:
+    def __init__(self, folder: RunFolder, resumed: Path | None, console: Console) -> None:
         self.trainer: OuterTrainer | None = None
         self.stopped_by: int | None = None
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
+        if resumed:
+            self.history = [json.loads(line) for line in (resumed / checkpoint.METRICS).read_text("utf-8").splitlines()]
         self._folder, self._console = folder, console
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -150,13 +178,9 @@ class RunCallback(TrainerCallback):
         self._first_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop lines written after the checkpoint that the run goes on from, and start the clock."""
-        metrics = self._folder.metrics
-        if metrics.exists():
-            lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.endswith("}")]
-            self.history = [line for line in lines if line["step"] <= state.global_step]
+        """Write the lines up to the checkpoint that the run goes on from, and start the clock."""
         with self._writing_metrics():
-            write_whole(metrics, "".join(json.dumps(line) + "\n" for line in self.history).encode())
+            _write_lines(self._folder.metrics, self.history)
         self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, detail="")
         self._first_step, self._tokens = state.global_step, state.num_input_tokens_seen
         self._running.enter_context(handled(self._stop))
@@ -245,3 +269,12 @@ class RunCallback(TrainerCallback):
     def close(self) -> None:
         """Give the terminal and the signals back."""
         self._running.close()
+
+
+def _write_lines(path: Path, history: list[dict[str, float]]) -> None:
+    """Write a whole `metrics.jsonl`.
+
+    Raises:
+        OSError: it was not written; what was there is as it was.
+    """
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in history).encode())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from own_models import Passing
 from torch import Tensor, nn
 
+from cogsym.decoder import layers_of, set_layers
 from cogsym.sweeps.layers.configurations import Configuration
 
 
@@ -48,6 +51,24 @@ def plain_model(model: Any, configuration: Configuration, base: Any | None = Non
     if types is not None:
         config.layer_types = [types[i] for i in kept]
     return fresh
+
+
+def plain_in_place(model: Any, configuration: Configuration, base: Any | None = None) -> Callable[..., Any]:
+    """`model` with other layers in the places of those that are skipped or reverted, called as it is."""
+    layers = [
+        Passing(layer) if action == "skip" else layers_of(base)[i] if action == "revert" else layer
+        for i, (layer, action) in enumerate(zip(layers_of(model), configuration.actions, strict=True))
+    ]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        own = layers_of(model)
+        set_layers(model, nn.ModuleList(layers))
+        try:
+            return model(*args, **kwargs)
+        finally:
+            set_layers(model, own)
+
+    return run
 
 
 @torch.no_grad()

@@ -109,8 +109,8 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
 
 def test_a_checkpoint_cut_short_is_not_resumed_from(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     whole = run(model_folder, text_file, tmp_path / "out")
-    (tmp_path / "out" / "checkpoints" / "checkpoint-8" / "complete").unlink()
-    (tmp_path / "out" / "checkpoints" / "checkpoint-8" / "optimizer.pt").write_bytes(b"half")
+    (tmp_path / "out" / "checkpoints" / "checkpoint-8" / "manifest.json").unlink()
+    (tmp_path / "out" / "checkpoints" / "checkpoint-8" / "optimizer.safetensors").write_bytes(b"half")
     assert all(
         torch.equal(w, weights(whole)[n])
         for n, w in weights(run(model_folder, text_file, tmp_path / "out", resume=True)).items()

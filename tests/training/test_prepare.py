@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from tiny_models import batch, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import cogsym
-from cogsym import CogsymError, LayerPlan
+from cogsym import CogsymError, LayerPlan, ops
+from cogsym.ops import backend
 
 
 def loss_of(model: Any) -> torch.Tensor:
@@ -239,3 +240,144 @@ def test_attention_that_must_be_the_model_s_own_is_told(changes: dict[str, Any],
     assert layers[1].reason == f"{reason}; checkpointed"
     layers = cogsym.explain(cogsym.prepare(model, LayerPlan.outer(4), keep="all")).layers
     assert layers[1].reason == (reason if whole else f"{reason}; checkpointed")
+
+
+def test_explain_names_what_computes_and_why_nothing_faster_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    fast = "reference" if backend.unavailable("cpp") else "cpp"
+    report = cogsym.explain(model)
+    assert report.layers[1].path == fast and report.head == f"loss without logits, {fast}"
+    monkeypatch.setenv("COGSYM_BACKEND", "reference")
+    report = cogsym.explain(model)
+    assert report.layers[1].path == "reference"
+    if fast == "cpp":
+        assert "attention on reference: COGSYM_BACKEND is reference" in report.layers[1].reason
+        assert report.head == "loss without logits, reference (COGSYM_BACKEND is reference)"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cap", "backend_of_attention", "reason"),
+    [
+        (torch.bfloat16, None, "flash", ""),
+        (torch.float32, None, "reference", "flash"),
+        (torch.bfloat16, 30.0, "reference", "flash"),
+    ],
+)
+def test_explain_on_a_gpu_does_not_claim_a_kernel_that_is_not_taken(
+    dtype: torch.dtype, cap: float | None, backend_of_attention: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is needed to be told where tensors on one would go."""
+    variant = "gemma2" if cap else "llama"
+    changes = {"attn_logit_softcapping": cap} if cap else {}
+    model = tiny_model(variant, dtype, head_dim=16, **changes)
+    cogsym.prepare(model, LayerPlan.outer(4))
+    route = ops.route
+    monkeypatch.setattr(
+        ops, "route", lambda name, device, *args, **facts: route(name, torch.device("cuda"), *args, **facts)
+    )
+    report = cogsym.explain(model).layers[0]
+    assert report.attention == backend_of_attention
+    assert reason in report.reason and bool(reason) == ("attention on reference" in report.reason)
+
+
+def test_explain_says_how_the_head_runs() -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    assert cogsym.explain(model).head == "logits by its own forward (a hook on its head must fire)"
+    assert str(cogsym.explain(model)).splitlines()[-1] == f"head: {cogsym.explain(model).head}"
+    handle.remove()
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert cogsym.explain(model).head == "logits by its own forward (another library has replaced the model's forward)"
+
+
+def test_what_peft_trains_outside_of_layers_stays_trained() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = cogsym.prepare(get_peft_model(tiny_model("llama"), config), LayerPlan.outer(4, front=1, back=1))
+    needed = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any("lm_head.modules_to_save" in n for n in needed)
+    assert {n.split(".layers.")[1][0] for n in needed if ".layers." in n} == {"0", "3"}
+
+
+def test_trainable_tokens_stay_trained() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 5]})
+    model = cogsym.prepare(get_peft_model(tiny_model("llama"), config), LayerPlan.outer(4, front=1, back=1))
+    assert any("trainable_tokens_delta" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("tuner", [LNTuningConfig(target_modules=["input_layernorm"]), IA3Config(
+    target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+)], ids=["ln-tuning", "ia3"])  # fmt: skip
+def test_other_tuners_of_peft_give_their_gradients(tuner: Any) -> None:
+    plain = get_peft_model(tiny_model("llama"), tuner)
+    model = cogsym.prepare(copy.deepcopy(plain), LayerPlan.all(4))
+    got, want = loss_of(model), loss_of(plain)
+    torch.testing.assert_close(got, want)
+    got.backward()
+    want.backward()
+    theirs = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+    ours = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert ours.keys() == theirs.keys()
+    for n in theirs:
+        torch.testing.assert_close(ours[n], theirs[n], rtol=1e-4, atol=1e-7)
+
+
+def test_quantised_weights_cannot_be_trained() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        torch.zeros(52, 36, dtype=torch.uint8), requires_grad=False
+    )
+    with pytest.raises(
+        CogsymError, match="plan trains layer 0, which holds weights quantised to uint8, expected float"
+    ):
+        cogsym.prepare(model, LayerPlan.outer(4))
+
+
+def test_a_tuple_is_returned_where_one_is_asked_for() -> None:
+    model = tiny_model("llama").train()
+    inputs = batch("plain")
+    want = model(**inputs, return_dict=False, use_cache=False)
+    got = cogsym.prepare(model, LayerPlan.outer(4))(**inputs, return_dict=False, use_cache=False)
+    assert type(got) is tuple and len(got) == len(want)
+    torch.testing.assert_close(got[0], want[0])
+
+
+def test_a_wrapper_put_around_a_module_before_runs_by_itself() -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    for name in ("mlp", "self_attn"):
+        model = tiny_model("llama")
+        want = loss_of(model)
+        setattr(model.model.layers[1], name, Wrapper(getattr(model.model.layers[1], name)))
+        cogsym.prepare(model, LayerPlan.outer(4))
+        torch.testing.assert_close(loss_of(model), want)
+        assert "own forward" in cogsym.explain(model).layers[1].path
+
+
+def test_documents_packed_by_positions_attend_as_in_transformers() -> None:
+    """In a bare loop transformers makes a cache, and then sees no packing; prepared, in training too."""
+    model, inputs = tiny_model("llama"), batch("packed")
+    want = {training: model.train(training)(**inputs).loss for training in (False, True)}
+    apart = model(**inputs, use_cache=False).loss
+    assert abs(apart - want[True]) > 1e-3
+    cogsym.prepare(model, LayerPlan.outer(4))
+    with pytest.warns(UserWarning, match=r"fills a cache.*pass use_cache=False"):
+        got = model.train()(**inputs).loss
+    torch.testing.assert_close(got, want[True])
+    torch.testing.assert_close(model.eval()(**inputs).loss, want[False])
+    torch.testing.assert_close(model.train()(**inputs, use_cache=False).loss, apart)
+
+
+def test_explain_counts_what_needs_a_gradient_now() -> None:
+    model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
+    assert "changed since" not in str(cogsym.explain(model))
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    needed = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"changed since: {needed:,} of " in str(cogsym.explain(model))
+    assert cogsym.explain(model).layers[1].trained == "partly trained"

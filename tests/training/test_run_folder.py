@@ -244,7 +244,7 @@ def test_killed_before_anything_was_written(model_folder: Path, text_file: Path,
 
 
 def test_a_run_of_an_earlier_version_goes_on(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    """Its settings.json is this, its folder has no lock, and a checkpoint that was cut short is not marked."""
+    """Its settings.json is this, without a checksum, its folder has no lock, its checkpoints have no manifest."""
     out = tmp_path / "out"
     run(model_folder, text_file, out)
     record = json.loads((out / "settings.json").read_text())
@@ -265,7 +265,9 @@ def test_a_run_of_an_earlier_version_goes_on(model_folder: Path, text_file: Path
     (out / "train.lock").unlink()
     whole = load_file(out / "model" / "model.safetensors")
     shutil.rmtree(out / "model")
-    (out / "checkpoints" / "checkpoint-4" / "complete").unlink()
+    for checkpoint in (out / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+        (checkpoint / "settings.json").unlink()
     result = run(model_folder, text_file, out, resume=True)
     got = load_file(result.folder / "model.safetensors")
     assert result.steps == 4 and all(torch.equal(whole[name], got[name]) for name in whole)

@@ -96,7 +96,11 @@ def read_block(layer: nn.Module, weights_follow: bool = False) -> Block:
         raise UnknownLayerError(f"{cls.__qualname__} is not a decoder layer known to cogsym")
     if not is_native(cls):
         raise UnknownLayerError(f"the forward of {cls.__qualname__} is not the one that it was defined with")
-    return guarded(FAMILIES[path].read(layer), weights_follow)
+    try:
+        block = FAMILIES[path].read(layer)
+    except AttributeError as error:  # a wrapper stands around a module, say
+        raise UnknownLayerError(f"{cls.__qualname__} is not put together as its class does it: {error}") from error
+    return guarded(block, weights_follow)
 
 
 def logits_of(model: nn.Module) -> Logits | None:

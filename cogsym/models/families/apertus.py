@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -28,6 +28,8 @@ class XIELU:
     owner: Any
     beta: float
     eps: float
+
+    operation: ClassVar[str] = "xielu"
 
     def modules(self) -> list[nn.Module]:
         """See `Nonlinearity`."""

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.block import Block
 from cogsym.models.guard import class_of
-from cogsym.models.half import Half
+from cogsym.models.half import Half, OwnHalf
 from cogsym.models.inputs import QueryScale, Rotary
 from cogsym.models.mlp import Gated, MlpHalf, Nonlinearity, Pointwise
 from cogsym.models.norm import LayerNorm, ModuleNorm, Norm, RMSNorm
@@ -71,6 +71,7 @@ def attention(
     output_norm: Norm | None = None,
     *,
     fused: bool = False,
+    gated: bool = False,
     output: str = "o_proj",
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
@@ -90,6 +91,7 @@ def attention(
         norm: before it.
         output_norm: of what it adds to the stream.
         fused: queries, keys and values are one module.
+        gated: the queries' module gives a gate behind each head's, for what attention gives.
         output: name of the projection back.
         q_norm: norm of the queries.
         k_norm: norm of the keys.
@@ -114,8 +116,9 @@ def attention(
         qkv=Projections(
             module,
             ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj"),
-            tuple(n * module.head_dim for n in (heads, groups, groups)),
+            tuple(n * module.head_dim for n in (2 * heads if gated else heads, groups, groups)),
         ),
+        gated=gated,
         output=Projections(module, (output,), (config.hidden_size,)),
         head_dim=module.head_dim,
         q_norm=q_norm,
@@ -162,7 +165,8 @@ def mlp(
         features: F; the config's unless given.
         residual_scale: factor of what is added.
     """
-    module, config = layer.mlp, layer.self_attn.config
+    module = layer.mlp
+    config = getattr(layer, "self_attn", module).config  # which some MLPs have not, and linear attention never
     cls = type(getattr(module, activation, None))
     kind, reason = ACTIVATIONS.get(cls), other_class(layer, module, f"{prefix(layer)}MLP")
     if kind is None and nonlinearity is None:
@@ -180,6 +184,17 @@ def mlp(
         nonlinearity=made,
     )
     return half.on_own_forward(reason) if reason else half
+
+
+def experts(layer: Any, norm: Norm | None, name: str = "SparseMoeBlock") -> Half:
+    """The MLP half of a layer whose `mlp` is a mixture of experts of the family's class with that `name`, which run
+    their own forward; it may be a plain MLP in some layers."""
+    if other_class(layer, layer.mlp, f"{prefix(layer)}{name}"):
+        return mlp(layer, norm)
+    return OwnHalf(
+        owner=layer, name="mlp", norm=norm, width=layer.hidden_size, reason="its experts are chosen token by token",
+        call=MlpHalf.call_own,
+    )  # fmt: skip
 
 
 def llama_like(

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from cogsym.decoder import layers_of
 from cogsym.memory import free_bytes
 from cogsym.models.attention import AttentionHalf
+from cogsym.models.calls import layer_calls
 from cogsym.sweeps.engine.forward import TOKENS_AT_ONCE
 from cogsym.sweeps.engine.requests import Generate, Score, TaskDocument
 from cogsym.sweeps.engine.weights import LayerSource
@@ -42,17 +44,22 @@ class TokenBytes:
 
     @classmethod
     def of(cls, layers: LayerSource) -> TokenBytes:
-        """Read off the first layer, or the model's configuration where it is not known."""
+        """Read off the first layer; guessed from the shapes of weights where it is not known."""
         element = layers.model.get_input_embeddings().weight.element_size()
         block = layers.block
         if block is not None and isinstance(block.attention, AttentionHalf):
             cached = sum(block.attention.qkv.sizes[1:])
             return cls(element * block.attention.width, element * block.working_elements(), element * cached)
         config: Any = layers.model.config.get_text_config()
-        heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+        embedded, _ = layer_calls(layers.model, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=layers.device))
+        made = max(
+            sum(max(p.shape[-2:]) for p in layer.parameters() if p.dim() > 1) for layer in layers_of(layers.model)
+        )
+        heads = getattr(config, "num_attention_heads", 1)
+        groups = getattr(config, "num_key_value_heads", heads)
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        between = 3 * config.hidden_size + 3 * (heads + 2 * groups) * width + 3 * config.intermediate_size
-        return cls(element * config.hidden_size, element * between, element * 2 * groups * width)
+        state = embedded.numel()
+        return cls(element * state, element * (3 * state + made), element * 2 * groups * width)
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,20 @@ States are shared between configurations as ever; sequences are rows of a padded
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cogsym.decoder import decoder_of, layers_of, set_layers
-from cogsym.models.calls import layer_calls
+from cogsym.errors import CogsymError
+from cogsym.models.calls import layer_calls, without_layers
 from cogsym.sweeps.engine.prefixes import Batch, OnEnds
 from cogsym.sweeps.engine.requests import Generate, Generated
 from cogsym.sweeps.engine.sampling import Sampling, Stops
@@ -38,6 +42,8 @@ class FallbackRun:
         )
         self._states = embedded.new_empty(schedule.slots, *embedded.shape)
         self._embedded = embedded
+        # What layers write for those behind them, such as shared keys and values: of each state, by the original's id.
+        self._written: list[dict[int, Any]] = [{} for _ in range(schedule.slots)]
 
     def run(self, on_forwards: Callable[[float], None]) -> None:
         """Compute every state, and tell how many layers it took."""
@@ -48,18 +54,42 @@ class FallbackRun:
         layers = self._schedule.by_layer()
         for steps, loaded in zip(layers, self._layers.walk(needed(layers)), strict=True):
             for step in steps:
-                for copy in step.copies:
-                    self._states[copy.target] = self._states[copy.source]
-                layer = loaded[step.unit.weights].layer
+                for to in step.copies:
+                    self._states[to.target] = self._states[to.source]
+                    self._written[to.target] = {k: copy(v) for k, v in self._written[to.source].items()}
                 for slot in range(step.slots.start, step.slots.stop):
-                    y = layer(self._states[slot], **self._calls[step.unit.layer])
-                    self._states[slot] = y[0] if isinstance(y, tuple) else y
+                    self._apply(loaded[step.unit.weights].layer, step.unit.layer, slot)
                     on_forwards(step.unit.forwards)
                 for end in step.ends:
                     self._end(end.configurations, self._states[end.slot])
 
+    def _apply(self, layer: Any, index: int, slot: int) -> None:
+        written = self._written[slot]
+        call = {
+            name: written.setdefault(id(value), copy(value)) if isinstance(value, MutableMapping) else value
+            for name, value in self._calls[index].items()
+        }
+        with no_missing_keys(bool(written)):
+            y = layer(self._states[slot], **call)
+        self._states[slot] = y[0] if isinstance(y, tuple) else y
+
     def _end(self, configurations: tuple[int, ...], state: Tensor) -> None:
-        self._on_ends([configurations], state[self._rows, self._columns][None])
+        hidden = state[..., self._rows, self._columns, :]  # [P, D], or columns of the stream before them
+        self._on_ends([configurations], hidden.movedim(-2, 0).flatten(1)[None])
+
+
+@contextmanager
+def no_missing_keys(shared: bool) -> Iterator[None]:
+    """Say in a sentence that a layer reads what a skipped one would have written, where layers share anything."""
+    try:
+        yield
+    except KeyError as error:
+        if not shared:
+            raise
+        raise CogsymError(
+            f"A configuration skips the layer whose keys and values ({error.args[0]}) later layers share; skip it only "
+            "together with all of those."
+        ) from error
 
 
 def padded(sequences: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
@@ -78,7 +108,8 @@ def generate_fallback(
     sampling: Sampling,
 ) -> list[list[Generated]]:
     """What configurations write where layers run their own forward: one configuration after the other, with only the
-    layers it keeps and transformers' cache. Otherwise as `cogsym.sweeps.engine.generate.generate`."""
+    layers it keeps, and transformers' cache where that holds keys and values alone. Otherwise as
+    `cogsym.sweeps.engine.generate.generate`."""
     return [_generate_one(layers, configuration, requests, stops, sampling) for configuration in configurations]
 
 
@@ -86,67 +117,77 @@ def generate_fallback(
 def _generate_one(
     layers: LayerSource, configuration: Configuration, requests: Sequence[Generate], stops: Stops, sampling: Sampling
 ) -> list[Generated]:
-    longest = max(len(request.tokens) for request in requests)
-    short = [longest - len(request.tokens) for request in requests]
-    ids = torch.tensor([[0] * s + list(r.tokens) for s, r in zip(short, requests, strict=True)], device=layers.device)
-    mask = (torch.arange(longest) >= torch.tensor(short)[:, None]).long().to(layers.device)
     chance = [sampling.stream(configuration.code, request) for request in requests]
     written: list[list[int]] = [[] for _ in requests]
     answers: list[Generated | None] = [None] * len(requests)
     with only_layers(layers, configuration) as model:
-        cache = DynamicCache() if len(layers_of(model)) else None
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        inputs = ids
+        next_logits = _with_cache(model) or partial(_anew, model)
         while None in answers:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-            logits = model(
-                input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                use_cache=cache is not None, **last,
-            ).logits[:, -1]  # fmt: skip
+            logits = next_logits([(*r.tokens, *new) for r, new in zip(requests, written, strict=True)])
             if sampling.temperature:
                 drawn = torch.tensor([stream.random() for stream in chance], dtype=torch.float64, device=logits.device)
                 tokens = sampling.choose(logits.float(), drawn)
             else:
                 tokens = logits.argmax(-1)
             for i, token in enumerate(tokens.tolist()):
+                written[i].append(token)
                 if answers[i] is None:
-                    written[i].append(token)
                     answers[i] = stops.ended(requests[i], written[i])
-            mask = torch.cat([mask, mask.new_ones(len(requests), 1)], dim=1)
-            ids = torch.cat([ids, tokens[:, None]], dim=1)
-            inputs = ids if cache is None else tokens[:, None]
     return [answer for answer in answers if answer is not None]
+
+
+# The logits of the token behind each sequence, [B, V]; each call has one more token of every sequence.
+NextLogits = Callable[[Sequence[tuple[int, ...]]], Tensor]
+
+
+def _with_cache(model: Any) -> NextLogits | None:
+    """By transformers' cache; None where layers keep something else than their own keys and values."""
+    cache = DynamicCache(config=decoder_of(model).config)
+    keys_alone = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    if not keys_alone or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return None
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def next_logits(sequences: Sequence[tuple[int, ...]]) -> Tensor:
+        longest = max(map(len, sequences))
+        short = torch.tensor([longest - len(sequence) for sequence in sequences], device=model.device)
+        mask = (torch.arange(longest, device=model.device) >= short[:, None]).long()
+        new = slice(cache.get_seq_length(), None)
+        ids = torch.tensor([[0] * (longest - len(s)) + list(s) for s in sequences], device=model.device)
+        logits: Tensor = model(
+            input_ids=ids[:, new], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, new],
+            past_key_values=cache, use_cache=True, **last,
+        ).logits  # fmt: skip
+        return logits[:, -1]
+
+    return next_logits
+
+
+def _anew(model: Any, sequences: Sequence[tuple[int, ...]]) -> Tensor:
+    """By the whole sequences once more, padded behind their ends, where no layer looks."""
+    ids, mask = (t.to(model.device) for t in padded(sequences))
+    ends, at = (mask.sum(1) - 1).unique(return_inverse=True)
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    with no_missing_keys(bool(getattr(decoder_of(model).config, "num_kv_shared_layers", 0))):
+        logits: Tensor = model(
+            input_ids=ids, attention_mask=mask, use_cache=False, **({"logits_to_keep": ends} if keeps else {})
+        ).logits
+    return logits[torch.arange(len(ids)), at if keeps else ends[at]]
 
 
 @contextmanager
 def only_layers(layers: LayerSource, configuration: Configuration) -> Iterator[Any]:
-    """The model with the layers that a configuration keeps or reverts, as an ordinary model, for as long as it lasts.
+    """The model as a configuration has it, as an ordinary model, for as long as it lasts.
 
-    They are in memory together, streamed or not, and none may keep only a half.
+    The layers it keeps or reverts are in memory together, streamed or not, and none may keep only a half.
     """
     model = layers.model
-    config, every = decoder_of(model).config, layers_of(model)
-    number, types = config.num_hidden_layers, getattr(config, "layer_types", None)
-    units_of = units(configuration, "whole")
+    every, units_of = layers_of(model), units(configuration, "whole")
     loaded = layers.walk([(unit.layer, {unit.weights}) for unit in units_of])
-    kept = [there[unit.weights].layer for unit, there in zip(units_of, loaded, strict=True)]
-    indexed = [
-        (module, module.layer_idx) for layer in kept for module in layer.modules() if hasattr(module, "layer_idx")
-    ]
+    kept = {unit.layer: there[unit.weights].layer for unit, there in zip(units_of, loaded, strict=True)}
     try:
-        for place, layer in enumerate(kept):
-            for module in layer.modules():
-                if hasattr(module, "layer_idx"):
-                    module.layer_idx = place
-        set_layers(model, nn.ModuleList(kept))
-        config.num_hidden_layers = len(kept)
-        if types is not None:
-            config.layer_types = [types[unit.layer] for unit in units_of]
-        yield model
+        set_layers(model, nn.ModuleList(kept.get(i, layer) for i, layer in enumerate(every)))
+        with without_layers(model, set(range(len(every))) - set(kept)):
+            yield model
     finally:
         set_layers(model, every)
-        config.num_hidden_layers = number
-        if types is not None:
-            config.layer_types = types
-        for module, index in indexed:
-            module.layer_idx = index

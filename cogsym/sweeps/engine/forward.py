@@ -7,6 +7,8 @@ tokens of the documents at hand, [N, D], in a slot of one buffer; several states
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from cogsym import ops
 from cogsym.errors import CogsymError
 from cogsym.models import Block
 from cogsym.models.attention import Attend, AttentionHalf, scaled
-from cogsym.models.calls import layer_calls
+from cogsym.models.calls import token_inputs
 from cogsym.sweeps.engine.fallback import FallbackRun
 from cogsym.sweeps.engine.prefixes import Batch, OnEnds
 from cogsym.sweeps.engine.weights import LayerSource
@@ -25,6 +27,8 @@ from cogsym.sweeps.layers.trie import Topology, Trie, Unit
 # Tokens, of all states together, that go through a layer at a time: enough for the products to run at full speed, few
 # enough for what lies between them to stay in cache.
 TOKENS_AT_ONCE = 4096
+# (tokens [N], positions [N]) -> as `token_inputs` of a model.
+Inputs = Callable[[Tensor, Tensor], tuple[Tensor, list[Any]]]
 # (unit, nodes, keys [states, N, KV, d], values): what an attention unit computed for all tokens of some states.
 OnKeys = Callable[[Unit, Sequence[int], Tensor, Tensor], None]
 
@@ -49,7 +53,9 @@ class Engine:
             return "whole"
         return "parallel" if self.layers.block.parallel else "sequential"
 
-    def run(self, trie: Trie, batch: Batch, on_ends: OnEnds, on_keys: OnKeys | None = None) -> None:
+    def run(
+        self, trie: Trie, batch: Batch, on_ends: OnEnds, on_keys: OnKeys | None = None, inputs: Inputs | None = None
+    ) -> None:
         """Compute every state of a trie for a batch.
 
         Args:
@@ -58,6 +64,7 @@ class Engine:
             on_ends: told the hidden states that configurations end with, before the final norm, as they come; they are
                 its own only until it returns.
             on_keys: told the keys and values of every unit that attends; not by layers that run their own forward.
+            inputs: what tokens come to the layers with; None asks the decoder.
 
         Raises:
             CogsymError: the trie is for layers of another topology.
@@ -71,24 +78,30 @@ class Engine:
             if trie.topology == "whole":
                 FallbackRun(self.layers, schedule(trie, narrow=False), batch, on_ends).run(self.on_forwards)
             else:
-                _Run(self.layers, schedule(trie, narrow=batch.narrow), batch, on_ends, on_keys).run(self.on_forwards)
+                order, ask = schedule(trie, narrow=batch.narrow), inputs or partial(token_inputs, self.layers.model)
+                _Run(self.layers, order, batch, on_ends, on_keys, ask).run(self.on_forwards)
 
 
 class _Run:
     """One pass on our blocks."""
 
     def __init__(
-        self, layers: LayerSource, schedule: Schedule, batch: Batch, on_ends: OnEnds, on_keys: OnKeys | None
+        self,
+        layers: LayerSource,
+        schedule: Schedule,
+        batch: Batch,
+        on_ends: OnEnds,
+        on_keys: OnKeys | None,
+        inputs: Inputs,
     ) -> None:
         self._layers, self._schedule, self._on_ends, self._on_keys = layers, schedule, on_ends, on_keys
-        self._layout, device = batch.packed, layers.device
+        self._packed, device = batch.packed, layers.device
         self._places = batch.places
         self._scored = batch.places.to(device)
-        self._starts = self._layout.starts[None].to(device)
-        tokens, positions = self._layout.tokens.to(device), self._layout.positions.to(device)
-        # A token a row: no mask is needed where no layer looks at another token.
-        embedded, self._calls = layer_calls(layers.model, input_ids=tokens[:, None], position_ids=positions[:, None])
-        self._embedded = embedded[:, 0]
+        self._starts = self._packed.starts[None].to(device)
+        tokens, positions = self._packed.tokens.to(device), self._packed.positions.to(device)
+        embedded, self._positions = inputs(tokens, positions)
+        self._embedded = embedded
         self._full = embedded.new_empty(schedule.slots, len(tokens), embedded.shape[-1])
         self._narrow = embedded.new_empty(schedule.narrow_slots, len(self._scored), embedded.shape[-1])
 
@@ -105,7 +118,7 @@ class _Run:
                 block = loaded[step.unit.weights].block
                 assert block is not None
                 self._apply(step, block)
-                self._tell(step)
+                self._hand_over(step)
                 on_forwards(step.unit.forwards * len(step.nodes))
 
     def _apply(self, step: Step, block: Block) -> None:
@@ -140,7 +153,7 @@ class _Run:
         """(cos, sin), [1, N, R / 2] each."""
         if half.rotary is None:
             return None, None
-        cos, sin = half.rotary.tables(self._calls[layer]["position_embeddings"])
+        cos, sin = half.rotary.tables(self._positions[layer])
         return cos[None, :, 0], sin[None, :, 0]
 
     def _attend(self, half: AttentionHalf, unit: Unit, nodes: tuple[int, ...], only_scored: bool) -> Attend:
@@ -150,25 +163,25 @@ class _Run:
             if self._on_keys:
                 self._on_keys(unit, nodes, k, v)
             if half.query_scale:
-                positions = self._layout.positions[self._places] if only_scored else self._layout.positions
+                positions = self._packed.positions[self._places] if only_scored else self._packed.positions
                 q = scaled(q, half.query_scale(positions.to(q.device)))
             window = half.options.window
             if only_scored:
-                return attend_ranges(half, q, k, v, *self._layout.ranges_at(self._places, window))
+                return attend_ranges(half, q, k, v, *self._packed.ranges_at(self._places, window))
             if not _on_tiles(q):
                 everywhere = torch.arange(q.shape[1])
-                return attend_ranges(half, q, k, v, *self._layout.ranges_at(everywhere, window))
+                return attend_ranges(half, q, k, v, *self._packed.ranges_at(everywhere, window))
             roots = self._starts.shape[1]
             options = half.at(self._starts.expand(len(q), -1))
             o, _ = ops.attention(q[:, :roots], k[:, :roots], v[:, :roots], options)
             if roots == q.shape[1]:
                 return o
-            rest = attend_ranges(half, q[:, roots:], k, v, *self._layout.ranges(window))
+            rest = attend_ranges(half, q[:, roots:], k, v, *self._packed.ranges(window))
             return torch.cat([o, rest], dim=1)
 
         return attend
 
-    def _tell(self, step: Step) -> None:
+    def _hand_over(self, step: Step) -> None:
         buffer = self._narrow if step.narrow else self._full
         many = max(1, TOKENS_AT_ONCE // max(1, len(self._scored)))
         for i in range(0, len(step.ends), many):

@@ -22,7 +22,7 @@ from torch import Tensor
 from cogsym import ops
 from cogsym.models import Block
 from cogsym.models.attention import AttentionHalf, scaled
-from cogsym.models.calls import TokenCalls
+from cogsym.models.calls import TokenInputs
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.prefixes import Batch, windowed
 from cogsym.sweeps.engine.requests import Generate, Generated
@@ -52,19 +52,19 @@ class _Division(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Which keys the cells of an attention unit see.
+    """Which keys the cells of a unit that attends see.
 
     Attributes:
         history: of each cell, int64 [cells].
-        chains: as in `PackedPrefixes`, of the prompt and last of what was written, int64 [cells, M + 1, 3].
-        positions: of the token after the prompt, int64 [cells].
-        own: the first place of what is written, int64 [cells].
+        begins: of the segments of the prompt, and last of what is written, int64 [cells, M + 1].
+        ends: of the same; the last of them grows with every step.
+        first: the position of each begin, int64 [cells, M + 1].
     """
 
     history: Tensor
-    chains: Tensor
-    positions: Tensor
-    own: Tensor
+    begins: Tensor
+    ends: Tensor
+    first: Tensor
 
 
 class _Plan(NamedTuple):
@@ -155,12 +155,8 @@ class _Decoder:
         self._max_new = max(request.max_new_tokens for request in requests)
         self._batch = Batch([r.tokens for r in requests], [(i, len(r.tokens) - 1) for i, r in enumerate(requests)])
         self._tokens = len(self._batch.packed.tokens)
-        lengths = [len(request.tokens) for request in requests]
-        self._calls = TokenCalls(
-            engine.layers.model,
-            self._batch.packed.tokens.to(self._device),
-            range(min(lengths), max(lengths) + self._max_new),
-        )
+        positions = max(len(request.tokens) for request in requests) + self._max_new
+        self._inputs = TokenInputs(engine.layers.model, self._batch.packed.tokens.to(self._device), positions)
         self._stores: dict[int, _Store] = {}
         self._steps = self._node_tables()
         self._plans: list[list[_Plan]] = []  # by layer; empty where they must be made anew
@@ -212,7 +208,7 @@ class _Decoder:
                 for c in same:
                     hidden[c] = state
 
-        self._engine.run(self._trie, self._batch, on_ends, on_keys)
+        self._engine.run(self._trie, self._batch, on_ends, on_keys, self._inputs)
         return torch.stack([hidden[c] for c in self._order], dim=1).flatten(0, 1)
 
     def _new_store(self, layer: int, like: Tensor) -> _Store:
@@ -290,10 +286,11 @@ class _Decoder:
         first, _ = _states(np.zeros_like(self._history), self._history)
         tokens = torch.tensor([written[-1] for written in self._written], device=self._device)
         lengths = torch.tensor([len(self._requests[r].tokens) for r in self._request[first]])
-        x, position_embeddings = self._calls(tokens, (lengths + step).to(self._device))
+        x, position_embeddings = self._inputs(tokens, (lengths + step).to(self._device))
         states = x.new_empty(len(self._history), x.shape[-1])
         states[self._index(first)] = x
-        self._plans = self._plans or self._new_plans()
+        self._plans = self._plans or self._new_plans(step)
+        rotation: dict[Any, tuple[Tensor, Tensor]] = {}  # what layers with the same tables and histories share
         needed = [(plans[0].unit.layer, {plan.unit.weights for plan in plans}) for plans in self._plans]
         for plans, loaded in zip(self._plans, self._engine.layers.walk(needed), strict=True):
             for unit, division, keys in plans:
@@ -305,7 +302,7 @@ class _Decoder:
                 if keys is None:
                     block.add_mlp(cells[None])
                 else:
-                    self._attend(block, unit, cells, keys, position_embeddings[unit.layer], step)
+                    self._attend(block, unit, cells, keys, position_embeddings[unit.layer], rotation, step)
                 states[division.to] = cells
                 self._engine.on_forwards(unit.forwards * len(cells))
         last = np.asarray(self._trie.last)[self._configuration]
@@ -315,26 +312,29 @@ class _Decoder:
     def _index(self, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(indices).to(self._device)
 
-    def _new_plans(self) -> list[list[_Plan]]:
+    def _new_plans(self, step: int) -> list[list[_Plan]]:
         plans: dict[int, list[_Plan]] = {}
+        histories: dict[bytes, Tensor] = {}  # one tensor for all layers whose cells have the same
         for unit, node_of, before in self._steps:
             division = self._division(node_of, before)
             if len(division.rows):
-                keys = self._keys(division.rows, node_of, unit.layer) if unit.attends else None
+                keys = self._keys(division.rows, node_of, unit.layer, step, histories) if unit.attends else None
                 plans.setdefault(unit.layer, []).append(_Plan(unit, division, keys))
         return list(plans.values())
 
-    def _keys(self, rows: np.ndarray, node_of: np.ndarray, layer: int) -> _Keys:
+    def _keys(
+        self, rows: np.ndarray, node_of: np.ndarray, layer: int, step: int, histories: dict[bytes, Tensor]
+    ) -> _Keys:
         store = self._stores[layer]
         places = self._batch.places[self._request[rows]]
         nodes = torch.tensor([store.order[int(n)] for n in node_of[self._configuration[rows]]])
         chains = self._batch.packed.chains_at(places)
         chains[..., :2] += (nodes * self._tokens)[:, None, None]
-        own = len(store.order) * self._tokens + torch.from_numpy(store.regions[rows]) * self._max_new
-        positions = self._batch.packed.positions[places] + 1
-        written = torch.stack([own, own, positions], dim=-1)
-        chains = torch.cat([chains, written[:, None]], dim=1)
-        return _Keys(self._index(self._history[rows]), chains, positions, own)
+        begin = len(store.order) * self._tokens + torch.from_numpy(store.regions[rows]) * self._max_new
+        written = torch.stack([begin, begin + step, self._batch.packed.positions[places] + 1], dim=-1)
+        begins, ends, first = (t.contiguous() for t in torch.cat([chains, written[:, None]], dim=1).unbind(-1))
+        history = self._history[rows]
+        return _Keys(histories.setdefault(history.tobytes(), self._index(history)), begins, ends, first)
 
     def _division(self, node_of: np.ndarray, before: np.ndarray) -> _Division:
         """What a unit does to the states that rows share."""
@@ -362,6 +362,7 @@ class _Decoder:
         cells: Tensor,
         keys: _Keys,
         position_embeddings: Any,
+        rotation: dict[Any, tuple[Tensor, Tensor]],
         step: int,
     ) -> None:
         """Add what a unit that attends adds to cells, [cells, D], each at its own place and over its own keys."""
@@ -369,16 +370,20 @@ class _Decoder:
         assert isinstance(half, AttentionHalf)
         cos, sin = None, None
         if half.rotary is not None:
-            cos, sin = (t[keys.history, 0][None] for t in half.rotary.tables(position_embeddings))
-        here = keys.own + step
-        keys.chains[:, -1, 1] = here + 1
-        begins, ends = windowed(keys.chains, keys.positions + step, half.options.window)
-        here = here.to(self._device)
+            key = half.rotary, id(position_embeddings), id(keys.history)
+            if key not in rotation:
+                cos, sin = (t[keys.history, 0][None] for t in half.rotary.tables(position_embeddings))
+                rotation[key] = cos, sin
+            cos, sin = rotation[key]
+        keys.ends[:, -1].add_(1)
+        here = (keys.ends[:, -1] - 1).to(self._device)
+        positions = keys.first[:, -1] + step
+        begins, ends = windowed(keys.begins, keys.ends, keys.first, positions, half.options.window)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             store.k[here], store.v[here] = k[0], v[0]
             if half.query_scale:
-                q = scaled(q, half.query_scale((keys.positions + step).to(q.device)))
+                q = scaled(q, half.query_scale(positions.to(q.device)))
             ranges = begins.to(q.device), ends.to(q.device)
             return ops.decode_attention(q[0], store.k, store.v, *ranges, half.in_ranges())[None]
 

@@ -52,11 +52,13 @@ class PackedPrefixes:
 
     def ranges(self, window: int | None) -> tuple[Tensor, Tensor]:
         """(begins, ends) of what each token with a parent sees, int64 [N - N0, M] each; see `ops.decode_attention`."""
-        return windowed(self.chains, self.positions[len(self.starts) :], window)
+        begins, ends, first = self.chains.unbind(-1)
+        return windowed(begins, ends, first, self.positions[len(self.starts) :], window)
 
     def ranges_at(self, places: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         """(begins, ends) of what the tokens at `places`, int64 [P], see; int64 [P, M] each."""
-        return windowed(self.chains_at(places), self.positions[places], window)
+        begins, ends, first = self.chains_at(places).unbind(-1)
+        return windowed(begins, ends, first, self.positions[places], window)
 
     def chains_at(self, places: Tensor) -> Tensor:
         """`chains` of the tokens at `places`, int64 [P], with a parent or without; int64 [P, M, 3]."""
@@ -97,17 +99,21 @@ class Batch:
         return len(self.scored) < _NARROW_BELOW * len(self.packed.tokens)
 
 
-def windowed(chains: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """(begins, ends) of what tokens at `positions` see of `chains`.
+def windowed(
+    begins: Tensor, ends: Tensor, first: Tensor, positions: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(begins, ends) of what tokens see of segments; a range that ends where it begins is empty.
 
     Args:
-        chains: int64 [P, M, 3].
-        positions: int64 [P].
+        begins: of the segments, int64 [P, M].
+        ends: of the segments, int64 [P, M].
+        first: the position of each begin, int64 [P, M].
+        positions: of the tokens, int64 [P].
         window: how many tokens each sees at most, itself among them; None is all.
     """
-    begins, ends, first = chains.unbind(-1)
-    if window is not None:
-        begins = begins + (positions[:, None] - window + 1 - first).clamp(min=0)
+    if window is None:
+        return begins, ends
+    begins = begins + (positions[:, None] - window + 1 - first).clamp(min=0)
     return begins, torch.maximum(begins, ends)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cogsym.decoder import layers_of
+from cogsym.decoder import decoder_of, layers_of
 from cogsym.errors import CogsymError
 from cogsym.models import Block, UnknownLayerError, read_block
 from cogsym.models.attention import AttentionHalf
@@ -158,7 +159,7 @@ class StreamedLayers:
         self._dtype = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
-        self._layers = layers_of(self.model)
+        self._layers, decoder = layers_of(self.model), decoder_of(self.model)
         self._files: dict[Weights, _Checkpoint] = {"model": _Checkpoint(folder)}
         if base is not None:
             with init_empty_weights():
@@ -166,6 +167,8 @@ class StreamedLayers:
             self._files["base"] = _Checkpoint(base)
         (self._prefix,) = (f"{name}." for name, module in self.model.named_modules() if module is self._layers)
         self._load_rest()
+        # Read by a thread of their own, while the model's may have another forward for a moment.
+        self._untouched = [copy.deepcopy(layer, {id(decoder.config): decoder.config}) for layer in self._layers]
         blocks = [_block(layer, self.reasons, weights_follow=True) for layer in self._layers]
         self.block = None if self.reasons else blocks[0]
 
@@ -189,11 +192,10 @@ class StreamedLayers:
 
     def _load(self, layer: int, weights: set[Weights]) -> dict[Weights, Loaded]:
         """A layer of its own with these weights, so that nothing holds them once it is dropped."""
-        names, loaded = self._layers[layer].state_dict().keys(), {}
+        names, config, loaded = self._untouched[layer].state_dict().keys(), decoder_of(self.model).config, {}
         for which in weights:
             tensors = self._files[which].read(f"{self._prefix}{layer}.", names)
-            with init_empty_weights(include_buffers=False):
-                module = type(self._layers[layer])(self.model.get_decoder().config, layer).eval()
+            module = copy.deepcopy(self._untouched[layer], {id(config): config})
             module.load_state_dict({n: t.to(self.device, self._dtype) for n, t in tensors.items()}, assign=True)
             loaded[which] = Loaded(module, block := _block(module, []))
             for projections in block.projections() if block else ():
@@ -204,6 +206,11 @@ class StreamedLayers:
     def _load_rest(self) -> None:
         """Everything but the decoder layers."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        if shared := next((name for name in tied if name.startswith(self._prefix)), None):
+            raise CogsymError(
+                f"The layers of {type(self.model).__name__} share weights such as {shared}, so they cannot be "
+                "streamed; leave streaming off."
+            )
         self._files["model"].check_tied(tied)
         names = [name for name in self.model.state_dict() if name not in tied]
         for file in self._files.values():

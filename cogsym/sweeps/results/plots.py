@@ -53,8 +53,8 @@ def plot(folder: str | Path, out: str | Path | None = None, metrics: Collection[
             written.
     """
     folder, out = Path(folder), Path(out or folder)
-    told = summary(folder)
-    there = [name for name in METRICS if name in set(told["metric"])]
+    found = summary(folder)
+    there = [name for name in METRICS if name in set(found["metric"])]
     for name in metrics:
         if name not in there:
             raise CogsymError(f"{folder} has no results of the metric {name!r}, expected one of {', '.join(there)}.")
@@ -62,7 +62,7 @@ def plot(folder: str | Path, out: str | Path | None = None, metrics: Collection[
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures(told[told["metric"].isin(wanted)]):
+        for name, figure in figures(found[found["metric"].isin(wanted)]):
             paths = [out / f"{name}{suffix}" for suffix in (".png", ".svg")]
             save(figure, paths)
             files += paths
@@ -76,14 +76,14 @@ def plot(folder: str | Path, out: str | Path | None = None, metrics: Collection[
     return files
 
 
-def figures(told: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+def figures(found: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     """The pictures that a `summary` has the lines for, each with its name."""
     kept = ACTIONS[KEEP].letter
     for action in ACTIONS:
         letter, label = ACTIONS[action].letter, ACTIONS[action].label
         if action == KEEP:
             continue
-        lines = told[[set(code) <= {kept, letter} for code in told["configuration"]]]
+        lines = found[[set(code) <= {kept, letter} for code in found["configuration"]]]
         lines = lines.assign(
             front=[len(code) - len(code.lstrip(letter)) for code in lines["configuration"]],
             back=[len(code) - len(code.rstrip(letter)) for code in lines["configuration"]],

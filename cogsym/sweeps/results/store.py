@@ -218,11 +218,11 @@ def values(folder: str | Path, task: str, metric: str) -> dict[str, float]:
     table = _everything(folder)
     for name, wanted in (("task", task), ("metric", metric)):
         table = table.filter(pc.equal(table.column(name).cast(pa.string()), wanted))
-    told: dict[str, float] = {}
+    found: dict[str, float] = {}
     for cells in _cells(table):
         together = METRICS[metric].combine(cells.statistics.sum(axis=0))
-        told |= {line["configuration"]: float(value) for line, value in zip(cells.described, together, strict=True)}
-    return told
+        found |= {line["configuration"]: float(value) for line, value in zip(cells.described, together, strict=True)}
+    return found
 
 
 def summary(folder: str | Path, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -248,11 +248,11 @@ def summary(folder: str | Path, resamples: int = 1000, seed: int = 0) -> pd.Data
             )
         metric = METRICS[cells.metric]
         kept = next((c for c, line in enumerate(cells.described) if line["direction"] == "none"), None)
-        told = paired_bootstrap(cells.statistics, cells.present, kept, metric.combine, resamples, seed)
-        told["chance"] = (
-            metric.chance(cells.statistics.sum(axis=0)) if metric.chance else np.full(len(told["value"]), np.nan)
+        estimates = paired_bootstrap(cells.statistics, cells.present, kept, metric.combine, resamples, seed)
+        estimates["chance"] = (
+            metric.chance(cells.statistics.sum(axis=0)) if metric.chance else np.full(len(estimates["value"]), np.nan)
         )
-        summaries.append(pd.concat([pd.DataFrame(cells.described), pd.DataFrame(told)], axis=1))
+        summaries.append(pd.concat([pd.DataFrame(cells.described), pd.DataFrame(estimates)], axis=1))
     return pd.concat(summaries, ignore_index=True)
 
 

@@ -1,0 +1,95 @@
+"""A checkpoint of a run: what lies in its folder, written and read without pickle."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cogsym.records import MANIFEST
+
+TRAINED = "trained.safetensors"  # the trained parameters
+OPTIMIZER = "optimizer.safetensors"  # its state, and the learning rate's
+RANDOM = "random.json"  # the states of the random numbers
+STATE = "trainer_state.json"  # Trainer's own
+METRICS = "metrics.jsonl"  # the lines up to here
+SETTINGS = "settings.json"  # what was asked of the run
+FILES = (TRAINED, OPTIMIZER, RANDOM, STATE, METRICS, SETTINGS, MANIFEST)
+
+
+def save_optimizer(optimizer: Any, scheduler: Any, path: Path) -> None:
+    """Write the states of an optimizer and of its learning rate.
+
+    Raises:
+        OSError, SafetensorError: they were not written.
+    """
+    state = optimizer.state_dict()
+    tensors = {f"{p}.{name}": t.contiguous() for p, of in state["state"].items() for name, t in of.items()}
+    described = {"groups": state["param_groups"], "scheduler": scheduler.state_dict()}
+    save_file(tensors, path, {name: json.dumps(value) for name, value in described.items()})
+
+
+def load_optimizer(optimizer: Any, scheduler: Any, path: Path) -> None:
+    """Give them the states that `save_optimizer` wrote."""
+    state: dict[int, dict[str, Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        described: Mapping[str, str] = file.metadata()
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            p, _, name = key.partition(".")
+            state.setdefault(int(p), {})[name] = file.get_tensor(key)
+    optimizer.load_state_dict({"state": state, "param_groups": json.loads(described["groups"])})
+    scheduler.load_state_dict(json.loads(described["scheduler"]))
+
+
+def save_random(path: Path) -> None:
+    """Write the states of Python's, NumPy's and PyTorch's random numbers.
+
+    Raises:
+        OSError: they were not written.
+    """
+    name, numbers, *rest = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(numbers).tolist(), *rest),
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = bytes(torch.cuda.get_rng_state().tolist()).hex()
+    path.write_text(json.dumps(states) + "\n", "utf-8")
+
+
+def load_random(path: Path) -> None:
+    """Go on with the random numbers after those that were drawn before `save_random`."""
+    states = json.loads(path.read_bytes())
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, numbers, *rest = states["numpy"]
+    np.random.set_state((name, np.array(numbers, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(states["torch"])), dtype=torch.uint8))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(list(bytes.fromhex(states["cuda"])), dtype=torch.uint8))
+
+
+def strangers(folder: Path) -> list[str]:
+    """The names of what no run wrote into a checkpoint's folder."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in FILES)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; what no run wrote stays, and its folder with it.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    for name in reversed(FILES):  # the manifest first: half a checkpoint is none
+        (folder / name).unlink(missing_ok=True)
+    if not strangers(folder):
+        folder.rmdir()

@@ -1,0 +1,116 @@
+"""Decoder layers that run their own forward altogether: planned, trained, explained and restored like all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from own_models import OWN, own_model
+from tiny_models import batch
+from torch import Tensor, nn
+
+import cogsym
+from cogsym.bench.method import saved_bytes
+from cogsym.decoder import final_norm_of, layers_of
+from cogsym.errors import CogsymError
+from cogsym.training.finetune import _with_adapters
+
+
+def gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss and every gradient of one training step, dropout and all."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss = model.train()(**inputs, use_cache=False).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def planned(name: str) -> tuple[Any, cogsym.LayerPlan]:
+    model = own_model(name)
+    L = len(layers_of(model))
+    return model, cogsym.LayerPlan.layers(L, [0] if name == "zamba2" else [0, L - 1])  # whose last shares weights
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_frozen_layers_are_computed_again_and_nothing_differs(name: str) -> None:
+    model, plan = planned(name)
+    for part in plan.parts(model):
+        for p in part.parameters:
+            p.requires_grad_(part.trained)
+    kinds = ("plain", "padded-right", "padded-left", "packed")
+    batches = [batch(kind) for kind in kinds if kind != "packed" or name not in ("bloom", "mpt")]  # without positions
+    want = [gradients(model, inputs) for inputs in batches]
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    for keep, inputs, truth in zip(("input", "all", "nothing", "attention"), batches, want, strict=False):
+        cogsym.prepare(model, plan, keep=keep)
+        got = gradients(model, inputs)
+        assert got.keys() == truth.keys()
+        assert all(torch.equal(got[n], truth[n]) for n in truth), keep
+    frozen = [layer for layer in cogsym.explain(model).layers if layer.trained == "frozen"]
+    assert len(frozen) == len(layers_of(model)) - len(plan.trained)
+    assert all(
+        layer.path == "own forward" and layer.reason.endswith("known to cogsym; checkpointed") for layer in frozen
+    )
+    cogsym.restore(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_parameter_of_the_decoder_has_its_part(name: str) -> None:
+    model = own_model(name)
+    found = final_norm_of(model)
+    plan = cogsym.LayerPlan.all(len(layers_of(model)))
+    parts = {part.name: part for part in plan.parts(model)}
+    assert found is not None and {id(p) for p in parts["final norm"].parameters} == set(map(id, found[1].parameters()))
+    assert "other" not in parts
+    assert sum(part.num_parameters for part in parts.values()) == sum(p.numel() for p in model.parameters())
+    cogsym.prepare(model, plan)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "xglm", "falcon"])
+def test_a_frozen_layer_keeps_its_input_alone(name: str) -> None:
+    held = {}
+    for keep in ("all", "nothing"):
+        model, plan = planned(name)
+        cogsym.prepare(model, plan, keep=keep)
+        inputs = batch("plain")
+        held[keep] = saved_bytes(lambda model=model, inputs=inputs: model.train()(**inputs, use_cache=False).loss)
+    assert held["nothing"] < 0.8 * held["all"]
+
+
+def test_a_cache_is_filled_once() -> None:
+    """GPT-2 hands it to its blocks without a keyword."""
+    model, plan = planned("gpt2")
+    ids = batch("plain")["input_ids"]
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    cogsym.prepare(model, plan, keep="nothing").train()
+    out = model(ids, use_cache=True)
+    out.logits.sum().backward()
+    assert out.past_key_values.get_seq_length(1) == ids.shape[1]
+
+
+def test_layers_that_share_weights_are_trained_together() -> None:
+    model = own_model("zamba2")
+    with pytest.raises(CogsymError, match=r"Layers 1 and 3 of the model share weights.* only layer 3; train both or"):
+        cogsym.prepare(model, cogsym.LayerPlan.layers(4, [3]))
+    cogsym.prepare(model, cogsym.LayerPlan.layers(4, [1, 3]))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "recurrent-gemma"])
+def test_adapters_are_put_on_planned_layers(name: str) -> None:
+    model = _with_adapters(own_model(name), cogsym.LayerPlan.layers(3, [0, 2]), rank=2)
+    layers = layers_of(model)
+    adapted = [any("lora_" in n for n, _ in layer.named_parameters()) for layer in layers]
+    assert adapted == [True, False, True]
+
+
+def test_adapters_that_peft_refuses() -> None:
+    with pytest.raises(
+        CogsymError, match=r"LoRA does not fit FalconH1ForCausalLM \(.*out_proj.*\); train whole layers"
+    ):
+        _with_adapters(own_model("falcon-h1"), cogsym.LayerPlan.layers(3, [0]), rank=2)
