@@ -27,7 +27,7 @@ _GEMMA: dict[str, Any] = {
 }  # fmt: skip
 
 # name -> (class of transformers without "ForCausalLM" or "LMHeadModel", its configuration)
-_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", _GPT2),
     "gpt-neo": (
         "GPTNeo",
@@ -62,13 +62,13 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3n": ("Gemma3n", {**_GEMMA, "altup_num_inputs": 2, "laurel_rank": 4, "activation_sparsity_pattern": None}),
     "gemma4": ("Gemma4", {**_GEMMA, "global_head_dim": 8}),
 }  # fmt: skip
-OWN = tuple(_MODELS)
+OWN = tuple(MODELS)
 SHARED_KEYS = ("gemma3n", "gemma4")
 
 
 def own_model(name: str, seed: int = 0, **changes: Any) -> Any:
     """A random model in evaluation mode."""
-    family, settings = _MODELS[name]
+    family, settings = MODELS[name]
     config: Callable[..., Any] = getattr(hf, f"{family}{'Text' if family.startswith('Gemma') else ''}Config")
     model: Any = getattr(hf, f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}")
     torch.manual_seed(seed)

@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    ModelOutput,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
 
 from cogsym import ops
 from cogsym.models.families import logits_of
 from cogsym.models.hooks import hook_on
 
 IGNORED = -100  # the label that transformers' losses leave out
-_OWN_WORDS = ("shift_labels", "logits_to_keep", "output_attentions", "output_hidden_states")
+_OWN_WORDS = ("shift_labels", "logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,8 @@ class Head:
             return "its head has a bias"
         if "forward" in vars(head):
             return "another library has replaced the forward of its head"
+        if getattr(self.model.config, "output_router_logits", False):
+            return "its loss depends on what its routers say"
         if head.weight.is_meta:
             return "the weights of its head are not in memory"
         return "a hook on its head must fire" if hook_on(head) else None
@@ -49,7 +56,7 @@ class Head:
         plain = plain and kwargs.get("return_dict", getattr(self.model.config, "return_dict", True)) is not False
         return bool(plain and self.why_logits() is None)
 
-    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
+    def forward(self, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> ModelOutput:
         """The model's output with its loss and no logits.
 
         Args:
@@ -70,7 +77,8 @@ class Head:
         )
         if num_items_in_batch is not None:
             loss = loss / num_items_in_batch
-        return CausalLMOutputWithPast(
+        mixture = isinstance(outputs, MoeModelOutputWithPast)
+        return (MoeCausalLMOutputWithPast if mixture else CausalLMOutputWithPast)(
             loss=loss,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -15,7 +15,7 @@ from cogsym.models.attention import AttentionHalf
 from cogsym.models.norm import ModuleNorm
 from cogsym.plan import Part
 from cogsym.training.keep import Memory, cost
-from cogsym.training.layer import How, PreparedLayer, possible
+from cogsym.training.layer import How, PreparedLayer, possible, why_whole
 from cogsym.training.prepare import forward_with_loss, layer_forward, record_of
 
 OWN = "own forward"
@@ -155,10 +155,10 @@ def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
     foreign = block.attention.foreign(training=True) if isinstance(block.attention, AttentionHalf) else None
     if foreign and how.frozen:
         block = known.with_own_attention(foreign)
-        if block.draws():
-            return own(foreign, how)
     elif foreign:
         reasons.append(f"but the model's own attention: {foreign}")
+    if how.frozen and (reason := why_whole(block, {}, training=True)):
+        return own(foreign or reason, how)
     weight = next(layer.parameters())
     routes = [
         {name: ops.route(name, weight.device, weight.dtype, **facts) for name, facts in half.operations().items()}

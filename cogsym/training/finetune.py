@@ -153,6 +153,11 @@ def _trained(
         f"data: {rows.num_documents:,} documents in {len(rows):,} rows of {settings.length}, {rows.fill:.1%} full",
         highlight=False,
     )
+    if rows.num_documents > len(rows) and not _tells_documents_apart(adapted):
+        console.print(
+            f"documents in one row see each other: {type(network).__name__} does not tell them apart by positions",
+            highlight=False,
+        )
 
     checkpoint = folder.checkpoint_to_resume(partial(console.print, highlight=False, markup=False, soft_wrap=True))
     callback = RunCallback(folder, checkpoint, console)
@@ -185,6 +190,18 @@ def _trained(
     for n, p in network.named_parameters():
         p.data = p.data.to(original[n])
     return network, callback, trainer.state.global_step, trained
+
+
+@torch.no_grad()
+def _tells_documents_apart(model: Any) -> bool:
+    """Whether a document is the same to a model behind another one, where positions count from 0 anew."""
+    ids = torch.arange(6, device=model.device)[None]
+    training = model.training
+    model.eval()
+    packed = model(input_ids=ids, position_ids=ids % 3, use_cache=False).logits[:, 3:]
+    alone = model(input_ids=ids[:, 3:], use_cache=False).logits
+    model.train(training)
+    return bool((packed - alone).norm() < 0.1 * alone.norm())
 
 
 def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str) -> tuple[Any, Any]:

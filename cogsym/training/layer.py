@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -78,6 +79,25 @@ class PreparedLayer:
             reasons = dict.fromkeys(half.reason for half in block.halves)
             return How(None, " and ".join(reasons), trained, False)
         return How(block, "", trained, not trained and all(p.plain() for p in block.projections()))
+
+
+def wants(block: Block, kwargs: Mapping[str, Any], what: str) -> bool:
+    """Whether what transformers reads off a layer's modules, "output_attentions" say, is asked for."""
+    configs = (getattr(half.module, "config", None) for half in block.halves)
+    return bool(kwargs.get(what) or any(getattr(config, what, False) for config in configs))
+
+
+def why_whole(block: Block, kwargs: Mapping[str, Any], training: bool) -> str | None:
+    """Why a frozen block must run its layer's own forward under autograd, or None.
+
+    Args:
+        block: the block.
+        kwargs: of the call.
+        training: the layer is in training mode.
+    """
+    if isinstance(block.mlp, OwnHalf) and wants(block, kwargs, "output_router_logits"):
+        return "the loss may depend on what its router says"
+    return "its own forward draws at random" if training and block.draws() else None
 
 
 def possible(layer: nn.Module, keep: Keep) -> Keep:

@@ -39,7 +39,7 @@ from cogsym.models.masks import UnknownMaskError
 from cogsym.plan import LayerPlan, Part
 from cogsym.training.autograd import run_frozen
 from cogsym.training.keep import Memory
-from cogsym.training.layer import PreparedLayer, possible
+from cogsym.training.layer import PreparedLayer, possible, wants, why_whole
 
 # Newer releases checkpoint in the class's forward, which a prepared layer does not call; older ones around the call.
 _CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
@@ -194,7 +194,7 @@ def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
     block, inputs = how.block, LayerInputs(kwargs)
     if block is None or args or (layer.training and block.dropout):
         return _run_own(layer, partial(own, **kwargs), x, args, known.memory)
-    if _wants_attentions(block, kwargs) or not _has_tables(block, inputs):
+    if wants(block, kwargs, "output_attentions") or not _has_tables(block, inputs):
         return own(x, **kwargs)
     by_hand = how.frozen and inputs.cache is None and not torch.compiler.is_compiling()
     if inputs.cache is None:
@@ -203,19 +203,13 @@ def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
         except UnknownMaskError as error:
             block = known.with_own_attention(str(error)) if by_hand else block
     if by_hand:
-        if layer.training and block.draws():
+        if why_whole(block, kwargs, layer.training):
             return _run_own(layer, partial(own, **kwargs), x, args, known.memory)
         keep = known.memory.of(known.index, x, x.element_size())
         return run_frozen(block, x, inputs, possible(layer, keep))
     if _CHECKPOINTS_FORWARD and _checkpointed(layer) and inputs.cache is None:
         return layer._gradient_checkpointing_func(partial(block.forward, inputs=inputs), x)
     return block.forward(x, inputs)
-
-
-def _wants_attentions(block: Block, kwargs: dict[str, Any]) -> bool:
-    """Whether attention's probabilities are asked for, which ours never holds."""
-    config = getattr(block.attention.module, "config", None)
-    return bool(kwargs.get("output_attentions") or getattr(config, "output_attentions", False))
 
 
 def _has_tables(block: Block, inputs: LayerInputs) -> bool:

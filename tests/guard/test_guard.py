@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import measures
 
-from cogsym.models import frozen
+from cogsym.models import Block
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.layers.trie import Trie
 
@@ -48,15 +48,15 @@ def test_triton_as_committed(fresh_cache: None) -> None:
 
 
 def test_a_block_that_keeps_one_more_tensor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = frozen.forward
+    run = Block.run
 
     def hoarding(*args: Any) -> Any:
-        y, kept = forward(*args)
+        y, kept = run(*args)
         if args[3] == "attention":
-            kept.qkv = torch.empty(*kept.x.shape[:-1], 160)
+            kept.attention["more"] = torch.empty(*kept.x.shape[:-1], 160)
         return y, kept
 
-    monkeypatch.setattr(frozen, "forward", hoarding)
+    monkeypatch.setattr(Block, "run", hoarding)
     lines = changed("steps")
     # Four frozen layers, 2 x 64 tokens, 160 numbers of 4 bytes; and no FLOP or launch besides, but for empty itself.
     want = measures.expected("steps")["attention: saved bytes"]  # type: ignore[index]
@@ -65,8 +65,8 @@ def test_a_block_that_keeps_one_more_tensor_is_seen(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_product_that_is_repeated_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = frozen.forward
-    monkeypatch.setattr(frozen, "forward", lambda *args: (forward(*args), forward(*args))[1])
+    run = Block.run
+    monkeypatch.setattr(Block, "run", lambda *args: (run(*args), run(*args))[1])
     lines = changed("steps")
     assert {line.split(":")[0] for line in lines} == {"all", "attention", "input", "nothing"}
     assert any("FLOPs" in line for line in lines) and any("products" in line for line in lines)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from own_models import OWN, own_model
+from rich.console import Console
 from tiny_models import batch
 from torch import Tensor, nn
 
 import cogsym
 from cogsym.bench.method import saved_bytes
+from cogsym.data import Source
 from cogsym.decoder import final_norm_of, layers_of
 from cogsym.errors import CogsymError
-from cogsym.training.finetune import _with_adapters
+from cogsym.models.loading import load_tokenizer
+from cogsym.training.finetune import _tells_documents_apart, _with_adapters
+from cogsym.training.settings import TrainSettings
 
 
 def gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,3 +120,21 @@ def test_adapters_that_peft_refuses() -> None:
         CogsymError, match=r"LoRA does not fit FalconH1ForCausalLM \(.*out_proj.*\); train whole layers"
     ):
         _with_adapters(own_model("falcon-h1"), cogsym.LayerPlan.layers(3, [0]), rank=2)
+
+
+def test_whether_documents_of_a_row_see_each_other() -> None:
+    """As `cogsym train` packs them; the model is left in the mode it was in."""
+    apart = {name: _tells_documents_apart(own_model(name).train()) for name in ("gpt2", "gpt-neox", "bloom", "bamba")}
+    assert apart == {"gpt2": True, "gpt-neox": True, "bloom": False, "bamba": False}
+
+
+def test_train_says_so(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    model, source, said = own_model("bloom", vocab_size=300), Source(text_file, field="sw"), io.StringIO()
+    settings = TrainSettings(length=64, batch_size=2, steps=2, learning_rate=1e-2, dtype="fp32")
+    result = cogsym.train(
+        model, [source], tmp_path / "out", tokenizer=load_tokenizer(model_folder), evaluate={"sw": source},
+        settings=settings, console=Console(file=said, width=200),
+    )  # fmt: skip
+    before, after = result.bits_per_byte("sw")[0], result.bits_per_byte("sw")[-1]
+    assert after < before
+    assert "documents in one row see each other: BloomForCausalLM does not tell them apart" in said.getvalue()

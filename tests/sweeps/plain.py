@@ -17,13 +17,13 @@ from cogsym.sweeps.layers.configurations import Configuration
 class _Nothing(nn.Module):
     """A half of a layer whose contribution is gone. A norm behind it makes zeros of zeros."""
 
-    def __init__(self, attention: bool) -> None:
+    def __init__(self, pair: bool) -> None:
         super().__init__()
-        self.attention = attention
+        self.pair = pair
 
     def forward(self, x: Tensor | None = None, *, hidden_states: Tensor | None = None, **_: Any) -> Any:
         zero = torch.zeros_like(hidden_states if x is None else x)
-        return (zero, None) if self.attention else zero
+        return (zero, None) if self.pair else zero
 
 
 def plain_model(model: Any, configuration: Configuration, base: Any | None = None) -> Any:
@@ -42,9 +42,9 @@ def plain_model(model: Any, configuration: Configuration, base: Any | None = Non
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place
         if action == "skip_attention":
-            layer.self_attn = _Nothing(attention=True)
+            layer.self_attn = _Nothing(pair=True)
         if action == "skip_mlp":
-            layer.mlp = _Nothing(attention=False)
+            layer.mlp = _Nothing(pair=type(layer).__name__ == "GptOssDecoderLayer")
         layers.append(layer)
     decoder.layers = nn.ModuleList(layers)
     config.num_hidden_layers = len(kept)
