@@ -2,46 +2,43 @@
 
     python benchmarks/linear_cross_entropy.py
 
-The contestants take turns, A B A B, after a warm-up:
-
-- cogsym: `cogsym.ops.linear_cross_entropy`;
-- plain: as a transformers model does it, logits, their float32 copy, `torch.nn.functional.cross_entropy`;
-- torch chunked: `torch.nn.functional.linear_cross_entropy` with the options that the script finds fastest.
-
-The floor is the two products hidden·weightᵀ and dlogits·weight into memory that is there, whole or in the blocks that
-cogsym uses, whichever is faster. The result is `benchmarks/results/linear_cross_entropy.json`.
+PyTorch does as a transformers model does it, with logits, their float32 copy and `cross_entropy`; and by its own
+`linear_cross_entropy` in chunks, with the options that are fastest of those tried. Scores alone are what a sweep asks
+for. The floor is the products hidden·weightᵀ and, with a gradient, dlogits·weight into memory that is there, whole or
+in the blocks that cogsym uses, whichever is faster.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 
-from cogsym.bench import machine, method
-from cogsym.bench.models import SHAPES
-from cogsym.ops import linear_cross_entropy, logit_blocks, token_scores
+from cogsym.bench import floor, method, ops
+from cogsym.bench.case import Case, CaseSpec, Setting, dtype_name
+from cogsym.bench.method import Variant
+from cogsym.bench.models import Shape, shape_of
+from cogsym.bench.study import Study, main
+from cogsym.ops import logit_blocks, token_scores
 
-ROWS = {"SmolLM2-135M": 2048, "Qwen2.5-0.5B": 1024}  # of a training step
+TOKENS = {"SmolLM2-135M": 2048, "Qwen2.5-0.5B": 1024}  # of a training step
+QUICK_TOKENS = 128
 ROUNDS = {torch.bfloat16: 7, torch.float32: 3}
-RESULT = Path(__file__).parent / "results" / "linear_cross_entropy.json"
-CPU = torch.device("cpu")
-Step = Callable[[], Tensor]
 
 
-def rounds_of(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after one that warms up."""
-    variants = {name: method.Variant(step) for name, step in steps.items()}
-    method.first_calls(variants, CPU)
-    return method.interleaved(variants, CPU, rounds=rounds, seconds=0)
+def cases(setting: Setting) -> list[CaseSpec]:
+    found = []
+    for model in setting.models:
+        shape, tokens = shape_of(model), TOKENS.get(model, QUICK_TOKENS) if setting.full else QUICK_TOKENS
+        for dtype, rounds in ROUNDS.items():
+            name = f"{shape.name}, {dtype_name(dtype)}: {tokens} tokens"
+            found.append(CaseSpec(name, partial(case, shape, tokens, dtype, setting.device), rounds=rounds))
+    return found
 
 
 def chunked_options(dtype: torch.dtype) -> list[LinearCrossEntropyOptions]:
@@ -55,95 +52,56 @@ def chunked_options(dtype: torch.dtype) -> list[LinearCrossEntropyOptions]:
     ]
 
 
-def floor_seconds(hidden: Tensor, weight: Tensor, rounds: int) -> dict[str, float]:
-    """The products alone."""
-    (N, D), V = hidden.shape, len(weight)
-    logits, dhidden = hidden.new_zeros(N, V), hidden.new_zeros(N, D)
-
-    def whole() -> Tensor:
-        torch.mm(hidden, weight.t(), out=logits)
-        return torch.mm(logits, weight, out=dhidden)
-
-    columns = logit_blocks.BLOCKS["cpu"][1]
-    pieces = list(logit_blocks.row_pieces(N, hidden.device))
-
-    def blocks() -> Tensor:
-        for (begin, end), first in itertools.product(pieces, range(0, V, columns)):
-            w = weight[first : first + columns]
-            block = logits.view(-1)[: (end - begin) * len(w)].view(end - begin, len(w))
-            torch.mm(hidden[begin:end], w.t(), out=block)
-            torch.mm(block, w, out=dhidden[begin:end])
-        return dhidden
-
-    times = rounds_of({step.__name__: step for step in (whole, blocks)}, rounds)
-    return {name: statistics.median(values) for name, values in times.items()}
+def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearCrossEntropyOptions) -> tuple[Tensor]:
+    return (F.linear_cross_entropy(hidden, weight, targets, options=options),)
 
 
-def measure(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
-    """One shape and dtype."""
-    N, D, V = shape
+def scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return token_scores(hidden, weight, targets).loss
+
+
+def case(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
     torch.manual_seed(0)
-    hidden = torch.randn(N, D).to(dtype).requires_grad_()
-    weight = (torch.randn(V, D) / D**0.5).to(dtype)
-    targets = torch.randint(V, (N,))
-
-    def backward(loss: Tensor) -> Tensor:
-        hidden.grad = None
-        loss.backward()
-        return loss.detach()
-
-    def cogsym() -> Tensor:
-        return backward(linear_cross_entropy(hidden, weight, targets))
-
-    def plain() -> Tensor:
-        return backward(F.cross_entropy(F.linear(hidden, weight).float(), targets))
-
-    def chunked(options: LinearCrossEntropyOptions) -> Tensor:
-        return backward(F.linear_cross_entropy(hidden, weight, targets, options=options))
-
-    trials = {
-        options: min(method.sample(lambda o=options: chunked(o), CPU, 0) for _ in range(2))
+    example = ops.examples()["linear_cross_entropy"](shape.sizes(1, tokens), dtype, device)
+    hidden, weight, targets = example.inputs.values()
+    tried = {
+        options: ops.directed(example, partial(chunked, options=options), "both", (torch.ones(()),))
         for options in chunked_options(dtype)
     }
-    best = min(trials, key=trials.__getitem__)
-    contestants: dict[str, Step] = {"cogsym": cogsym, "plain": plain, "torch chunked": lambda: chunked(best)}
-    losses = {name: step().item() for name, step in contestants.items()}
-    contestants["cogsym, scores alone"] = lambda: token_scores(hidden, weight, targets).loss
-    times = rounds_of(contestants, ROUNDS[dtype])
-    floors = floor_seconds(hidden.detach(), weight, ROUNDS[dtype])
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "rows, width, vocabulary": shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "seconds": medians,
-        "seconds_of_each_round": times,
-        "torch_chunked_options": str(best),
-        "speed_ratio": {
-            f"{name} / cogsym": method.ratio(times[name], times["cogsym"]) for name in ("plain", "torch chunked")
-        },
-        "floor_seconds": floors,
-        "time_over_floor": {name: value / min(floors.values()) for name, value in medians.items()},
-        "losses": losses,
-    }
+    options, *_ = method.fastest(tried)
+    plain = {ops.PLAIN: example.plain, "PyTorch, chunked": partial(chunked, options=options)}
+    result = ops.measured_ways("linear_cross_entropy", example, "both", plain)
+    result.variants["cogsym, scores alone"] = Variant(partial(scores, hidden.detach(), weight, targets))
+    floors = {"whole": whole_floor(hidden.detach(), weight), "blocks": blocks_floor(hidden.detach(), weight)}
+    fastest, *_ = method.fastest(floors)
+    result.floor, result.floor_work = floors[fastest], result.work
+    result.facts |= {"chunked_options": str(options), "floor": fastest, "blocks": logit_blocks.BLOCKS["cpu"]}
+    return result
 
 
-def main() -> None:
-    """Measure, print, write."""
-    results = []
-    for (model, rows), dtype in itertools.product(ROWS.items(), ROUNDS):
-        shape = SHAPES[model]
-        results.append({"shape_of": model, **measure((rows, shape.width, shape.vocabulary), dtype)})
-        shown = ("shape_of", "dtype", "seconds", "floor_seconds", "speed_ratio", "torch_chunked_options", "losses")
-        print(json.dumps({key: results[-1][key] for key in shown}, indent=1), flush=True)
-    result = {
-        "command": "python benchmarks/linear_cross_entropy.py",
-        "machine": machine.describe(),
-        "blocks": dict(logit_blocks.BLOCKS),
-        "results": results,
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+def whole_floor(hidden: Tensor, weight: Tensor) -> floor.Products:
+    products = floor.Products(hidden.dtype, hidden.device)
+    products.add_linear(len(hidden), tuple(weight.shape), input_gradient=True, weight_gradient=False)
+    return products
 
+
+def blocks_floor(hidden: Tensor, weight: Tensor) -> Callable[[], object]:
+    columns = logit_blocks.BLOCKS["cpu"][1]
+    pieces = list(logit_blocks.row_pieces(len(hidden), hidden.device))
+    most = max(end - begin for begin, end in pieces) * min(columns, len(weight))
+    logits, dhidden = hidden.new_zeros(most), torch.zeros_like(hidden)
+
+    def blocks() -> None:
+        for (begin, end), first in itertools.product(pieces, range(0, len(weight), columns)):
+            w = weight[first : first + columns]
+            block = logits[: (end - begin) * len(w)].view(end - begin, len(w))
+            torch.mm(hidden[begin:end], w.t(), out=block)
+            torch.mm(block, w, out=dhidden[begin:end])
+
+    return blocks
+
+
+STUDY = Study("linear_cross_entropy", cases, ops.table, models=tuple(TOKENS))
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, __doc__)

@@ -12,28 +12,26 @@ bytes a token and bytes once, of each trained layer, each frozen layer and the r
 model's depth and its parameters follow the bytes at the end of the forward pass and at each layer of the backward pass,
 where a layer that is computed again holds what it had not kept. The largest of them, with weights, gradients and the
 optimizer's state, must fit. Not counted: what operations need while they run, the allocator's waste and the GPU's own.
-
-Results: `benchmarks/results/longest.json`; a model that is there from the same versions is not counted again.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import time
 from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import cogsym
-from cogsym.bench import machine
+from cogsym.bench.case import Case, CaseSpec, Line, Setting
+from cogsym.bench.models import SHAPES, build
+from cogsym.bench.report import Table
+from cogsym.bench.study import Study, main
+from cogsym.bench.trainers import prepared
 
 METHODS = (
     "cogsym all", "cogsym attention", "cogsym input", "cogsym nothing", "cogsym nothing, trained checkpointed",
@@ -46,44 +44,29 @@ LONGEST = ((8, "Llama-3.2-1B"), (24, "Llama-3.2-3B"), (80, "Llama-3.1-8B"))
 MEMORIES, TOKENS = (8, 24, 80), 4096
 # A trained parameter in float32 with its gradient and AdamW's two moments; a frozen one in bfloat16.
 TRAINED_BYTES, FROZEN_BYTES = 16, 2
-# hidden_size, intermediate_size, layers, heads, key-value heads, vocabulary, tied
-SHAPES = {
-    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151936, True),
-    "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256, True),
-    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151936, True),
-    "Llama-3.2-3B": (3072, 8192, 28, 24, 8, 128256, True),
-    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False),
-    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256, False),
-    "Qwen2.5-14B": (5120, 13824, 48, 40, 8, 152064, False),
-}
-RESULTS = Path(__file__).parent / "results"
+META = torch.device("meta")
+
+Counts = dict[str, dict[str, tuple[float, float]]]  # for each method and part, (bytes a token, bytes once)
 
 
-def build(name: str, layers: int) -> Any:
-    """A model of this shape on the meta device."""
-    D, F, _, heads, groups, vocabulary, tied = SHAPES[name]
-    config_class, model_class = (
-        (LlamaConfig, LlamaForCausalLM) if name.startswith("Llama") else (Qwen2Config, Qwen2ForCausalLM)
-    )
-    config = config_class(
-        hidden_size=D, intermediate_size=F, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=groups, vocab_size=vocabulary, tie_word_embeddings=tied,
-    )  # fmt: skip
-    with torch.device("meta"):
-        return model_class(config)
+def cases(setting: Setting) -> list[CaseSpec]:
+    return [CaseSpec(name, partial(case, name)) for name in setting.models]
+
+
+def case(name: str) -> Case:
+    return Case(facts={"parameters": parameters(name), "bytes": count(name)})
 
 
 def parameters(name: str) -> tuple[int, int]:
     """(all, trained) of the whole model."""
-    layer, *others = (p.num_parameters for p in cogsym.LayerPlan.last(1, 1).parts(build(name, 1))[1:])
-    layers, embeddings = SHAPES[name][2], SHAPES[name][0] * SHAPES[name][5]
+    model = build(name, 1, torch.bfloat16, META)
+    layer, *others = (p.num_parameters for p in cogsym.LayerPlan.last(1, 1).parts(model)[1:])
+    layers, embeddings = SHAPES[name].layers, SHAPES[name].width * SHAPES[name].vocabulary
     return layers * layer + embeddings + sum(others), len(cogsym.LayerPlan.outer(layers).trained) * layer
 
 
-def count(name: str) -> dict[str, dict[str, tuple[float, float]]]:
-    """For each method and part, (bytes a token, bytes once)."""
-    model = build(name, 4)
+def count(name: str) -> Counts:
+    model = build(name, 4, torch.bfloat16, META)
     plan = cogsym.LayerPlan.outer(4)
     for part in plan.parts(model):
         for p in part.parameters:
@@ -95,17 +78,13 @@ def count(name: str) -> dict[str, dict[str, tuple[float, float]]]:
         t.data.zero_()
     results = {}
     for method in METHODS:
-        if method.startswith("cogsym"):
-            cogsym.prepare(model, plan, keep=method.split()[1].rstrip(","))
         checkpointed = [i for i, part in enumerate(PARTS) if "all" in method or "trained" in part]
-        a, b = (held(model, length, checkpointed if "checkpointed" in method else []) for length in LENGTHS)
+        count_held = partial(held, model, checkpointed=checkpointed if "checkpointed" in method else [])
+        keep = method.split()[1].rstrip(",") if method.startswith("cogsym") else None
+        with prepared(model, plan, keep) if keep else nullcontext():
+            a, b = map(count_held, LENGTHS)
         slope = {part: (b[part] - a[part]) / (LENGTHS[1] - LENGTHS[0]) for part in a}
         results[method] = {part: (slope[part], a[part] - slope[part] * LENGTHS[0]) for part in a}
-        if method.startswith("cogsym"):
-            cogsym.restore(model)
-            for part in plan.parts(model):
-                for p in part.parameters:
-                    p.requires_grad_(part.trained)
     return results
 
 
@@ -140,10 +119,10 @@ def held(model: Any, length: int, checkpointed: list[int]) -> dict[str, int]:
     return {name: saved[name] for name in ("rest", *PARTS)}
 
 
-def moments(name: str, method: str, counts: Any, numbers: tuple[int, int]) -> list[tuple[float, float]]:
+def moments(line: Line, method: str) -> list[tuple[float, float]]:
     """(bytes a token, bytes once) of the end of the forward pass and of each layer's turn in the backward pass."""
-    own, total, trained = counts[method], *numbers
-    plan = cogsym.LayerPlan.outer(SHAPES[name][2])
+    counts, (total, trained) = line["facts"]["bytes"], line["facts"]["parameters"]
+    own, plan = counts[method], cogsym.LayerPlan.outer(SHAPES[line["name"]].layers)
     n = plan.num_layers - len(plan.trained)
     whole = counts["cogsym all" if method.startswith("cogsym") else "transformers, frozen"]
     state = total * FROZEN_BYTES + trained * (TRAINED_BYTES - FROZEN_BYTES)
@@ -161,52 +140,35 @@ def moments(name: str, method: str, counts: Any, numbers: tuple[int, int]) -> li
     return [*result, (here[0] + own["rest"][0], here[1] + own["rest"][1])]
 
 
-def longest(memory: int, when: list[tuple[float, float]]) -> int:
-    """Tokens of one row that fit in `memory` bytes at each of these moments."""
-    return max(0, min(int((memory - once) // token) for token, once in when))
+def longest(line: Line, method: str, gigabytes: int) -> int:
+    """Tokens of one row that fit at each of these moments."""
+    return max(0, min(int((gigabytes * GB - once) // token) for token, once in moments(line, method)))
 
 
-def main() -> None:
-    """Count, compute, write."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    path = RESULTS / "longest.json"
-    before = json.loads(path.read_text("utf-8")) if path.exists() else {"machine": None, "counted": {}}
-    counted = dict(before["counted"]) if before["machine"] == machine.describe() else {}
-    for name in SHAPES:
-        start = time.perf_counter()
-        if name not in counted:
-            counted[name] = {"parameters": parameters(name), "bytes": count(name)}
-            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-        whens = {
-            name: {m: moments(name, m, it["bytes"], it["parameters"]) for m in METHODS} for name, it in counted.items()
-        }
-        result = {
-            "command": "python benchmarks/longest.py",
-            "machine": machine.describe(),
-            "counted": counted,
-            "longest": [
-                {"memory_gb": gb, "model": model, "tokens": {m: longest(gb * GB, whens[model][m]) for m in METHODS}}
-                for gb, model in LONGEST
-                if model in counted
-            ],
-            "largest": [
-                {
-                    "memory_gb": gb,
-                    "tokens": TOKENS,
-                    "model": {
-                        m: max(
-                            (model for model in counted if longest(gb * GB, whens[model][m]) >= TOKENS),
-                            key=lambda model: counted[model]["parameters"][0],
-                            default=None,
-                        )
-                        for m in METHODS
-                    },
-                }
-                for gb in MEMORIES
-            ],
-        }
-        path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+def table(lines: list[Line]) -> Table:
+    """Tokens of some models that fit in some memories, and the largest model that does with so many tokens."""
+    known = {line["name"]: line for line in lines}
+    asked = [(gigabytes, model) for gigabytes, model in LONGEST if model in known]
+    head = [
+        "", *(f"tokens in {gigabytes} GB, {model}" for gigabytes, model in asked),
+        *(f"model in {gigabytes} GB, {TOKENS:,} tokens" for gigabytes in MEMORIES),
+    ]  # fmt: skip
+    rows = []
+    by_size = sorted(lines, key=lambda line: -line["facts"]["parameters"][0])
+    for method in METHODS:
+        largest = [
+            next((line["name"] for line in by_size if longest(line, method, gigabytes) >= TOKENS), "none")
+            for gigabytes in MEMORIES
+        ]
+        rows.append([method, *(f"{longest(known[model], method, gb):,}" for gb, model in asked), *largest])
+    return head, rows
 
+
+MODELS = sorted(
+    (name for name in SHAPES if name.startswith(("Llama", "Qwen"))),
+    key=lambda name: SHAPES[name].width * SHAPES[name].layers,
+)
+STUDY = Study("longest", cases, table, pictures=(), models=tuple(MODELS))
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, __doc__)

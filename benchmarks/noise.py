@@ -2,19 +2,15 @@
 
     python benchmarks/noise.py
 
-The slower run spins for a tenth of each call of ours. Every pair is compared as `cogsym bench compare` does it. The
-result, `benchmarks/results/noise.json`, holds the ratio of every case in each run, and the verdicts.
+Each run is a process of its own, as a user has it, whose memory nobody has used before; it writes what
+`cogsym bench --quick` writes. The slower one spins for a tenth of each call of ours. Every pair of runs is compared as
+`cogsym bench compare` does it. The result holds the ratio of every case in each run, and the verdicts.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,14 +20,26 @@ from typing import Any
 
 import torch
 
-from cogsym.bench import machine, report
-from cogsym.bench.case import OURS, Case, Setting
+from cogsym.bench import process, report, study, suite
+from cogsym.bench.case import OURS, Case, CaseSpec, Line, Setting
 from cogsym.bench.compare import compare
-from cogsym.bench.run import PARTS, QUICK_MODELS, QUICK_SECONDS, measured
 
 SLOWDOWN = 0.1
-CPU = torch.device("cpu")
-RESULT = Path(__file__).parent / "results" / "noise.json"
+PARTS = {True: ("ops", "train", "sweep", "generate"), False: ("ops",)}  # by whether the run is full
+RUNS = {"run 1": False, "run 2": False, "run 3": False, "a tenth slower": True}
+RUN = """
+import pathlib, sys
+sys.path.insert(0, folder)
+import noise
+noise.quick_run(parts, model, slower, pathlib.Path(out))
+"""
+
+
+def cases(setting: Setting) -> list[CaseSpec]:
+    (model,) = setting.models
+    runs = [CaseSpec(f"runs: {name}", partial(one_run, name, model, setting)) for name in RUNS]
+    pairs = itertools.combinations(RUNS, 2)
+    return runs + [CaseSpec(f"pairs: {a}, then {b}", partial(one_pair, a, b, setting)) for a, b in pairs]
 
 
 def slowed(build: Callable[[], Case]) -> Case:
@@ -50,64 +58,68 @@ def slowed(build: Callable[[], Case]) -> Case:
     return case
 
 
-def quick_run(parts: list[str], models: tuple[str, ...], slower: bool) -> dict[str, Any]:
-    """What `cogsym bench --quick` writes, in one."""
-    cases = []
+def quick_run(parts: list[str], model: str, slower: bool, out: Path) -> None:
+    """What `cogsym bench --quick` does."""
+
+    def slower_cases(cases: Callable[[Setting], list[CaseSpec]], setting: Setting) -> list[CaseSpec]:
+        return [dataclasses.replace(spec, build=partial(slowed, spec.build)) for spec in cases(setting)]
+
+    work = []
     for part in parts:
-        pending = PARTS[part](Setting(models, CPU, full=False))
-        if slower:
-            pending = [dataclasses.replace(p, build=partial(slowed, p.build)) for p in pending]
-        cases += measured(pending, CPU, QUICK_SECONDS[part], print)
-    return {"format": report.FORMAT, "machine": machine.describe(), "cases": cases}
+        one, setting = suite.STUDIES[part], Setting((model,), torch.device("cpu"), False, suite.QUICK_SECONDS[part])
+        work.append((dataclasses.replace(one, cases=partial(slower_cases, one.cases)) if slower else one, setting))
+    study.run(work, out, "cogsym bench --quick")
 
 
-def in_a_process(parts: list[str], model: str, slower: bool) -> dict[str, Any]:
-    """The same as a user has it: in a process of its own, whose memory nobody has used before."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.json"
-        command = [sys.executable, __file__, "--parts", *parts, "--model", model, "--one", str(path)]
-        subprocess.run(command + ["--slower"] * slower, check=True)
-        return json.loads(path.read_text("utf-8"))
-
-
-def main() -> None:
-    """Run, compare, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["ops", "train", "sweep", "generate"], choices=PARTS)
-    parser.add_argument("--model", default=QUICK_MODELS[0])
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--one", type=Path, help="only one run, into this file")
-    parser.add_argument("--slower", action="store_true", help="of that one run ours is a tenth slower")
-    args = parser.parse_args()
-    if args.one:
-        args.one.write_text(json.dumps(quick_run(args.parts, (args.model,), args.slower)), "utf-8")
-        return
-    runs = {f"run {i}": in_a_process(args.parts, args.model, False) for i in (1, 2, 3)}
-    runs["a tenth slower"] = in_a_process(args.parts, args.model, True)
-    ratios: dict[str, dict[str, Any]] = {}
-    for name, run in runs.items():
-        for case in run["cases"]:
-            for label, variant in case["variants"].items():
-                for ratio in ("over_floor", "over_cogsym"):
-                    if ratio in variant:
-                        ratios.setdefault(f"{case['name']}: {label} {ratio}", {})[name] = variant[ratio]
-    comparisons = {}
-    for a, b in itertools.combinations(runs, 2):
-        changes = [c for c in compare(runs[a], runs[b], (a, b)) if c.what == "time" and c.case.endswith(f"[{OURS}]")]
-        comparisons[f"{a}, then {b}"] = {
-            "verdicts": Counter(c.verdict for c in changes),
-            "changes": {c.case: {"change": c.change, "noise": c.noise, "verdict": c.verdict} for c in changes},
-        }
-        print(f"{a}, then {b}:", dict(comparisons[f"{a}, then {b}"]["verdicts"]))
-    result = {
-        "command": "python benchmarks/noise.py",
-        "machine": machine.describe(),
-        "slowdown": SLOWDOWN,
-        "comparisons": comparisons,
-        "ratios": ratios,
+def one_run(name: str, model: str, setting: Setting) -> Case:
+    """Every ratio of a run."""
+    here = str(Path(__file__).parent)
+    asked = {"parts": PARTS[setting.full], "model": model, "slower": RUNS[name], "out": str(setting.work / name)}
+    process.run_python(RUN, folder=here, **asked)
+    ratios = {
+        f"{line['name']}: {label} {ratio}": result[ratio]
+        for line in read(name, setting)["cases"]
+        for label, result in line["variants"].items()
+        for ratio in ("over_floor", "over_cogsym")
+        if ratio in result
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return Case(facts={"ratios": ratios})
 
+
+def one_pair(a: str, b: str, setting: Setting) -> Case:
+    """What `compare` says of ours."""
+    changes = [
+        c
+        for c in compare(read(a, setting), read(b, setting), (a, b))
+        if c.what == "time" and c.case.endswith(f"[{OURS}]")
+    ]
+    verdicts = dict(Counter(c.verdict for c in changes))
+    by_case = {c.case: {"change": c.change, "noise": c.noise, "verdict": c.verdict} for c in changes}
+    return Case(facts={"verdicts": verdicts, "changes": by_case})
+
+
+def read(name: str, setting: Setting) -> dict[str, Any]:
+    """A run's parts as one result."""
+    results = [report.read(setting.work / name / f"{part}.json") for part in PARTS[setting.full]]
+    return results[0] | {"cases": [line for result in results for line in result["cases"]]}
+
+
+def table(lines: list[Line]) -> report.Table:
+    """Every ratio in each of the runs; or what `compare` says of each pair of them."""
+    names = {line["name"].partition(": ")[2]: line["facts"] for line in lines}
+    if "verdicts" in lines[0]["facts"]:
+        kinds = ("noise", "regression", "improvement")
+        rows = [[pair, *(str(facts["verdicts"].get(kind, 0)) for kind in kinds)] for pair, facts in names.items()]
+        return ["the first, and what was compared with it", *kinds], rows
+    ratios = dict.fromkeys(ratio for facts in names.values() for ratio in facts["ratios"])
+    rows = [
+        [ratio.replace("_", " "), *(report.spread(facts["ratios"].get(ratio)) for facts in names.values())]
+        for ratio in ratios
+    ]
+    return ["ratio", *names], rows
+
+
+STUDY = study.Study("noise", cases, table, pictures=(), models=suite.QUICK_MODELS)
 
 if __name__ == "__main__":
-    main()
+    study.main(STUDY, __doc__)

@@ -4,70 +4,98 @@
 
 Both train the outer quarter of the layers from the same weights on the same packed rows in the same order, with AdamW,
 in bfloat16 by autocast, frozen weights in bfloat16 and trained ones in float32. The plain loop is a bare loop around
-the model's own forward, without Trainer. They take turns, A B A B; the first steps of each turn are warm-up. A few
-steps of both in float32 besides show that they compute the same: in bfloat16 the losses of any two implementations part
-company within three steps of a learning rate that is any use. The result is `benchmarks/results/train_speed.json`.
+the model's own forward, without Trainer. A turn is a whole run, and reports the median of its steps, the first ones
+left out. A few steps of both in float32 besides show that they compute the same: in bfloat16 the losses of any two
+implementations part company within three steps of a learning rate that is any use.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 import cogsym
-from cogsym.bench import machine, method
+from cogsym.bench.case import OURS, Case, CaseSpec, Line, Setting
+from cogsym.bench.method import Variant
+from cogsym.bench.models import shape_of
+from cogsym.bench.report import Table
+from cogsym.bench.study import Study, main
 from cogsym.data import Source, pack, separator_id, tokenize
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.training.trainer import OuterTrainer, RunCallback
 
-SEPARATOR = "<|endoftext|>"
-ROUNDS, STEPS, WARM_UP, EXACT_STEPS = 3, 14, 4, 5
+PLAIN = "transformers, plain loop"
+ROUNDS, STEPS, QUICK_STEPS, WARM_UP, EXACT_STEPS = 3, 14, 6, 4, 5
 SETTINGS = cogsym.TrainSettings(
-    length=512, batch_size=4, steps=STEPS, learning_rate=1e-3, separator=SEPARATOR, log_every=1, save_every=10**6
+    length=512, batch_size=4, steps=STEPS, learning_rate=1e-3, separator="<|endoftext|>", log_every=1, save_every=10**6
 )
-RESULT = Path(__file__).parent / "results" / "train_speed.json"
 
 
-class Watch:
-    """Records what `cogsym.train` feeds its model and how long each step takes."""
-
-    def __init__(self) -> None:
-        self.batches: list[dict[str, Any]] = []
-        self.seconds: list[float] = []
-
-    def __enter__(self) -> Watch:
-        self._training_step, self._step_end = OuterTrainer.training_step, RunCallback.on_step_end
-
-        def training_step(trainer: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            self.batches.append({key: value.clone() for key, value in inputs.items()})
-            return self._training_step(trainer, model, inputs, *args, **kwargs)
-
-        def step_end(callback: Any, *args: Any, **kwargs: Any) -> None:
-            self.seconds.append(time.perf_counter() - callback._step_started)
-            self._step_end(callback, *args, **kwargs)
-
-        OuterTrainer.training_step, RunCallback.on_step_end = training_step, step_end  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        OuterTrainer.training_step, RunCallback.on_step_end = self._training_step, self._step_end  # type: ignore
+def cases(setting: Setting) -> list[CaseSpec]:
+    settings, rounds = SETTINGS, ROUNDS
+    if not setting.full:
+        settings, rounds = dataclasses.replace(SETTINGS, length=64, steps=QUICK_STEPS, separator=None), 1
+    source = Source(setting.data / "globalvoices-en-sw" / "dev.jsonl", field="sw")
+    return [
+        CaseSpec(f"{shape_of(model).name}, outer quarter", partial(case, Path(model), source, settings), rounds)
+        for model in setting.models
+    ]
 
 
-def ours(model: Path, source: Source, settings: cogsym.TrainSettings) -> tuple[list[float], Watch]:
-    """Losses of `cogsym.train`, and what was seen of it."""
-    with tempfile.TemporaryDirectory() as out, Watch() as watch:
+def case(model: Path, source: Source, settings: cogsym.TrainSettings) -> Case:
+    tokenizer = load_tokenizer(model)
+    text = tokenize(source, tokenizer, "all", separator_id(tokenizer, settings.separator))
+    result = Case(facts={"tokens": settings.batch_size * settings.length, "fill": pack(text, settings.length, 0).fill})
+    batches: list[dict[str, Any]] = []  # those of our last turn, which the plain loop's turn follows
+
+    def exact_or_timed(settings: cogsym.TrainSettings, losses: str, ours: bool) -> dict[str, float]:
+        found, seconds = train(model, source, settings, batches) if ours else plain(model, batches, settings)
+        result.facts.setdefault(losses, {})[OURS if ours else PLAIN] = found
+        return {"seconds": statistics.median(seconds[WARM_UP:])}
+
+    exact = dataclasses.replace(settings, steps=EXACT_STEPS, dtype="fp32")
+    for label, ours in ((OURS, True), (PLAIN, False)):
+        exact_or_timed(exact, "float32_losses", ours)
+        run = partial(exact_or_timed, settings, "losses", ours)
+        result.variants[label] = Variant(run, warm_up=False, reports=True)
+    apart = [abs(a - b) for a, b in zip(*result.facts["float32_losses"].values(), strict=True)]
+    result.facts["largest_difference_of_float32_losses"] = max(apart)
+    return result
+
+
+def train(
+    model: Path, source: Source, settings: cogsym.TrainSettings, batches: list[dict[str, Any]]
+) -> tuple[list[float], list[float]]:
+    """Losses and seconds of the steps of `cogsym.train`; `batches` become what it feeds its model."""
+    seconds: list[float] = []
+    batches.clear()
+
+    def training_step(trainer: Any, network: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        batches.append({key: value.clone() for key, value in inputs.items()})
+        return compute(trainer, network, inputs, *args, **kwargs)
+
+    def on_step_end(callback: Any, *args: Any, **kwargs: Any) -> None:
+        seconds.append(time.perf_counter() - callback._step_started)
+        end(callback, *args, **kwargs)
+
+    compute, end = OuterTrainer.training_step, RunCallback.on_step_end
+    with (
+        tempfile.TemporaryDirectory() as out,
+        mock.patch.object(OuterTrainer, "training_step", training_step),
+        mock.patch.object(RunCallback, "on_step_end", on_step_end),
+    ):
         result = cogsym.train(model, [source], Path(out) / "run", settings=settings)
-    return [line["loss"] for line in result.history], watch
+    return [line["loss"] for line in result.history], seconds
 
 
 def plain(
@@ -104,45 +132,17 @@ def plain(
     return losses, seconds
 
 
-def main() -> None:
-    """Measure, compare, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "data"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    args = parser.parse_args()
-    source = Source(args.data / "globalvoices-en-sw" / "dev.jsonl", field="sw")
-    tokenizer = load_tokenizer(args.model)
-    fill = pack(tokenize(source, tokenizer, "all", separator_id(tokenizer, SEPARATOR)), SETTINGS.length, 0).fill
-    method.keep_freed()
-    exact = dataclasses.replace(SETTINGS, steps=EXACT_STEPS, dtype="fp32")
-    our_exact, watch = ours(args.model, source, exact)
-    their_exact, _ = plain(args.model, watch.batches, exact)
-    times: dict[str, list[float]] = {"cogsym": [], "plain": []}
-    for _ in range(ROUNDS):
-        our_losses, watch = ours(args.model, source, SETTINGS)
-        their_losses, seconds = plain(args.model, watch.batches, SETTINGS)
-        times["cogsym"].append(statistics.median(watch.seconds[WARM_UP:]))
-        times["plain"].append(statistics.median(seconds[WARM_UP:]))
-        print(times, flush=True)
-    tokens = SETTINGS.batch_size * SETTINGS.length
-    differences = [abs(a - b) for a, b in zip(our_exact, their_exact, strict=True)]
-    result = {
-        "command": "python benchmarks/train_speed.py --model SMOLLM2_FOLDER --data TEXT_FOLDER",
-        "machine": machine.describe(),
-        "model": "SmolLM2-135M-Instruct, outer 25 % of the layers trained",
-        "tokens_per_step": tokens,
-        "fill": fill,
-        "seconds_per_step": {name: statistics.median(values) for name, values in times.items()},
-        "seconds_per_step_of_each_round": times,
-        "tokens_per_second": {name: tokens / statistics.median(values) for name, values in times.items()},
-        "speed_ratio": method.ratio(times["plain"], times["cogsym"]),
-        "losses": {"cogsym": our_losses, "plain": their_losses},
-        "float32_losses": {"cogsym": our_exact, "plain": their_exact},
-        "largest_difference_of_float32_losses": max(differences),
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps({k: v for k, v in result.items() if k != "losses"}, indent=1))
+def table(lines: list[Line]) -> Table:
+    names = {PLAIN: "plain transformers loop, middle frozen", OURS: "`cogsym train`"}
+    rows = []
+    for line in lines:
+        seconds = {label: line["variants"][label]["seconds"] for label in names}
+        tokens = line["facts"]["tokens"]
+        rows += [[name, f"{seconds[label]:.2f}", f"{tokens / seconds[label]:,.0f}"] for label, name in names.items()]
+    return ["", "seconds a step", "tokens a second"], rows
 
+
+STUDY = Study("train_speed", cases, table, needs=("model", "data"))
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, __doc__)

@@ -8,8 +8,12 @@ from cogsym.errors import CogsymError, RunStopped
 if TYPE_CHECKING:
     from cogsym.plan import LayerPlan
     from cogsym.strategies import register_strategy
+    from cogsym.sweeps.layers.actions import register_action
     from cogsym.sweeps.layers.configurations import Configuration
+    from cogsym.sweeps.layers.search import register_search
     from cogsym.sweeps.runner import SweepSettings, sweep
+    from cogsym.sweeps.tasks.kinds import register_task_kind
+    from cogsym.sweeps.tasks.metrics import register_metric
     from cogsym.training.explain import explain
     from cogsym.training.finetune import TrainResult, train
     from cogsym.training.prepare import prepare, restore
@@ -27,7 +31,11 @@ __all__ = [
     "TrainSettings",
     "explain",
     "prepare",
+    "register_action",
+    "register_metric",
+    "register_search",
     "register_strategy",
+    "register_task_kind",
     "restore",
     "sweep",
     "train",
@@ -42,7 +50,11 @@ _MODULES = {
     "TrainSettings": "cogsym.training.settings",
     "explain": "cogsym.training.explain",
     "prepare": "cogsym.training.prepare",
+    "register_action": "cogsym.sweeps.layers.actions",
+    "register_metric": "cogsym.sweeps.tasks.metrics",
+    "register_search": "cogsym.sweeps.layers.search",
     "register_strategy": "cogsym.strategies",
+    "register_task_kind": "cogsym.sweeps.tasks.kinds",
     "restore": "cogsym.training.prepare",
     "sweep": "cogsym.sweeps.runner",
     "train": "cogsym.training.finetune",

@@ -343,7 +343,7 @@ def bench(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[train|sweep|generate|ops|install]... | compare A B",
+            metavar="[ops|overhead|train|sweep|generate|install]... | compare A B",
             help="The questions to measure, all of them where none is named; or two result files to compare.",
         ),
     ] = None,
@@ -352,6 +352,7 @@ def bench(
     full: Annotated[bool, _option("Three minutes, or everything.", "--full/--quick")] = False,
     out: Annotated[Path, _option("Folder for the result files and pictures.")] = Path("cogsym-bench"),
     resume: Annotated[bool, _option("Go on with the result files in --out.", "--resume")] = False,
+    case: Annotated[str, _option("Only cases whose names contain these words.")] = "",
 ) -> None:
     """Measure what cogsym gains on this machine, beside the alternatives; or compare two measurements.
 
@@ -362,13 +363,13 @@ def bench(
     from rich.console import Console
 
     from cogsym.bench import compare, report
-    from cogsym.bench.run import PARTS, run
+    from cogsym.bench.suite import STUDIES, run
 
-    words = what or list(PARTS)
+    words = what or list(STUDIES)
     if words[0] != "compare":
         command = shlex.join(["cogsym", "bench", *words, "--full" if full else "--quick", "--device", device])
         command += f" --model {shlex.quote(Path(model).name)}" if model else ""
-        run(words, model=model, device=device, full=full, out=out, command=command, resume=resume)
+        run(words, model=model, device=device, full=full, out=out, command=command, resume=resume, only=case)
         return
     if len(words) != 3:
         raise CogsymError(

@@ -9,11 +9,11 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +129,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed writes of `path` left behind."""
-    for left in path.parent.iterdir():
-        if is_leftover(left, path):
-            _remove(left)
+    """Remove what killed writes of `path` left behind; its name may have `*` in it."""
+    for left in path.parent.glob(_leftovers(path)):
+        _remove(left)
 
 
 def is_leftover(left: Path, path: Path) -> bool:
     """Whether a killed write of `path` may have left this behind."""
-    return re.fullmatch(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}", left.name) is not None
+    return fnmatchcase(left.name, _leftovers(path))
+
+
+def _leftovers(path: Path) -> str:
+    return f"{path.name}.{'[0-9a-f]' * 8}{TEMPORARY}"
 
 
 class FolderLock:

@@ -100,7 +100,7 @@ def parse_layers(text: str) -> list[int]:
     """
     layers: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)  # no model has a million
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise CogsymError(
                 f"The list of layers {text!r} is not understood at {part!r}; give numbers and ranges with commas "

@@ -9,8 +9,8 @@ All are bound by memory. Bytes moved for N rows of D elements of s bytes; γ and
                          + s·N·D    reads dh, where one is given
                          + 8·P·D    writes and sums P partial dγ in fp32, where they are needed; as much for dβ
 
-Rows too long for registers (`LONGEST_ROW`) are read three times, from cache at best. Compiled for NVIDIA and AMD and
-checked in Triton's interpreter; not run on a GPU.
+Rows too long for registers (`LONGEST_ROW`) are read twice, the second time from cache at best. Compiled for NVIDIA and
+AMD and checked in Triton's interpreter; not run on a GPU.
 """
 
 from __future__ import annotations
@@ -52,18 +52,19 @@ def _load_h(x_row, residual_row, col, mask, compute: tl.constexpr):
 
 @triton.jit
 def _statistics(x_row, residual_row, D: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr, compute: tl.constexpr):
-    """mean and r of a row; the squares are those of the centred row."""
-    sums = tl.zeros((BLOCK_D,), compute)
+    """mean and r of a row, block by block: each block's squares are those about its own mean (Chan et al., 1979)."""
+    mean, squares, seen = tl.zeros((), compute), tl.zeros((), compute), tl.zeros((), compute)
     for start in range(0, D, BLOCK_D):
         col = start + tl.arange(0, BLOCK_D)
-        sums += _load_h(x_row, residual_row, col, col < D, compute)
-    mean = tl.sum(sums, 0) / D
-    squares = tl.zeros((BLOCK_D,), compute)
-    for start in range(0, D, BLOCK_D):
-        col = start + tl.arange(0, BLOCK_D)
-        centred = tl.where(col < D, _load_h(x_row, residual_row, col, col < D, compute) - mean, 0.0)
-        squares += centred * centred
-    return mean, 1.0 / tl.sqrt(tl.sum(squares, 0) / D + EPS)
+        h = _load_h(x_row, residual_row, col, col < D, compute)
+        count = tl.minimum(D - start, BLOCK_D).to(compute)
+        own = tl.sum(h, 0) / count
+        centred = tl.where(col < D, h - own, 0.0)
+        apart = own - mean
+        squares += tl.sum(centred * centred, 0) + apart * apart * (seen * count / (seen + count))
+        mean += apart * (count / (seen + count))
+        seen += count
+    return mean, 1.0 / tl.sqrt(squares / D + EPS)
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def forward_kernel(
     OFFSET: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row a program; three loops over blocks of columns where BLOCK_D < D."""
+    """One row a program; two loops over blocks of columns where BLOCK_D < D."""
     compute: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)

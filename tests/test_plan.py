@@ -146,7 +146,7 @@ def test_layers_as_text(text: str, layers: tuple[int, ...]) -> None:
     assert parse_layers(format_layers(layers).replace(" and ", ",")) == list(layers)
 
 
-@pytest.mark.parametrize("text", ["", ",", "1-", "-1", "3-1", "1;2", "1.5", "0x1", "0-3 5"])
+@pytest.mark.parametrize("text", ["", ",", "1-", "-1", "3-1", "1;2", "1.5", "0x1", "0-3 5", "0-99999999999"])
 def test_text_that_is_no_list_of_layers(text: str) -> None:
     with pytest.raises(CogsymError, match=r"list of layers .* is not understood at .*, such as 0-3,26-29\."):
         LayerPlan.layers(8, text)

@@ -35,6 +35,7 @@ _LLAMA3_ROPE = {
 _PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _LLAMA4_ROPE = _YARN_ROPE | {"original_max_position_embeddings": 5, "llama_4_scaling_beta": 0.5}
+_PHI = {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "initializer_range": 0.2}
 
 # name -> (what transformers calls the model, what the variant adds): those that every test is about.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,9 +75,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 # Further families, for the tests that hold every family against transformers; one whose config adds nothing needs no
 # line.
 FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
-    "apertus-biases": ("Apertus", {"attention_bias": True}),
+    "apertus": ("Apertus", {"rope_parameters": _LLAMA3_ROPE}),
     "arcee": ("Arcee", {"mlp_bias": True}),
-    "cohere": ("Cohere", {"logit_scale": 0.3, "attention_bias": True}),
+    "cohere": ("Cohere", {"logit_scale": 0.3, "attention_bias": True, "initializer_range": 0.2}),
     "cohere2": ("Cohere2", {"logit_scale": 0.3, "sliding_window": 5, "layer_types": _SLIDING}),
     "cwm": (
         "Cwm",
@@ -100,15 +101,15 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral3": ("Ministral3", {"rope_parameters": _LLAMA4_ROPE}),
     "nemotron": ("Nemotron", {"rope_parameters": _PARTIAL_ROPE, "mlp_bias": True}),
     "olmo3": ("Olmo3", {"sliding_window": 5, "layer_types": _SLIDING}),
-    "phi": ("Phi", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE}),
-    "phi-qk-norm": ("Phi", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "qk_layernorm": True}),
+    "phi": ("Phi", _PHI),
+    "phi-qk-norm": ("Phi", _PHI | {"qk_layernorm": True}),
     "seed_oss": ("SeedOss", {"residual_dropout": 0.0, "attention_dropout": 0.0}),
     "stablelm": ("StableLm", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "use_qkv_bias": True}),
     "stablelm-parallel": (
         "StableLm",
         {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "use_parallel_residual": True},
     ),
-    "starcoder2": ("Starcoder2", {"sliding_window": 5}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 5, "initializer_range": 0.2}),
 }  # fmt: skip
 
 # The same, of models with a half, or a whole layer, that runs its own forward.
@@ -164,7 +165,7 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float32, seed: int = 0, 
 class _Exact:
     """torch, but that what modeling files call float32 is float64."""
 
-    float32 = torch.float64
+    float32 = float = torch.float64
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -176,18 +177,13 @@ def exact_float64() -> Iterator[None]:
 
     No class is touched, so that layers are known as ever.
     """
-    single = torch.Tensor.float
-
-    def as_exact(x: torch.Tensor) -> torch.Tensor:
-        return x if x.dtype == torch.float64 else single(x)
-
     for family, _ in EVERY.values():
         getattr(transformers, f"{family}ForCausalLM")  # imports its file
     files = [m for name, m in sys.modules.items() if name.startswith("transformers.models.") and ".modeling_" in name]
     with pytest.MonkeyPatch.context() as patch:
         for file in (f for f in files if hasattr(f, "torch")):
             patch.setattr(file, "torch", _Exact())
-        patch.setattr(torch.Tensor, "float", as_exact)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
 
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,25 +16,34 @@ from cogsym.bench import method
 from cogsym.bench.method import Variant
 
 OURS = "cogsym"
-SHORT = 1.0  # seconds that the rounds of a variant may take whatever is left
+SECONDS_A_VARIANT = 1.0  # that its rounds may take whatever time is left
 # Norm of the difference over the norm of the truth that two ways of computing the same may have, at most: some ten
 # roundings in a row for an operation. A step passes through every layer, and its gradients through it twice.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_EACH_ROUND = "_of_each_round"
+
+Line = dict[str, Any]  # what a result file says of a case
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run of the suite is asked for.
+    """What a study is run with.
 
     Attributes:
         models: names or folders.
         device: where it runs.
-        full: every case, or what fits in three minutes.
+        full: every case with all its rounds, or a quick look.
+        seconds: that it may take; None is as many as it takes.
+        data: folder of texts, for a study that reads some.
+        work: folder for what a study makes on its way, such as models.
     """
 
     models: tuple[str, ...]
     device: torch.device
     full: bool
+    seconds: float | None = None
+    data: Path = Path()
+    work: Path = Path()
 
 
 @dataclass
@@ -41,9 +51,8 @@ class Case:
     """What is measured together.
 
     Attributes:
-        part: the question it belongs to, as `cogsym bench` takes it.
-        name: unique in its part.
-        variants: those that take turns; ours is called "cogsym", and starts with it where there are several.
+        variants: those that take turns; ours is called "cogsym", and starts with it where there are several. There are
+            none where everything is counted.
         floor: what no method can do without, or None.
         work: of one call, and `floor_work` of one call of the floor; in `unit`.
         unit: "B" or "FLOP", of which rates are told; None where only time is.
@@ -53,9 +62,7 @@ class Case:
         different: others that compute something else, by label, and how far off they are.
     """
 
-    part: str
-    name: str
-    variants: dict[str, Variant]
+    variants: dict[str, Variant] = field(default_factory=dict)
     floor: Callable[[], object] | None = None
     work: float = 1.0
     floor_work: float = 1.0
@@ -67,21 +74,26 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A case that is made when its turn comes: models are large.
+class CaseSpec:
+    """A case that is built when its turn comes: models are large.
 
     Attributes:
-        name: what is shown meanwhile.
+        name: unique in its study; cases share a table where they agree up to the last ": ".
         build: makes it.
         rounds: at most, of a pass.
-        passes: how often it is made and measured anew, other cases in between: short cases see the machine in more than
-            one mood.
+        passes: how often it is built and measured anew, other cases in between: short cases see the machine in more
+            than one mood.
     """
 
     name: str
     build: Callable[[], Case]
     rounds: int = 15
     passes: int = 1
+
+    @property
+    def least_rounds(self) -> int:
+        """Of a pass, whatever time is left."""
+        return -(-method.LEAST_ROUNDS // self.passes)
 
 
 def measure(
@@ -90,8 +102,8 @@ def measure(
     rounds: int,
     deadline: float | None = None,
     least: int = method.LEAST_ROUNDS,
-) -> dict[str, Any]:
-    """Everything a result file says of a case, from one pass.
+) -> Line:
+    """Everything a result file says of a case but its name, from one pass.
 
     Args:
         case: its variants are run.
@@ -105,83 +117,83 @@ def measure(
         variants["floor"] = Variant(case.floor)
     first = method.first_calls(variants, device)
     skipped = dict(case.skipped)
-    warm = min(first.values(), default=0.0) < method.LONG
-    if first.get(OURS, 0.0) >= method.LONG:
+    warm_up = min(first.values(), default=0.0) < method.LONG_CALL
+    if first.get(OURS, 0.0) >= method.LONG_CALL:
         rounds = min(rounds, least)  # a long call sees the machine in more than one mood
     if deadline is not None:
-        left = max(deadline - time.perf_counter(), SHORT)
-        for label, once in first.items():
-            if label not in (OURS, "floor") and (1 + warm) * least * once > left:
+        left = max(deadline - time.perf_counter(), SECONDS_A_VARIANT)
+        for label, seconds in first.items():
+            if label not in (OURS, "floor") and (1 + warm_up) * least * seconds > left:
                 skipped[label] = "a call takes too long for the time there is"
                 del variants[label]
-    times = method.interleaved(variants, device, rounds=rounds, deadline=deadline, least=least, warm=warm)
-    measured: dict[str, dict[str, Any]] = {}
-    for label, seconds in times.items():
-        measured[label] = {"seconds_of_each_round": seconds, **case.counts.get(label, {})}
+    measured = method.interleaved(variants, device, rounds=rounds, deadline=deadline, least=least, warm_up=warm_up)
+    results: dict[str, dict[str, Any]] = {}
+    for label, numbers in measured.items():
+        results[label] = {name + _EACH_ROUND: values for name, values in numbers.items()} | case.counts.get(label, {})
         if device.type == "cuda":
-            with variants[label].turn():
-                measured[label]["launch_bound"] = method.launch_bound(variants[label].run, device)
-    floor = measured.pop("floor", None)
+            with variants[label].context():
+                results[label]["launch_bound"] = method.launch_bound(variants[label].run, device)
+    floor = results.pop("floor", None)
     line = {
-        "part": case.part,
-        "name": case.name,
         "unit": case.unit,
         "work": case.work,
         "floor_work": case.floor_work,
         "facts": case.facts,
-        "variants": measured,
+        "variants": results,
         "floor": floor,
-        "rounds_of_each_pass": [len(next(iter(times.values())))] if times else [],
+        "rounds_of_each_pass": [len(next(iter(measured.values()))["seconds"])] if measured else [],
         "skipped": skipped,
         "different": case.different,
     }
     return _with_ratios(line)
 
 
-def joined(passes: list[dict[str, Any]]) -> dict[str, Any]:
+def join_passes(passes: list[Line]) -> Line:
     """The passes of one case as one; a variant that was left out of some is left out."""
     line = dict(passes[0])
     line["rounds_of_each_pass"] = [n for p in passes for n in p["rounds_of_each_pass"]]
     line["skipped"] = {label: reason for p in passes for label, reason in p["skipped"].items()}
 
-    def together(pieces: list[dict[str, Any]]) -> dict[str, Any]:
-        return pieces[0] | {"seconds_of_each_round": [t for p in pieces for t in p["seconds_of_each_round"]]}
+    def join(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+        names = [name for name in pieces[0] if name.endswith(_EACH_ROUND)]
+        return pieces[0] | {name: [value for piece in pieces for value in piece[name]] for name in names}
 
     line["variants"] = {
-        label: together([p["variants"][label] for p in passes])
+        label: join([p["variants"][label] for p in passes])
         for label in line["variants"]
         if all(label in p["variants"] for p in passes)
     }
-    line["floor"] = together([p["floor"] for p in passes]) if line["floor"] else None
-    return _with_ratios(line)
+    line["floor"] = join([p["floor"] for p in passes]) if line["floor"] else None
+    return _with_ratios(line) if len(passes) > 1 else line
 
 
-def _with_ratios(line: dict[str, Any]) -> dict[str, Any]:
-    """Medians, rates and ratios from the seconds of each round."""
+def _with_ratios(line: Line) -> Line:
+    """Medians, rates and ratios from the numbers of each round."""
     variants, floor = line["variants"], line["floor"]
-    for label, it in [*variants.items(), *([("floor", floor)] if floor else [])]:
-        rounds = it["seconds_of_each_round"]
-        it["seconds"] = statistics.median(rounds)
+    for label, result in [*variants.items(), *([("floor", floor)] if floor else [])]:
+        for name in [name for name in result if name.endswith(_EACH_ROUND)]:
+            result[name.removesuffix(_EACH_ROUND)] = statistics.median(result[name])
+        rounds = result["seconds_of_each_round"]
         if line["unit"]:
-            it["rate"] = line["floor_work" if label == "floor" else "work"] / it["seconds"]
+            result["rate"] = line["floor_work" if label == "floor" else "work"] / result["seconds"]
         if floor and label != "floor":
             scale = line["floor_work"] / line["work"]
-            it["over_floor"] = method.ratio([t * scale for t in rounds], floor["seconds_of_each_round"])
+            result["over_floor"] = method.ratio([t * scale for t in rounds], floor["seconds_of_each_round"])
         if label not in (OURS, "floor") and OURS in variants:
-            it["over_cogsym"] = method.ratio(rounds, variants[OURS]["seconds_of_each_round"])
+            result["over_cogsym"] = method.ratio(rounds, variants[OURS]["seconds_of_each_round"])
     return line
 
 
 def difference(values: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
     """Norm of the difference over the norm of the truth, all tensors taken as one."""
-    off = total = 0.0
+    squared_error = squared_truth = 0.0
     for a, b in zip(values, truth, strict=True):
-        off += (a.double() - b.double()).square().sum().item()
-        total += b.double().square().sum().item()
-    return (off / total) ** 0.5 if total else off**0.5
+        squared_error += (a.double() - b.double()).square().sum().item()
+        squared_truth += b.double().square().sum().item()
+    return (squared_error / squared_truth) ** 0.5 if squared_truth else squared_error**0.5
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """What an error says, in a line that a table can hold."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -90,7 +90,7 @@ def show(changes: list[Change], console: Console) -> bool:
     for c in changes:
         if c.what == "time" or c.verdict != "same":
             table.add_row(
-                c.case, c.what, _told(c.before), _told(c.after), f"{c.change:+.1%}", f"{c.noise:.1%}", c.verdict
+                c.case, c.what, _shown(c.before), _shown(c.after), f"{c.change:+.1%}", f"{c.noise:.1%}", c.verdict
             )
     console.print(table)
     regressions = sum(c.verdict == "regression" for c in changes)
@@ -114,15 +114,15 @@ def _changes(name: str, label: str, before: dict[str, Any], after: dict[str, Any
 
 
 def _other(label: str, before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """What the time is divided by: the floor, else the first that is not ours in both."""
-    if before["floor"] and after["floor"]:
-        return "floor"
-    others = [v for v in before["variants"] if v.split(",")[0] != OURS and v in after["variants"]]
-    return others[0] if others else None
+    """What the time is divided by: the floor, else the first that is not ours, whose rounds are known in both."""
+    known = [name for name in ("floor", *before["variants"]) if _rounds(before, name) and _rounds(after, name)]
+    others = [name for name in known if name.split(",")[0] != OURS]
+    return others[0] if others and label in known else None
 
 
 def _rounds(case: dict[str, Any], label: str) -> list[float]:
-    times: list[float] = (case["floor"] if label == "floor" else case["variants"][label])["seconds_of_each_round"]
+    result = case["floor"] if label == "floor" else case["variants"].get(label)
+    times: list[float] = (result or {}).get("seconds_of_each_round", [])
     return times
 
 
@@ -152,7 +152,7 @@ def _verdict(change: float, noise: float) -> str:
     return "regression" if change > 0 else "improvement"
 
 
-def _told(ratio: dict[str, float]) -> str:
+def _shown(ratio: dict[str, float]) -> str:
     if "lower" not in ratio:
         return f"{ratio['median']:,.0f}"
     return f"{ratio['median']:.3g} ({ratio['lower']:.3g} to {ratio['upper']:.3g})"

@@ -10,17 +10,19 @@ from typing import Generic, TypeVar
 
 import torch
 
+from cogsym.bench.method import Variant
+
 J = TypeVar("J")
-W = TypeVar("W")
+M = TypeVar("M")
 
 
 @dataclass(frozen=True)
-class Competitor(Generic[J, W]):
+class Competitor(Generic[J, M]):
     """One way to do a job.
 
     Attributes:
         name: as tables show it.
-        turn: gives the way to do it; what it changes is undone when the turn ends.
+        applied: gives its method for the job, such as a loss to call; what it changes is undone at the end.
         needs: a package that must be there, or None.
         gpu: runs on a GPU only.
         full: only for a full run, and why.
@@ -28,7 +30,7 @@ class Competitor(Generic[J, W]):
     """
 
     name: str
-    turn: Callable[[J], AbstractContextManager[W]]
+    applied: Callable[[J], AbstractContextManager[M]]
     needs: str | None = None
     gpu: bool = False
     full: str = ""
@@ -44,22 +46,14 @@ class Competitor(Generic[J, W]):
             return self.refused
         return self.full if self.full and not full else None
 
+    def variant(self, job: J, run: Callable[[M], object], scale: float = 1.0) -> Variant:
+        """A variant that is applied during its turns, and whose `run` is given its method for the job."""
+        applied: list[M] = []
 
-class Turn(Generic[J, W]):
-    """A competitor's turns at a job, and its way while one lasts."""
+        @contextmanager
+        def context() -> Iterator[None]:
+            with self.applied(job) as made:
+                applied[:] = [made]
+                yield
 
-    def __init__(self, competitor: Competitor[J, W], job: J) -> None:
-        self._competitor, self._job = competitor, job
-        self._way: W | None = None
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """While this lasts, `way` is there."""
-        with self._competitor.turn(self._job) as self._way:
-            yield
-
-    @property
-    def way(self) -> W:
-        """What the competitor gave for this turn."""
-        assert self._way is not None
-        return self._way
+        return Variant(lambda: run(applied[0]), context, scale=scale)

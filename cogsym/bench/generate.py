@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from cogsym.bench import floor, method
-from cogsym.bench.case import OURS, Case, Pending, Setting, dtype_name
+from cogsym.bench.case import OURS, Case, CaseSpec, Setting, dtype_name
 from cogsym.bench.loops import Probe, sliced, texts
 from cogsym.bench.method import Variant
 from cogsym.bench.models import build, shape_of
-from cogsym.bench.sampled import SAMPLE, Question, add_loops, shares, spaced
+from cogsym.bench.sampled import SAMPLE, Question, add_loops, evenly_spaced, sample_facts, table
+from cogsym.bench.study import Study
 from cogsym.models import read_block
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.generate import generate
@@ -38,47 +39,39 @@ NEW_TOKENS = {False: 8, True: 16}  # by whether the run is full
 AGREE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 
-def pending(setting: Setting) -> list[Pending]:
+def cases(setting: Setting) -> list[CaseSpec]:
     """One prompt; in a full run of the first model more of them, and float32, too."""
     found = []
     for model in setting.models:
         chosen = [
             c for c in distinct(configurations("input,output", shape_of(model).layers))[0] if c.k < len(c.actions)
         ]
-        cases = [(1, torch.bfloat16)]
+        wanted = [(1, torch.bfloat16)]
         if setting.full and model == setting.models[0]:
-            cases += [(8, torch.bfloat16), (32, torch.bfloat16), (1, torch.float32)]
-        for prompts, dtype in cases:
+            wanted += [(8, torch.bfloat16), (32, torch.bfloat16), (1, torch.float32)]
+        for prompts, dtype in wanted:
             many = "1 prompt" if prompts == 1 else f"{prompts} prompts"
             title = f"{shape_of(model).name}, {dtype_name(dtype)}: input + output ({len(chosen)}), {many}"
-            make = partial(case, title, model, chosen, prompts, dtype, setting)
-            found.append(Pending(title, make, rounds=method.LEAST_ROUNDS))
+            build_case = partial(case, model, chosen, prompts, dtype, setting)
+            found.append(CaseSpec(title, build_case, rounds=method.LEAST_ROUNDS))
     return found
 
 
-def case(
-    title: str, model: str, chosen: Sequence[Configuration], prompts: int, dtype: torch.dtype, setting: Setting
-) -> Case:
+def case(model: str, chosen: Sequence[Configuration], prompts: int, dtype: torch.dtype, setting: Setting) -> Case:
     """So many prompts with all loops, verified."""
     probe = Probe(build(model, None, dtype, setting.device).eval())
-    vocabulary, new_tokens = probe.model.get_input_embeddings().weight.shape[0], NEW_TOKENS[setting.full]
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(vocabulary, (prompts, PROMPT_TOKENS), generator=generator)
-    requests = [Generate(tuple(row), new_tokens) for row in drawn.tolist()]
-    own = ResidentLayers(probe.model)
-    engine, head = Engine(own), SweepHead(probe.model)
+    new_tokens = NEW_TOKENS[setting.full]
+    requests = draw_prompts(prompts, new_tokens, probe.model)
+    engine, head = Engine(ResidentLayers(probe.model)), SweepHead(probe.model)
     trie = Trie(chosen, engine.topology)
-    stops = Stops(_Numbers(), [])
 
     def ours() -> list[list[list[int]]]:
-        answers = generate(engine, head, Trie(chosen, engine.topology), requests, stops)
-        return [[[int(word) for word in written.text.split()] for written in row] for row in answers]
+        return write_tokens(engine, head, chosen, requests)
 
-    sample = spaced(chosen, SAMPLE)
-    lines = ours()
-    written = [lines[chosen.index(c)] for c in sample]
-    products, rows = generate_floor(engine, head, trie, requests, stops)
-    result = Case("generate", title, {OURS: Variant(ours)}, floor=products)
+    sample = evenly_spaced(chosen, SAMPLE)
+    answers = ours()
+    products, rows = generate_floor(engine, head, trie, requests)
+    result = Case({OURS: Variant(ours)}, floor=products)
     result.counts[OURS] = {"peak_bytes": method.peak_bytes(ours, setting.device)}
     result.facts = {
         "configurations": len(chosen),
@@ -89,23 +82,38 @@ def case(
         "layer_forwards_of_a_loop": trie.counts().kept_layers * prompts * (new_tokens - 1),
         "flops_of_the_floor": products.flops,
         "done": len(chosen) * len(requests) * new_tokens,
-    } | shares(sample, chosen)
+    } | sample_facts(sample, chosen)
     question = Question(
         ask=partial(texts, prompts=requests, device=setting.device),
-        off=partial(regret, probe.model, sample, requests),
+        error=partial(regret, probe.model, sample, requests),
         allowed=AGREE[dtype],
-        further="its tokens are up to {:.2g} deviations below the best",
+        complaint="its tokens are up to {:.2g} deviations below the best",
         sample=sample,
         configurations=len(chosen),
         requests=len(requests),
-        ways=(False,),
+        all_logits=(False,),
     )
-    result.counts[OURS]["difference"] = off = question.off(written)
-    if not off <= question.allowed:
-        result.different[OURS] = question.further.format(off)
+    result.counts[OURS]["difference"] = error = question.error([answers[chosen.index(c)] for c in sample])
+    if not error <= question.allowed:
+        result.different[OURS] = question.complaint.format(error)
         del result.variants[OURS]
     add_loops(result, setting, probe, question)
     return result
+
+
+def draw_prompts(number: int, new_tokens: int, model: Any) -> list[Generate]:
+    """Prompts of tokens drawn at random."""
+    vocabulary, generator = model.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+    drawn = torch.randint(vocabulary, (number, PROMPT_TOKENS), generator=generator)
+    return [Generate(tuple(row), new_tokens) for row in drawn.tolist()]
+
+
+def write_tokens(
+    engine: Engine, head: SweepHead, chosen: Sequence[Configuration], requests: Sequence[Generate]
+) -> list[list[list[int]]]:
+    """The tokens that each configuration writes to each prompt."""
+    answers = generate(engine, head, Trie(chosen, engine.topology), requests, STOPS)
+    return [[[int(word) for word in written.text.split()] for written in row] for row in answers]
 
 
 @torch.inference_mode()
@@ -125,17 +133,17 @@ def regret(
 
 
 def generate_floor(
-    engine: Engine, head: SweepHead, trie: Trie, requests: Sequence[Generate], stops: Stops
+    engine: Engine, head: SweepHead, trie: Trie, requests: Sequence[Generate]
 ) -> tuple[floor.Products, float]:
     """The products of the rows that one run computes; and its layer-forwards after the prompt."""
-    told: list[float] = []
-    engine.on_forwards = told.append
-    generate(engine, head, trie, requests, stops)
+    forwards: list[float] = []
+    engine.on_forwards = forwards.append
+    generate(engine, head, trie, requests, STOPS)
     engine.on_forwards = lambda number: None
     model, prompt = engine.layers.model, sum(len(request.tokens) for request in requests)
     halves: Counter[int] = Counter()  # rows that went through half a layer at a time -> how often
     done, prefill = 0.0, trie.counts().layer_forwards
-    for number in told:
+    for number in forwards:
         halves[round(2 * number) * (prompt if done < prefill else 1)] += 1
         done += number
     products = floor.Products(model.dtype, model.device)
@@ -149,8 +157,12 @@ def generate_floor(
     return products, done - prefill
 
 
-class _Numbers:
+class _IdTokenizer:
     """A tokenizer whose words are the ids."""
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
         return " ".join(map(str, tokens))
+
+
+STOPS = Stops(_IdTokenizer(), [])  # every text has all its tokens
+STUDY = Study("generate", cases, table("tokens"))

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cogsym.bench.case import OURS, Case, Pending, Setting
+from cogsym.bench import process, report
+from cogsym.bench.case import OURS, Case, CaseSpec, Line, Setting
 from cogsym.bench.method import Variant
+from cogsym.bench.study import Study
 from cogsym.errors import CogsymError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,63 +27,49 @@ _STEP = """
 import torch
 from cogsym.bench.train import make_job
 from cogsym.bench.trainers import COMPETITORS
-(competitor,) = [c for c in COMPETITORS if c.name == {name!r}]
-job = make_job("SmolLM2-135M", 4, 1, False, torch.device({device!r}))
-with competitor.turn(job) as loss:
+(competitor,) = [c for c in COMPETITORS if c.name == name]
+job = make_job("SmolLM2-135M", 4, 1, False, torch.device(device))
+with competitor.applied(job) as loss:
     loss().backward()
 """
 
 
-def pending(setting: Setting) -> list[Pending]:
+def cases(setting: Setting) -> list[CaseSpec]:
     """What there is to time."""
-    found = [Pending("import", _import, rounds=5 if setting.full else 2)]
+    found = [CaseSpec("import", _import, rounds=5 if setting.full else 2)]
     if setting.full:
-        found.append(Pending("first training step of a process", partial(_first_step, setting), rounds=3))
-        found.append(Pending("fresh install", _install, rounds=1))
+        found.append(CaseSpec("first training step of a process", partial(_first_step, setting), rounds=3))
+        found.append(CaseSpec("fresh install", _install, rounds=1))
     return found
 
 
-def _python(code: str) -> Callable[[], object]:
-    """A new process that runs `code`, outside the source tree."""
-    return lambda: _run([sys.executable, "-c", code])
-
-
-def _run(command: list[str], **extra: Any) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir(), **extra)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise CogsymError(said[-1] if said else f"exit status {done.returncode}")
+def _process(code: str, **names: str) -> Variant:
+    return Variant(partial(process.run_python, code, **names), warm_up=False)
 
 
 def _import() -> Case:
-    variants = {
-        OURS: Variant(_python("from cogsym import prepare"), warm=False),
-        "transformers": Variant(_python("import torch, transformers.modeling_utils"), warm=False),
-    }
-    return Case("install", "import", variants)
+    theirs = "import torch, transformers.modeling_utils"
+    return Case({OURS: _process("from cogsym import prepare"), "transformers": _process(theirs)})
 
 
 def _first_step(setting: Setting) -> Case:
     """Both start the same suite, and so import the same."""
     names = (OURS, "transformers, SDPA")
-    steps = {name: _python(_STEP.format(name=name, device=setting.device.type)) for name in names}
-    return Case(
-        "install", "first training step of a process", {n: Variant(step, warm=False) for n, step in steps.items()}
-    )
+    return Case({name: _process(_STEP, name=name, device=setting.device.type) for name in names})
 
 
 def _install() -> Case:
     """Into an empty virtual environment, once: the install is the measurement."""
-    result = Case("install", "fresh install", {})
+    result = Case()
     if not (ROOT / "pyproject.toml").exists():
         result.skipped[OURS] = "there is no source tree to install from: cogsym is an installed package here"
         return result
     folder = Path(tempfile.mkdtemp())
     try:
-        _run([sys.executable, "-m", "venv", str(folder)], timeout=60 * MINUTES)
+        process.run([sys.executable, "-m", "venv", str(folder)], timeout=60 * MINUTES)
         empty, start = _size(folder), time.perf_counter()
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt")]
-        _run([*pip, str(ROOT)], timeout=60 * MINUTES)
+        process.run([*pip, str(ROOT)], timeout=60 * MINUTES)
         result.facts = {"install_seconds": time.perf_counter() - start, "installed_bytes": _size(folder) - empty}
     except (CogsymError, subprocess.TimeoutExpired) as error:
         result.skipped[OURS] = f"pip did not install it: {error}"
@@ -93,3 +80,20 @@ def _install() -> Case:
 
 def _size(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def table(lines: list[Line]) -> report.Table:
+    """Each variant's time, and the fresh install's."""
+    _, rows = report.by_variant(_cells)([line for line in lines if line["variants"]])
+    for line in lines:
+        if "install_seconds" in (facts := line["facts"]):
+            size = f"with all it needs, {facts['installed_bytes'] / 1e6:,.0f} MB"
+            rows.append([line["name"], size, f"{facts['install_seconds']:.0f}", ""])
+    return ["", "", "seconds", "time / cogsym"], rows
+
+
+def _cells(line: Line, result: dict[str, Any]) -> dict[str, str]:
+    return {"seconds": f"{result['seconds']:.2f}", "ratio": report.spread(result.get("over_cogsym"))}
+
+
+STUDY = Study("install", cases, table)

@@ -23,7 +23,7 @@ from cogsym.sweeps.layers.configurations import Configuration
 
 
 @dataclass(frozen=True)
-class Settings:
+class LoopOptions:
     """What a loop may choose.
 
     Attributes:
@@ -43,7 +43,7 @@ class Probe:
 
     Attributes:
         model: from transformers, in evaluation mode.
-        bridge: what TransformerLens made of it, kept from turn to turn.
+        bridge: what TransformerLens made of it, kept while others take their turns.
     """
 
     model: Any
@@ -53,7 +53,7 @@ class Probe:
 class Loop(Protocol):
     """A way to ask a model without some of its layers."""
 
-    def attend(self, implementation: str) -> None:
+    def use_attention(self, implementation: str) -> None:
         """Take this implementation of attention."""
 
     def skipping(self, configuration: Configuration) -> AbstractContextManager[None]:
@@ -62,7 +62,7 @@ class Loop(Protocol):
     def logits(self, ids: Tensor, wanted: Tensor, all_logits: bool) -> Tensor:
         """Those after the `wanted` positions, [n, V], of right-padded ids, [B, T]."""
 
-    def write(self, ids: Tensor, number: int) -> Tensor:
+    def generate(self, ids: Tensor, number: int) -> Tensor:
         """The most likely `number` tokens one after the other, [B, number], behind prompts of one length, [B, T]."""
 
 
@@ -72,7 +72,7 @@ class _Transformers:
     def __init__(self, model: Any, skipping: Callable[[Any, Configuration], AbstractContextManager[None]]) -> None:
         self._model, self._skipping = model, skipping
 
-    def attend(self, implementation: str) -> None:
+    def use_attention(self, implementation: str) -> None:
         self._model.set_attn_implementation(implementation)
 
     def skipping(self, configuration: Configuration) -> AbstractContextManager[None]:
@@ -87,7 +87,7 @@ class _Transformers:
         logits: Tensor = self._model.lm_head(hidden[wanted])
         return logits
 
-    def write(self, ids: Tensor, number: int) -> Tensor:
+    def generate(self, ids: Tensor, number: int) -> Tensor:
         written: Tensor = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -105,7 +105,7 @@ class _TransformerLens:
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
 
-    def attend(self, implementation: str) -> None:
+    def use_attention(self, implementation: str) -> None:
         self._bridge.original_model.set_attn_implementation(implementation)
 
     def skipping(self, configuration: Configuration) -> AbstractContextManager[None]:
@@ -129,7 +129,7 @@ class _TransformerLens:
         every: Tensor = self._bridge(ids)
         return every[wanted]
 
-    def write(self, ids: Tensor, number: int) -> Tensor:
+    def generate(self, ids: Tensor, number: int) -> Tensor:
         written: Tensor = self._bridge.generate(
             ids, max_new_tokens=number, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
         )
@@ -173,14 +173,14 @@ def hooked(model: Any, configuration: Configuration) -> Iterator[None]:
 
 def _transformers(skipping: Callable[..., AbstractContextManager[None]]) -> Callable[[Probe], Any]:
     @contextmanager
-    def turn(probe: Probe) -> Iterator[Loop]:
+    def applied(probe: Probe) -> Iterator[Loop]:
         before = probe.model.config._attn_implementation
         try:
             yield _Transformers(probe.model, skipping)
         finally:
             probe.model.set_attn_implementation(before)
 
-    return turn
+    return applied
 
 
 @contextmanager
@@ -207,12 +207,12 @@ LOOPS: tuple[Competitor[Probe, Loop], ...] = (
 
 @torch.inference_mode()
 def likelihoods(
-    loop: Loop, configuration: Configuration, settings: Settings, requests: Sequence[Score], device: torch.device
+    loop: Loop, configuration: Configuration, settings: LoopOptions, requests: Sequence[Score], device: torch.device
 ) -> list[float]:
     """The log-likelihood of each continuation, by right-padded batches of requests of like length."""
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
     result = [0.0] * len(requests)
-    loop.attend(settings.attention)
+    loop.use_attention(settings.attention)
     with loop.skipping(configuration):
         for begin in range(0, len(order), settings.batch):
             group = [requests[i] for i in order[begin : begin + settings.batch]]
@@ -233,14 +233,14 @@ def likelihoods(
 
 @torch.inference_mode()
 def texts(
-    loop: Loop, configuration: Configuration, settings: Settings, prompts: Sequence[Generate], device: torch.device
+    loop: Loop, configuration: Configuration, settings: LoopOptions, prompts: Sequence[Generate], device: torch.device
 ) -> list[list[int]]:
     """The tokens that follow each prompt; prompts and answers have one length."""
     result: list[list[int]] = []
-    loop.attend(settings.attention)
+    loop.use_attention(settings.attention)
     with loop.skipping(configuration):
         for begin in range(0, len(prompts), settings.batch):
             group = prompts[begin : begin + settings.batch]
             ids = torch.tensor([prompt.tokens for prompt in group], device=device)
-            result += loop.write(ids, group[0].max_new_tokens).tolist()
+            result += loop.generate(ids, group[0].max_new_tokens).tolist()
     return result

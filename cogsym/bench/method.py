@@ -14,20 +14,23 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
 LEAST_ROUNDS = 5  # fewer say nothing of the spread
-LONG = 0.5  # seconds of a call: what it finds in caches at its start no longer matters
-FULL = 50  # percent of the machine's memory in use, above which freed memory is given back between turns
+LONG_CALL = 0.5  # seconds: what such a call finds in caches at its start no longer matters
+MEMORY_PERCENT = 50  # of the machine's in use, above which freed memory is given back between turns
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 CACHE_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
+
+T = TypeVar("T")
+Rounds = dict[str, list[float]]  # numbers of each round by name, "seconds" always among them
 
 
 @dataclass(frozen=True)
@@ -35,24 +38,27 @@ class Variant:
     """One of those that take turns.
 
     Attributes:
-        run: what is timed.
-        turn: entered before its turn and left after it.
-        warm: whether a turn may begin with an untimed call.
+        run: what is timed; or, where it `reports`, what times itself.
+        context: entered before its turn and left after it.
+        warm_up: whether a turn may begin with an untimed call.
         scale: how many calls one call stands for, which its time is multiplied with.
+        reports: `run` returns numbers by name, its own "seconds" among them: a process does, whose start is no part of
+            the question. It is called once a turn.
     """
 
-    run: Callable[[], object]
-    turn: Callable[[], AbstractContextManager[object]] = nullcontext
-    warm: bool = True
+    run: Callable[[], Any]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    warm_up: bool = True
     scale: float = 1.0
+    reports: bool = False
 
 
 def first_calls(variants: dict[str, Variant], device: torch.device) -> dict[str, float]:
     """Seconds of one call of each variant that is warmed up: what it is warmed up with."""
     seconds = {}
     for label, variant in variants.items():
-        if variant.warm:
-            with variant.turn():
+        if variant.warm_up:
+            with variant.context():
                 start = time.perf_counter()
                 variant.run()
                 if device.type == "cuda":
@@ -69,9 +75,9 @@ def interleaved(
     seconds: float = 0.05,
     deadline: float | None = None,
     least: int = LEAST_ROUNDS,
-    warm: bool = True,
-) -> dict[str, list[float]]:
-    """Seconds a call of each variant in each round.
+    warm_up: bool = True,
+) -> dict[str, Rounds]:
+    """Seconds a call of each variant in each round, and what else it reports.
 
     Args:
         variants: in the order of their turns; each has been called once (`first_calls`).
@@ -80,26 +86,47 @@ def interleaved(
         seconds: how long a turn lasts at least.
         deadline: of `time.perf_counter`; no round begins after it, but `least` are made.
         least: rounds.
-        warm: begin the turns of those that may with an untimed call.
+        warm_up: begin the turns of those that may with an untimed call.
     """
-    times: dict[str, list[float]] = {label: [] for label in variants}
+    measured: dict[str, Rounds] = {label: {} for label in variants}
     for i in range(rounds):
         if i >= least and deadline is not None and time.perf_counter() > deadline:
             break
         for label, variant in variants.items():
-            if psutil.virtual_memory().percent > FULL:
-                give_back()
-            with variant.turn():
-                if warm and variant.warm:
+            if psutil.virtual_memory().percent > MEMORY_PERCENT:
+                release_freed_memory()
+            with variant.context():
+                if warm_up and variant.warm_up:
                     variant.run()
-                times[label].append(variant.scale * sample(variant.run, device, seconds))
-    return times
+                numbers = (
+                    variant.run() if variant.reports else {"seconds": seconds_a_call(variant.run, device, seconds)}
+                )
+            numbers["seconds"] *= variant.scale
+            for name, number in numbers.items():
+                measured[label].setdefault(name, []).append(number)
+    return measured
 
 
-def sample(run: Callable[[], object], device: torch.device, seconds: float = 0.05) -> float:
+def fastest(candidates: Mapping[T, Callable[[], object]]) -> dict[T, float]:
+    """Seconds of the better of two calls of each candidate, the fastest first; each ends with its answer on the host.
+
+    Options are chosen so, before anything is timed that counts.
+    """
+    seconds = {}
+    for name, run in candidates.items():
+        times = []
+        for _ in range(2):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        seconds[name] = min(times)
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))
+
+
+def seconds_a_call(run: Callable[[], object], device: torch.device, seconds: float = 0.05) -> float:
     """Median seconds over as many calls as fit in `seconds`, at least one."""
     if device.type == "cuda":
-        return _sample_cuda(run, device, seconds)
+        return _seconds_a_call_cuda(run, device, seconds)
     times: list[float] = []
     end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
@@ -109,7 +136,7 @@ def sample(run: Callable[[], object], device: torch.device, seconds: float = 0.0
     return statistics.median(times)
 
 
-def _sample_cuda(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+def _seconds_a_call_cuda(run: Callable[[], object], device: torch.device, seconds: float) -> float:
     flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
     times: list[float] = []
     count = 1  # enough of a long call
@@ -141,29 +168,29 @@ def launch_bound(run: Callable[[], object], device: torch.device) -> bool:
     return queued > 0.9 * (time.perf_counter() - start)
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Have the C library keep memory that is freed for the next block, however large, in this process.
 
     glibc gives blocks of more than 32 MB back at once, and the system clears every page of the next one: transformers,
     whose logits and copies of them are such blocks, can take twice as long for that alone. A user has this by
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 in the environment (mallopt(3)).
     """
-    mallopt = _glibc("mallopt")
+    mallopt = _libc_function("mallopt")
     if mallopt:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Return to the system what has been freed: the C library keeps the holes between blocks, of each variant others,
     which is gigabytes where those of many take turns."""
     gc.collect()
-    trim = _glibc("malloc_trim")
+    trim = _libc_function("malloc_trim")
     if trim:
         trim(0)
 
 
-def _glibc(name: str) -> Callable[..., int] | None:
+def _libc_function(name: str) -> Callable[..., int] | None:
     """A function of the C library, where that is glibc."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 

@@ -11,6 +11,7 @@ import transformers
 
 from cogsym.errors import CogsymError
 from cogsym.models.loading import load_config, load_model
+from cogsym.ops.operation import Sizes
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class Shape:
     vocabulary: int
     tied: bool
 
+    def sizes(self, rows: int, length: int) -> Sizes:
+        """Those of an operation's example, for so many sequences of so many tokens."""
+        return Sizes(
+            rows, length, self.width, self.heads, self.kv_heads, self.head_dim, self.mlp_width, self.vocabulary
+        )
+
     def config(self, layers: int | None = None) -> Any:
         """As transformers describes it, with so many layers."""
         return getattr(transformers, f"{self.family}Config")(
@@ -62,7 +69,12 @@ SHAPES = {
         Shape("SmolLM2-135M", "Llama", 576, 1536, 30, 9, 3, 64, 49_152, True),
         Shape("Qwen2.5-0.5B", "Qwen2", 896, 4864, 24, 14, 2, 64, 151_936, True),
         Shape("Llama-3.2-1B", "Llama", 2048, 8192, 16, 32, 8, 64, 128_256, True),
+        Shape("Qwen2.5-1.5B", "Qwen2", 1536, 8960, 28, 12, 2, 128, 151_936, True),
+        Shape("Qwen2.5-3B", "Qwen2", 2048, 11_008, 36, 16, 2, 128, 151_936, True),
+        Shape("Llama-3.2-3B", "Llama", 3072, 8192, 28, 24, 8, 128, 128_256, True),
+        Shape("Qwen2.5-7B", "Qwen2", 3584, 18_944, 28, 28, 4, 128, 152_064, False),
         Shape("Llama-3.1-8B", "Llama", 4096, 14_336, 32, 32, 8, 128, 128_256, False),
+        Shape("Qwen2.5-14B", "Qwen2", 5120, 13_824, 48, 40, 8, 128, 152_064, False),
         Shape("tiny", "Llama", 64, 160, 4, 4, 2, 16, 512, True),  # to try the suite itself
     )
 }

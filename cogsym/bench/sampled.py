@@ -2,54 +2,44 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from cogsym.bench import method
-from cogsym.bench.case import Case, Setting, one_line
-from cogsym.bench.competitor import Competitor, Turn
-from cogsym.bench.loops import LOOPS, Loop, Probe, Settings
-from cogsym.bench.method import Variant
+from cogsym.bench import method, report
+from cogsym.bench.case import Case, Line, Setting, error_line
+from cogsym.bench.loops import LOOPS, Loop, LoopOptions, Probe
 from cogsym.sweeps.layers.configurations import Configuration
 
 ATTENTIONS = ("sdpa", "eager")
 SAMPLE = 6  # configurations that a loop is timed on
 
 
-def fastest(run: Callable[[Settings], object], requests: int, ways: Sequence[bool]) -> dict[Settings, float]:
+def tried_settings(
+    run: Callable[[LoopOptions], object], requests: int, all_logits: Sequence[bool]
+) -> dict[LoopOptions, float]:
     """Seconds of settings that were tried, the fastest first; one choice is varied after the other.
 
     Args:
         run: what is timed.
         requests: how many there are to a batch at most.
-        ways: of taking logits, as `Settings.all_logits` has them.
+        all_logits: the ways of taking logits, as `LoopOptions` have them.
     """
     batches = [b for b in sorted({1, 4, 16, min(requests, 64)}) if b <= requests]
-    seconds: dict[Settings, float] = {}
-    best = Settings(ATTENTIONS[0], min(requests, 16))
+    seconds: dict[LoopOptions, float] = {}
+    best = LoopOptions(ATTENTIONS[0], min(requests, 16))
     run(best)
     for vary in (
-        lambda now: [replace(now, attention=a, all_logits=way) for a in ATTENTIONS for way in ways],
+        lambda now: [replace(now, attention=a, all_logits=way) for a in ATTENTIONS for way in all_logits],
         lambda now: [replace(now, batch=b) for b in batches],
     ):
-        for settings in vary(best):
-            if settings not in seconds:
-                seconds[settings] = min(timed(partial(run, settings)) for _ in range(2))
+        seconds |= method.fastest({s: partial(run, s) for s in vary(best) if s not in seconds})
         best = min(seconds, key=seconds.__getitem__)
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of a call whose answer is on the host."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def spaced(items: Sequence[Configuration], number: int) -> list[Configuration]:
+def evenly_spaced(items: Sequence[Configuration], number: int) -> list[Configuration]:
     """So many of them, one from the middle of each of as many equal shares of those sorted by the layers they keep.
 
     Where the middle lies between two, it is the one before and the one after in turn, so that layers balance.
@@ -63,7 +53,7 @@ def spaced(items: Sequence[Configuration], number: int) -> list[Configuration]:
     return chosen
 
 
-def shares(sample: Sequence[Configuration], every: Sequence[Configuration]) -> dict[str, Any]:
+def sample_facts(sample: Sequence[Configuration], every: Sequence[Configuration]) -> dict[str, Any]:
     """What a loop is timed on, and how many layers those configurations keep on average beside all of them."""
 
     def kept(some: Sequence[Configuration]) -> float:
@@ -82,23 +72,27 @@ class Question:
 
     Attributes:
         ask: (loop, configuration, settings) -> its answer.
-        off: how far answers for the sample are from the truth.
+        error: how far answers for the sample are from the truth.
         allowed: how far they may be.
-        further: the sentence that says that they are further, with a place for how far.
+        complaint: the sentence that says that they are further, with a place for how far.
         sample: the configurations that are timed.
         configurations: how many there are in all.
         requests: of each of them.
-        ways: of taking logits, as `Settings.all_logits` has them.
+        all_logits: the ways of taking logits, as `LoopOptions` have them.
     """
 
     ask: Callable[..., Any]
-    off: Callable[[list[Any]], float]
+    error: Callable[[list[Any]], float]
     allowed: float
-    further: str
+    complaint: str
     sample: Sequence[Configuration]
     configurations: int
     requests: int
-    ways: Sequence[bool]
+    all_logits: Sequence[bool]
+
+    def ask_sample(self, settings: LoopOptions, loop: Loop) -> list[Any]:
+        """The answers for every configuration of the sample."""
+        return [self.ask(loop, configuration, settings) for configuration in self.sample]
 
 
 def add_loops(result: Case, setting: Setting, probe: Probe, question: Question) -> None:
@@ -111,39 +105,38 @@ def add_loops(result: Case, setting: Setting, probe: Probe, question: Question) 
             result.skipped[competitor.name] = reason
             continue
         try:
-            with competitor.turn(probe) as loop:
-                tried = fastest(partial(question.ask, loop, half), question.requests, question.ways)
+            with competitor.applied(probe) as loop:
+                tried = tried_settings(partial(question.ask, loop, half), question.requests, question.all_logits)
                 settings = next(iter(tried))
-                distance = question.off([question.ask(loop, c, settings) for c in sample])
-        except Exception as error:  # another library's: whatever it raises is its reason
-            result.skipped[competitor.name] = one_line(error)
+                error = question.error(question.ask_sample(settings, loop))
+        except Exception as failure:  # another library's: whatever it raises is its reason
+            result.skipped[competitor.name] = error_line(failure)
             continue
-        if not distance <= question.allowed:
-            result.different[competitor.name] = question.further.format(distance)
+        if not error <= question.allowed:
+            result.different[competitor.name] = question.complaint.format(error)
             continue
-        turn = _Turn(competitor, probe, question, settings)
         scale = question.configurations / len(sample)
-        result.variants[competitor.name] = Variant(turn.ask, turn.entered, scale=scale)
-        with competitor.turn(probe) as loop:
+        result.variants[competitor.name] = competitor.variant(probe, partial(question.ask_sample, settings), scale)
+        with competitor.applied(probe) as loop:
             peak = method.peak_bytes(partial(question.ask, loop, sample[0], settings), setting.device)
         result.counts[competitor.name] = {
             "peak_bytes": peak,
-            "difference": distance,
+            "difference": error,
             "settings": asdict(settings),
             "seconds_of_settings_tried": [[asdict(s), t] for s, t in tried.items()],
         }
 
 
-class _Turn(Turn[Probe, Loop]):
-    """A loop's turn over the sample."""
+def table(done: str) -> Callable[[list[Line]], report.Table]:
+    """Tables of what is asked: `done` of them a second."""
 
-    def __init__(
-        self, competitor: Competitor[Probe, Loop], probe: Probe, question: Question, settings: Settings
-    ) -> None:
-        super().__init__(competitor, probe)
-        self._question, self._settings = question, settings
+    def cells(line: Line, result: dict[str, Any]) -> dict[str, str]:
+        return {
+            "seconds": f"{result['seconds']:.3g}",
+            f"{done} a second": f"{line['facts']['done'] / result['seconds']:,.0f}",
+            "over the floor": f"{result['over_floor']['median']:.2f}",
+            "time / cogsym": report.spread(result.get("over_cogsym")),
+            "peak, MB": f"{result['peak_bytes'] / 1e6:,.0f}",
+        }
 
-    def ask(self) -> None:
-        """Every configuration of the sample."""
-        for configuration in self._question.sample:
-            self._question.ask(self.way, configuration, self._settings)
+    return report.by_variant(cells)

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from cogsym.bench import floor, method
-from cogsym.bench.case import OURS, Case, Pending, Setting, dtype_name
+from cogsym.bench.case import OURS, Case, CaseSpec, Setting, dtype_name
 from cogsym.bench.loops import Probe, likelihoods
 from cogsym.bench.method import Variant
 from cogsym.bench.models import build, shape_of
-from cogsym.bench.sampled import SAMPLE, Question, add_loops, shares, spaced
+from cogsym.bench.plots import draw_curve, draw_ratios
+from cogsym.bench.sampled import SAMPLE, Question, add_loops, evenly_spaced, sample_facts, table
+from cogsym.bench.study import Study
 from cogsym.decoder import layers_of
 from cogsym.models import read_block
 from cogsym.models.attention import AttentionHalf
@@ -42,54 +44,47 @@ CURVE = (4, 16, 64, 256)  # of the grid's configurations, in a full run of the f
 AGREE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 
-def pending(setting: Setting) -> list[Pending]:
+def cases(setting: Setting) -> list[CaseSpec]:
     """The grid's choices; in a full run of the first model every set, kind and precision, and parts of the grid."""
     asked, found = ASKED[setting.full], []
     for model in setting.models:
         layers, name = shape_of(model).layers, shape_of(model).name
         sets = {what: distinct(configurations(what, layers))[0] for what in ("grid", "input,output")}
-        cases = [(sets["grid"], "grid", "choices", torch.bfloat16)]
+        wanted = [(sets["grid"], "grid", "choices", torch.bfloat16)]
         if setting.full and model == setting.models[0]:
-            cases += [
+            wanted += [
                 (sets["grid"], "grid", "passages", torch.bfloat16),
                 (sets["input,output"], "input + output", "choices", torch.bfloat16),
                 (sets["input,output"], "input + output", "passages", torch.bfloat16),
                 (sets["input,output"], "input + output", "choices", torch.float32),
             ]
             parts = [n for n in CURVE if n < len(sets["grid"])]
-            cases += [(spaced(sets["grid"], n), "part of the grid", "choices", torch.bfloat16) for n in parts]
-        for chosen, what, kind, dtype in cases:
+            wanted += [(evenly_spaced(sets["grid"], n), "part of the grid", "choices", torch.bfloat16) for n in parts]
+        for chosen, what, kind, dtype in wanted:
             title = f"{name}, {dtype_name(dtype)}: {what} ({len(chosen)}), {asked} {kind}"
-            make = partial(case, title, model, chosen, kind, asked, dtype, setting)
-            found.append(Pending(title, make, rounds=method.LEAST_ROUNDS))
+            build_case = partial(case, model, chosen, kind, asked, dtype, setting)
+            found.append(CaseSpec(title, build_case, rounds=method.LEAST_ROUNDS))
     return found
 
 
 def case(
-    title: str,
-    model: str,
-    chosen: Sequence[Configuration],
-    kind: str,
-    asked: int,
-    dtype: torch.dtype,
-    setting: Setting,
+    model: str, chosen: Sequence[Configuration], kind: str, asked: int, dtype: torch.dtype, setting: Setting
 ) -> Case:
     """One set of configurations with all loops, verified."""
     probe = Probe(build(model, None, dtype, setting.device).eval())
     requests = questions(kind, asked, probe.model.get_input_embeddings().weight.shape[0])
-    own = ResidentLayers(probe.model)
-    engine, head = Engine(own), SweepHead(probe.model)
+    engine, head = Engine(ResidentLayers(probe.model)), SweepHead(probe.model)
     trie = Trie(chosen, engine.topology)
 
     def ours() -> list[list[float]]:
-        answers = score(engine, head, Trie(chosen, engine.topology), requests)
-        return [[scored.log_likelihood for scored in row] for row in answers]
+        scores = score(engine, head, Trie(chosen, engine.topology), requests)
+        return [[scored.log_likelihood for scored in row] for row in scores]
 
-    sample = spaced(chosen, SAMPLE)
-    lines = ours()
-    truth = [lines[chosen.index(c)] for c in sample]
+    sample = evenly_spaced(chosen, SAMPLE)
+    answers = ours()
+    truth = [answers[chosen.index(c)] for c in sample]
     counts, products = trie.counts(), sweep_floor(probe.model, trie, requests)
-    result = Case("sweep", title, {OURS: Variant(ours)}, floor=products)
+    result = Case({OURS: Variant(ours)}, floor=products)
     result.counts[OURS] = {"peak_bytes": method.peak_bytes(ours, setting.device)}
     result.facts = {
         "configurations": len(chosen),
@@ -101,17 +96,17 @@ def case(
         "head_forwards": counts.head_forwards,
         "flops_of_the_floor": products.flops,
         "done": len(chosen) * len(requests),
-    } | shares(sample, chosen)
+    } | sample_facts(sample, chosen)
     lengths = [len(r.tokens) - r.first for r in requests]
     question = Question(
         ask=partial(likelihoods, requests=requests, device=setting.device),
-        off=partial(apart, truth=truth, lengths=lengths),
+        error=partial(likelihood_error, truth=truth, lengths=lengths),
         allowed=AGREE[dtype],
-        further="its likelihoods are {:.1e} of their spread away from ours",
+        complaint="its likelihoods are {:.1e} of their spread away from ours",
         sample=sample,
         configurations=len(chosen),
         requests=len(requests),
-        ways=(False, True),
+        all_logits=(False, True),
     )
     add_loops(result, setting, probe, question)
     return result
@@ -163,8 +158,13 @@ def sweep_floor(model: Any, trie: Trie, requests: Sequence[Score]) -> floor.Prod
     return products
 
 
-def apart(values: Sequence[Sequence[float]], truth: Sequence[Sequence[float]], lengths: Sequence[int]) -> float:
+def likelihood_error(
+    values: Sequence[Sequence[float]], truth: Sequence[Sequence[float]], lengths: Sequence[int]
+) -> float:
     """Norm of the difference of log-likelihoods a token, [configuration][request], over that of their spread."""
     per = torch.tensor(lengths, dtype=torch.float64)
     a, b = (torch.tensor(v, dtype=torch.float64) / per for v in (values, truth))
     return float((a - b).norm() / (b - b.mean()).norm())
+
+
+STUDY = Study("sweep", cases, table("answers"), (draw_ratios, draw_curve))

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import cogsym
-from cogsym.bench import floor, method
-from cogsym.bench.case import ROUNDING, Case, Pending, Setting, difference, one_line
-from cogsym.bench.competitor import Competitor, Turn
-from cogsym.bench.method import Variant
+from cogsym.bench import floor, method, report
+from cogsym.bench.case import ROUNDING, Case, CaseSpec, Line, Setting, difference, error_line
+from cogsym.bench.competitor import Competitor
 from cogsym.bench.models import build, shape_of
+from cogsym.bench.study import Study
 from cogsym.bench.trainers import COMPETITORS, Job, Loss
 from cogsym.models import read_block
 
@@ -29,7 +29,7 @@ LENGTH = 512
 QUICK_LAYERS = 8  # of a model in a quick run
 
 
-def pending(setting: Setting) -> list[Pending]:
+def cases(setting: Setting) -> list[CaseSpec]:
     """Both jobs for each model; the first in a quick run."""
     found = []
     for model in setting.models:
@@ -39,46 +39,45 @@ def pending(setting: Setting) -> list[Pending]:
         part = "" if layers == shape.layers else f"{layers} of {shape.layers} layers, "
         for job in JOBS if setting.full else JOBS[:1]:
             title = f"{shape.name}, {part}{rows} x {LENGTH} tokens: {job}"
-            make = partial(case, title, model, layers, rows, job, setting)
-            found.append(Pending(title, make, rounds=method.LEAST_ROUNDS if setting.full else 15))
+            build_case = partial(case, model, layers, rows, job, setting)
+            found.append(CaseSpec(title, build_case, rounds=method.LEAST_ROUNDS if setting.full else 15))
     return found
 
 
-def case(title: str, model: str, layers: int, rows: int, kind: str, setting: Setting) -> Case:
+def case(model: str, layers: int, rows: int, kind: str, setting: Setting) -> Case:
     """One job with all its competitors, verified."""
     job = make_job(model, layers, rows, kind != JOBS[0], setting.device)
     trained = [p for p in job.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-6, fused=True)
-    products = _floor(job, rows * LENGTH)
-    result = Case("train", title, {}, floor=products, unit=None)
+    products = step_floor(job, rows * LENGTH)
+    result = Case(floor=products)
     result.facts = {
         "tokens": rows * LENGTH,
         "layers": layers,
         "trained_parameters": sum(p.numel() for p in trained),
         "flops_of_the_floor": products.flops,
     }
-    right: list[Competitor[Job, Loss]] = []
+    agreeing: list[Competitor[Job, Loss]] = []
     truth: tuple[Tensor, list[Tensor]] | None = None
     for competitor in COMPETITORS:  # all before any takes a step, which changes the weights
         if reason := competitor.unavailable(setting.device, setting.full):
             result.skipped[competitor.name] = reason
             continue
         try:
-            loss, gradients = _verified(competitor, job, trained)
+            loss, gradients = loss_and_gradients(competitor, job, trained)
         except Exception as error:  # another library's: whatever it raises is its reason
-            result.skipped[competitor.name] = one_line(error)
+            result.skipped[competitor.name] = error_line(error)
             continue
         if truth is None:
             truth = loss, gradients
-        if reason := _differs(loss, gradients, *truth):
+        if reason := _disagreement(loss, gradients, *truth):
             result.different[competitor.name] = reason
             continue
-        right.append(competitor)
+        agreeing.append(competitor)
         result.counts[competitor.name] = {"difference": difference(gradients, truth[1])}
-    for competitor in right:
-        turn = _Turn(competitor, job, optimizer)
-        result.variants[competitor.name] = Variant(turn.step, turn.entered)
-        result.counts[competitor.name] |= turn.counts()
+    for competitor in agreeing:
+        result.variants[competitor.name] = competitor.variant(job, partial(_step, optimizer))
+        result.counts[competitor.name] |= _bytes(competitor, job, optimizer)
     return result
 
 
@@ -110,33 +109,26 @@ def make_job(model: str, layers: int, rows: int, adapters: bool, device: torch.d
     return Job(net, plan, {"input_ids": ids, "labels": ids}, autocast, adapters)
 
 
-class _Turn(Turn[Job, Loss]):
-    """A competitor's turn."""
-
-    def __init__(self, competitor: Competitor[Job, Loss], job: Job, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(competitor, job)
-        self._optimizer = optimizer
-
-    def step(self) -> None:
-        """Forward, backward, AdamW."""
-        self.way().backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-    def counts(self) -> dict[str, float]:
-        """Bytes kept for the backward pass, a token's share, and the most that a step holds."""
-        model, tokens = self._job.model, self._job.inputs["input_ids"].numel()
-        with self.entered():
-            self.step()  # the optimizer's own state is there from now on
-            kept = method.saved_bytes(self.way, [*model.parameters(), *model.buffers()])
-            peak = method.peak_bytes(self.step, self._job.device)
-        return {"kept_bytes_a_token": kept / tokens, "peak_bytes": peak}
+def _step(optimizer: torch.optim.Optimizer, loss: Loss) -> None:
+    """Forward, backward, AdamW."""
+    loss().backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def _verified(competitor: Competitor[Job, Loss], job: Job, trained: list[Any]) -> tuple[Tensor, list[Tensor]]:
+def _bytes(competitor: Competitor[Job, Loss], job: Job, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Bytes kept for the backward pass, a token's share, and the most that a step holds."""
+    with competitor.applied(job) as loss:
+        _step(optimizer, loss)  # the optimizer's own state is there from now on
+        kept = method.saved_bytes(loss, [*job.model.parameters(), *job.model.buffers()])
+        peak = method.peak_bytes(partial(_step, optimizer, loss), job.device)
+    return {"kept_bytes_a_token": kept / job.inputs["input_ids"].numel(), "peak_bytes": peak}
+
+
+def loss_and_gradients(competitor: Competitor[Job, Loss], job: Job, trained: list[Any]) -> tuple[Tensor, list[Tensor]]:
     """The loss and the gradients that a competitor computes."""
-    with competitor.turn(job) as compute:
-        loss = compute()
+    with competitor.applied(job) as compute_loss:
+        loss = compute_loss()
         loss.backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     for p in trained:
@@ -144,18 +136,18 @@ def _verified(competitor: Competitor[Job, Loss], job: Job, trained: list[Any]) -
     return loss.detach(), gradients
 
 
-def _differs(loss: Tensor, gradients: list[Tensor], true_loss: Tensor, true_gradients: list[Tensor]) -> str | None:
+def _disagreement(loss: Tensor, gradients: list[Tensor], true_loss: Tensor, true_gradients: list[Tensor]) -> str | None:
     """How a result is something else than ours, or None."""
-    for what, off in (
+    for what, distance in (
         ("its loss is", difference([loss], [true_loss])),
         ("its gradients are", difference(gradients, true_gradients)),
     ):
-        if not off <= ROUNDING[torch.bfloat16]:
-            return f"{what} {off:.1e} away from ours"
+        if not distance <= ROUNDING[torch.bfloat16]:
+            return f"{what} {distance:.1e} away from ours"
     return None
 
 
-def _floor(job: Job, rows: int) -> floor.Products:
+def step_floor(job: Job, rows: int) -> floor.Products:
     """The products of a step. Nothing below the lowest trained layer needs a gradient, and no adapter is counted."""
     products = floor.Products(torch.bfloat16, job.device)
     base = job.model.get_base_model() if job.adapters else job.model
@@ -170,3 +162,18 @@ def _floor(job: Job, rows: int) -> floor.Products:
         )
     products.add_linear(rows, tuple(base.lm_head.weight.shape), input_gradient=True, weight_gradient=False)
     return products
+
+
+def cells(line: Line, result: dict[str, Any]) -> dict[str, str]:
+    """A variant in a table."""
+    return {
+        "ms a step": f"{result['seconds'] * 1e3:,.0f}",
+        "tokens/s": f"{line['facts']['tokens'] / result['seconds']:,.0f}",
+        "over the floor": f"{result['over_floor']['median']:.2f}",
+        "time / cogsym": report.spread(result.get("over_cogsym")),
+        "kept, B a token": f"{result['kept_bytes_a_token']:,.0f}",
+        "peak, MB": f"{result['peak_bytes'] / 1e6:,.0f}",
+    }
+
+
+STUDY = Study("train", cases, report.by_variant(cells, first="job"))

@@ -1,7 +1,7 @@
-"""Whom training is compared with: each a way to get the loss of the same model, for a turn, without a trace after it.
+"""Whom training is compared with: each a way to get the loss of the same model, that leaves no trace on it.
 
 All share one model and its weights, so that the largest fits the device once and a verification compares like with
-like. A competitor enters its turn on transformers' plain model with the same parameters frozen, and leaves it so.
+like. A competitor is applied to transformers' plain model with the same parameters frozen, and leaves it so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Job:
         inputs: input_ids and labels.
         autocast: enters the precision of the computation.
         adapters: LoRA is trained, not the layers' own weights.
-        compiled: what torch.compile made of the model, kept from turn to turn.
+        compiled: what torch.compile made of the model, kept while others take their turns.
     """
 
     model: Any
@@ -73,19 +73,26 @@ class Job:
 
 def _ours(keep: str) -> Callable[[Job], AbstractContextManager[Loss]]:
     @contextlib.contextmanager
-    def turn(job: Job) -> Iterator[Loss]:
-        cogsym.prepare(job.model, job.plan, keep=keep)
-        try:
+    def applied(job: Job) -> Iterator[Loss]:
+        with prepared(job.model, job.plan, keep):
             yield job.call()
-        finally:
-            cogsym.restore(job.model)
 
-    return turn
+    return applied
+
+
+@contextlib.contextmanager
+def prepared(model: Any, plan: cogsym.LayerPlan, keep: str) -> Iterator[None]:
+    """The model is prepared while this lasts."""
+    cogsym.prepare(model, plan, keep=keep)
+    try:
+        yield
+    finally:
+        cogsym.restore(model)
 
 
 def _attention(implementation: str) -> Callable[[Job], AbstractContextManager[Loss]]:
     @contextlib.contextmanager
-    def turn(job: Job) -> Iterator[Loss]:
+    def applied(job: Job) -> Iterator[Loss]:
         before = job.model.config._attn_implementation
         job.model.set_attn_implementation(implementation)
         try:
@@ -93,11 +100,11 @@ def _attention(implementation: str) -> Callable[[Job], AbstractContextManager[Lo
         finally:
             job.model.set_attn_implementation(before)
 
-    return turn
+    return applied
 
 
 @contextlib.contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
+def _attributes_restored(model: Any) -> Iterator[None]:
     """What is set on modules inside is gone afterwards."""
     modules = [(module, dict(vars(module))) for module in model.modules()]
     try:
@@ -110,7 +117,7 @@ def _as_it_was(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checkpointed(job: Job) -> Iterator[Loss]:
-    with _as_it_was(job.model), warnings.catch_warnings():
+    with _attributes_restored(job.model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its new name is not in the oldest transformers that is served
         job.model.gradient_checkpointing_enable({"use_reentrant": False})
         # It makes the embeddings' output need a gradient, which only reentrant checkpointing wants, and would leave it.
@@ -162,7 +169,7 @@ def _liger(job: Job) -> Iterator[Loss]:
     modeling = sys.modules[type(base).__module__]
     names = dict(vars(modeling))
     try:
-        with _as_it_was(base):
+        with _attributes_restored(base):
             getattr(liger, f"apply_liger_kernel_to_{base.config.model_type}")(model=base)
             yield job.call()
     finally:
@@ -170,7 +177,7 @@ def _liger(job: Job) -> Iterator[Loss]:
 
 
 @contextlib.contextmanager
-def _never(job: Job) -> Iterator[Loss]:
+def _unusable(job: Job) -> Iterator[Loss]:
     raise RuntimeError("not meant to run")
     yield
 
@@ -187,7 +194,7 @@ COMPETITORS: tuple[Competitor[Job, Loss], ...] = (
     Competitor("quack", _quack, needs="quack", gpu=True),
     Competitor("FlashAttention", _attention("flash_attention_2"), needs="flash_attn", gpu=True),
     Competitor(
-        "Unsloth", _never, needs="unsloth", gpu=True,
+        "Unsloth", _unusable, needs="unsloth", gpu=True,
         refused="importing it patches transformers for the whole process, which would change the others",
     ),
 )  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp
-from cogsym.ops.operation import Example, Sizes, register_operation
+from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -207,17 +207,21 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
 
 
 _gated_activation = register_operation(
-    "gated_activation",
-    gated_activation_reference,
-    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.activation:gated_activation")),
-    fake=lambda gate, *_: torch.empty_like(gate, memory_format=torch.contiguous_format),
-    autograd=(_setup, _backward),
-    example=_example,
+    Operation(
+        "gated_activation",
+        gated_activation_reference,
+        backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.activation:gated_activation")),
+        fake=lambda gate, *_: torch.empty_like(gate, memory_format=torch.contiguous_format),
+        autograd=(_setup, _backward),
+        example=_example,
+    )
 )
 _gated_activation_backward = register_operation(
-    "gated_activation_backward",
-    gated_activation_backward_reference,
-    backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.activation:gated_activation_backward")),
-    fake=_fake_backward,
-    part_of="gated_activation",
+    Operation(
+        "gated_activation_backward",
+        gated_activation_backward_reference,
+        backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.activation:gated_activation_backward")),
+        fake=_fake_backward,
+        part_of="gated_activation",
+    )
 )

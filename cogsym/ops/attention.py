@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp, flash
-from cogsym.ops.operation import Example, Sizes, register_operation
+from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,21 +385,25 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
 
 
 _attention = register_operation(
-    "attention",
-    attention_reference,
-    backends=(backend.cpp(_cpp), flash.backend(flash.attention)),
-    facts=_facts,
-    fake=_fake,
-    autograd=(_setup, _backward),
-    flops=_flops,
-    example=_example,
+    Operation(
+        "attention",
+        attention_reference,
+        backends=(backend.cpp(_cpp), flash.backend(flash.attention)),
+        facts=_facts,
+        fake=_fake,
+        autograd=(_setup, _backward),
+        flops=_flops,
+        example=_example,
+    )
 )
 _attention_backward = register_operation(
-    "attention_backward",
-    attention_backward_reference,
-    backends=(backend.cpp(_cpp_backward), flash.backend(flash.attention_backward)),
-    facts=_backward_facts,
-    fake=_fake_backward,
-    flops=_backward_flops,
-    part_of="attention",
+    Operation(
+        "attention_backward",
+        attention_backward_reference,
+        backends=(backend.cpp(_cpp_backward), flash.backend(flash.attention_backward)),
+        facts=_backward_facts,
+        fake=_fake_backward,
+        flops=_backward_flops,
+        part_of="attention",
+    )
 )

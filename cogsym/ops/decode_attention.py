@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp
 from cogsym.ops.attention import AttentionOptions
-from cogsym.ops.operation import Example, Sizes, register_operation
+from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
 def decode_attention(
@@ -180,9 +180,11 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
 
 # No FLOP formula: it would see shapes alone, and how many keys a row sees is in the values of its ranges.
 _decode_attention = register_operation(
-    "decode_attention",
-    decode_attention_reference,
-    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.decode_attention:decode_attention")),
-    fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
-    example=_example,
+    Operation(
+        "decode_attention",
+        decode_attention_reference,
+        backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.decode_attention:decode_attention")),
+        fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
+        example=_example,
+    )
 )

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp
-from cogsym.ops.operation import Example, Sizes, register_operation
+from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
 @overload
@@ -283,25 +283,31 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
 
 
 _layer_norm = register_operation(
-    "layer_norm",
-    layer_norm_reference,
-    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.layer_norm:layer_norm")),
-    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    autograd=(_setup, _backward),
-    example=_example,
+    Operation(
+        "layer_norm",
+        layer_norm_reference,
+        backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.layer_norm:layer_norm")),
+        fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+        autograd=(_setup, _backward),
+        example=_example,
+    )
 )
 _add_layer_norm = register_operation(
-    "add_layer_norm",
-    add_layer_norm_reference,
-    backends=(backend.cpp(_cpp_add), backend.triton("cogsym.kernels.layer_norm:add_layer_norm")),
-    fake=_fake_add,
-    autograd=(_setup_add, _backward_add),
-    part_of="layer_norm",
+    Operation(
+        "add_layer_norm",
+        add_layer_norm_reference,
+        backends=(backend.cpp(_cpp_add), backend.triton("cogsym.kernels.layer_norm:add_layer_norm")),
+        fake=_fake_add,
+        autograd=(_setup_add, _backward_add),
+        part_of="layer_norm",
+    )
 )
 _layer_norm_backward = register_operation(
-    "layer_norm_backward",
-    layer_norm_backward_reference,
-    backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.layer_norm:layer_norm_backward")),
-    fake=_fake_backward,
-    part_of="layer_norm",
+    Operation(
+        "layer_norm_backward",
+        layer_norm_backward_reference,
+        backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.layer_norm:layer_norm_backward")),
+        fake=_fake_backward,
+        part_of="layer_norm",
+    )
 )

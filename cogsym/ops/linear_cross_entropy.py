@@ -48,7 +48,7 @@ from cogsym.ops.logit_blocks import (
     compute_dtype,
     forward_pass,
 )
-from cogsym.ops.operation import Example, Sizes, register_operation
+from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -377,28 +377,36 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
 
 
 _linear_cross_entropy = register_operation(
-    "linear_cross_entropy",
-    _linear_cross_entropy_reference,
-    parts=(ONLINE_SOFTMAX, ADD_RESCALED, LOGITS_GRADIENT),
-    fake=_fake,
-    autograd=(_setup, _backward),
-    flops=_forward_flops,
-    example=_example,
+    Operation(
+        "linear_cross_entropy",
+        _linear_cross_entropy_reference,
+        parts=(ONLINE_SOFTMAX, ADD_RESCALED, LOGITS_GRADIENT),
+        fake=_fake,
+        autograd=(_setup, _backward),
+        flops=_forward_flops,
+        example=_example,
+    )
 )
 _linear_cross_entropy_backward = register_operation(
-    "linear_cross_entropy_backward",
-    _linear_cross_entropy_backward_reference,
-    parts=(LOGITS_GRADIENT, ADD_RESCALED),
-    fake=_fake_backward,
-    flops=_backward_flops,
-    part_of="linear_cross_entropy",
+    Operation(
+        "linear_cross_entropy_backward",
+        _linear_cross_entropy_backward_reference,
+        parts=(LOGITS_GRADIENT, ADD_RESCALED),
+        fake=_fake_backward,
+        flops=_backward_flops,
+        part_of="linear_cross_entropy",
+    )
 )
 _linear_cross_entropy_scale = register_operation(
-    "linear_cross_entropy_scale",
-    _linear_cross_entropy_scale_reference,
-    fake=lambda dhidden, *_: torch.empty_like(dhidden),
-    part_of="linear_cross_entropy",
+    Operation(
+        "linear_cross_entropy_scale",
+        _linear_cross_entropy_scale_reference,
+        fake=lambda dhidden, *_: torch.empty_like(dhidden),
+        part_of="linear_cross_entropy",
+    )
 )
 _token_scores = register_operation(
-    "token_scores", _token_scores_reference, parts=(HEAD_STATISTICS,), fake=_fake_scores, flops=_forward_flops
+    Operation(
+        "token_scores", _token_scores_reference, parts=(HEAD_STATISTICS,), fake=_fake_scores, flops=_forward_flops
+    )
 )

@@ -4,15 +4,15 @@ An operation is registered with torch under its name. There torch.compile and ot
 modes (counts of FLOPs, of launches) and profilers its name, autograd its rule. All that costs several times what a
 small kernel takes, so where nobody looks the kernel is called without it: see `Operation.__call__`.
 
-`register_operation` declares one, in cogsym or in another package; a package that is installed names its modules with
-operations as entry points of the group ``cogsym.operations``, which are imported when operations are listed.
+A module makes an `Operation` and hands it to `register_operation`. A package that is installed may name its own as
+entry points of the group ``cogsym.operations`` instead, and need not be imported:
+
+    [project.entry-points."cogsym.operations"]
+    "acme::scaled_sum" = "acme.scaled_sum:SCALED_SUM"
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from cogsym.errors import CogsymError
 from cogsym.ops.backend import Backend, Facts, Kernel, Route
-
-ENTRY_POINTS = "cogsym.operations"
+from cogsym.registry import Registry
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Rule = Callable[..., Any]
@@ -84,34 +84,50 @@ MakeExample = Callable[[Sizes, torch.dtype, torch.device], Example]
 
 
 class Operation(Kernel):
-    """A kernel that is registered with torch; made by `register_operation`, which says what its arguments mean."""
+    """A kernel that is registered with torch; called, it computes.
+
+    Args:
+        name: "package::operation", or the operation's name alone in cogsym's own namespace.
+        reference: computes it in plain PyTorch, in float64 too. Its annotations are the operation's schema: tensors,
+            numbers and strings, positional. Its first argument, a tensor, decides by device and dtype.
+        fake: makes empty outputs of the right shape, dtype and strides, for tracers.
+        backends: faster ways than the reference, from the fastest to the slowest; each takes the reference's arguments
+            and returns new, contiguous tensors.
+        facts: arguments -> what else a backend may refuse, by name.
+        parts: kernels that the reference is made of, whose backends are then this operation's.
+        autograd: (setup(ctx, inputs, output), backward(ctx, *gradients)), as torch.autograd.Function has them.
+        flops: its FLOPs, from the arguments with shapes for tensors.
+        part_of: the operation with which this one is listed: a gradient, say.
+        example: it at work, for benchmarks and generic tests.
+    """
 
     def __init__(
         self,
         name: str,
         reference: Callable[..., Any],
-        backends: tuple[Backend, ...],
-        facts: Callable[..., Facts] | None,
-        parts: tuple[Kernel, ...],
+        *,
         fake: Callable[..., Any],
-        autograd: tuple[Setup, Rule] | None,
-        flops: Callable[..., int] | None,
-        part_of: str | None,
-        example: MakeExample | None,
+        backends: tuple[Backend, ...] = (),
+        facts: Callable[..., Facts] | None = None,
+        parts: tuple[Kernel, ...] = (),
+        autograd: tuple[Setup, Rule] | None = None,
+        flops: Callable[..., int] | None = None,
+        part_of: str | None = None,
+        example: MakeExample | None = None,
     ) -> None:
-        namespace, _, own = name.rpartition("::")
-        super().__init__(own if namespace in ("", "cogsym") else name, reference, backends, facts=facts, parts=parts)
+        super().__init__(name, reference, backends, facts=facts, parts=parts)
         self.part_of, self.example = part_of, example
+        namespace, _, own = f"cogsym::{name}".rpartition("::")
+        namespace = namespace.removeprefix("cogsym::")
         schema = torch.library.infer_schema(reference, mutates_args=())
-        qualified = f"{namespace or 'cogsym'}::{own}"
-        registered = torch.library.custom_op(qualified, self._compute, mutates_args=(), schema=schema)
+        registered = torch.library.custom_op(f"{namespace}::{own}", self._compute, mutates_args=(), schema=schema)
         registered.register_fake(fake)
         self._function = None
         if autograd is not None:
             setup, backward = autograd
             registered.register_autograd(backward, setup_context=setup)
             self._function = _function(own, self._compute, setup, backward)
-        self.overload = getattr(getattr(torch.ops, namespace or "cogsym"), own).default
+        self.overload = getattr(getattr(torch.ops, namespace), own).default
         if flops is not None:
             register_flop_formula(self.overload.overloadpacket)(flops)
 
@@ -163,52 +179,27 @@ def _function(name: str, compute: Callable[..., Any], setup: Setup, backward: Ru
     return type(name, (torch.autograd.Function,), methods)
 
 
-_OPERATIONS: dict[str, Operation] = {}
+def _check(name: str, operation: Operation) -> None:
+    if name != operation.name:
+        raise CogsymError(f"An operation is offered as {name!r}, expected its own name, {operation.name!r}.")
 
 
-def register_operation(
-    name: str,
-    reference: Callable[..., Any],
-    *,
-    fake: Callable[..., Any],
-    backends: tuple[Backend, ...] = (),
-    facts: Callable[..., Facts] | None = None,
-    parts: tuple[Kernel, ...] = (),
-    autograd: tuple[Setup, Rule] | None = None,
-    flops: Callable[..., int] | None = None,
-    part_of: str | None = None,
-    example: MakeExample | None = None,
-) -> Operation:
-    """Declare an operation; called, it computes.
+OPERATIONS: Registry[Operation] = Registry("operation", "cogsym.operations", _check)
 
-    Args:
-        name: "package::operation", or the operation's name alone in cogsym's own namespace.
-        reference: computes it in plain PyTorch, in float64 too. Its annotations are the operation's schema: tensors,
-            numbers and strings, positional. Its first argument, a tensor, decides by device and dtype.
-        fake: makes empty outputs of the right shape, dtype and strides, for tracers.
-        backends: faster ways than the reference, from the fastest to the slowest; each takes the reference's arguments
-            and returns new, contiguous tensors.
-        facts: arguments -> what else a backend may refuse, by name.
-        parts: kernels that the reference is made of, whose backends are then this operation's.
-        autograd: (setup(ctx, inputs, output), backward(ctx, *gradients)), as torch.autograd.Function has them.
-        flops: its FLOPs, from the arguments with shapes for tensors.
-        part_of: the operation with which this one is listed: a gradient, say.
-        example: it at work, for benchmarks and generic tests.
+
+def register_operation(operation: Operation) -> Operation:
+    """Make an operation known to everything that lists them, and give it back.
 
     Raises:
-        ValueError: an operation of that name is registered already.
+        CogsymError: there is one of its name.
     """
-    operation = Operation(name, reference, backends, facts, parts, fake, autograd, flops, part_of, example)
-    if operation.name in _OPERATIONS:
-        raise ValueError(f"register_operation: {operation.name} is registered already; give yours another name.")
-    _OPERATIONS[operation.name] = operation
+    OPERATIONS.register(operation.name, operation)
     return operation
 
 
 def operations() -> dict[str, Operation]:
     """Every operation by name, those of installed packages too."""
-    _load_entry_points()
-    return dict(_OPERATIONS)
+    return {name: OPERATIONS[name] for name in OPERATIONS}
 
 
 def route(name: str, device: torch.device, dtype: torch.dtype, **facts: Any) -> Route:
@@ -223,18 +214,7 @@ def route(name: str, device: torch.device, dtype: torch.dtype, **facts: Any) -> 
             starts). For "token_scores": `soft_cap`.
 
     Raises:
-        ValueError: no operation has that name.
+        CogsymError: no operation has that name.
         TypeError: the operation has no such fact.
     """
-    found = _OPERATIONS.get(name) or operations().get(name)
-    if found is None:
-        close = difflib.get_close_matches(name, _OPERATIONS, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(_OPERATIONS))}."
-        raise ValueError(f"route: there is no operation {name!r}; {hint}")
-    return found.route(device, dtype, **facts)
-
-
-@functools.cache
-def _load_entry_points() -> None:
-    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        entry_point.load()
+    return OPERATIONS[name].route(device, dtype, **facts)

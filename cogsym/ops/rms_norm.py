@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp
-from cogsym.ops.operation import Example, Sizes, register_operation
+from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
 @overload
@@ -253,25 +253,31 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
 
 
 _rms_norm = register_operation(
-    "rms_norm",
-    rms_norm_reference,
-    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.rms_norm:rms_norm")),
-    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    autograd=(_setup, _backward),
-    example=_example,
+    Operation(
+        "rms_norm",
+        rms_norm_reference,
+        backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.rms_norm:rms_norm")),
+        fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+        autograd=(_setup, _backward),
+        example=_example,
+    )
 )
 _add_rms_norm = register_operation(
-    "add_rms_norm",
-    add_rms_norm_reference,
-    backends=(backend.cpp(_cpp_add), backend.triton("cogsym.kernels.rms_norm:add_rms_norm")),
-    fake=_fake_add,
-    autograd=(_setup_add, _backward_add),
-    part_of="rms_norm",
+    Operation(
+        "add_rms_norm",
+        add_rms_norm_reference,
+        backends=(backend.cpp(_cpp_add), backend.triton("cogsym.kernels.rms_norm:add_rms_norm")),
+        fake=_fake_add,
+        autograd=(_setup_add, _backward_add),
+        part_of="rms_norm",
+    )
 )
 _rms_norm_backward = register_operation(
-    "rms_norm_backward",
-    rms_norm_backward_reference,
-    backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.rms_norm:rms_norm_backward")),
-    fake=_fake_backward,
-    part_of="rms_norm",
+    Operation(
+        "rms_norm_backward",
+        rms_norm_backward_reference,
+        backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.rms_norm:rms_norm_backward")),
+        fake=_fake_backward,
+        part_of="rms_norm",
+    )
 )

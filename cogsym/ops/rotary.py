@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cogsym.ops import backend, cpp
-from cogsym.ops.operation import Example, Sizes, register_operation
+from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, inverse: bool = False) -> Tensor:
@@ -117,10 +117,12 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
 
 
 _rotary = register_operation(
-    "rotary",
-    rotary_reference,
-    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.rotary:rotary")),
-    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    autograd=(_setup, _backward),
-    example=_example,
+    Operation(
+        "rotary",
+        rotary_reference,
+        backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.rotary:rotary")),
+        fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+        autograd=(_setup, _backward),
+        example=_example,
+    )
 )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cogsym.ops import backend, cpp
-from cogsym.ops.operation import Example, Sizes, register_operation
+from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
 def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps: float) -> Tensor:
@@ -168,17 +168,21 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
 
 
 _xielu = register_operation(
-    "xielu",
-    xielu_reference,
-    backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.xielu:xielu")),
-    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    autograd=(_setup, _backward),
-    example=_example,
+    Operation(
+        "xielu",
+        xielu_reference,
+        backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.xielu:xielu")),
+        fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+        autograd=(_setup, _backward),
+        example=_example,
+    )
 )
 _xielu_backward = register_operation(
-    "xielu_backward",
-    xielu_backward_reference,
-    backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.xielu:xielu_backward")),
-    fake=_fake_backward,
-    part_of="xielu",
+    Operation(
+        "xielu_backward",
+        xielu_backward_reference,
+        backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.xielu:xielu_backward")),
+        fake=_fake_backward,
+        part_of="xielu",
+    )
 )

@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 
 from cogsym.errors import CogsymError, RunStopped
+from cogsym.memory import free_bytes
 from cogsym.models.loading import load_tokenizer
 from cogsym.signals import as_interrupts, exit_status
-from cogsym.sweeps.engine.budget import PassMemory, TokenBytes, free_memory
+from cogsym.sweeps.engine.budget import PassMemory, TokenBytes
 from cogsym.sweeps.engine.duration import DurationEstimate
 from cogsym.sweeps.engine.fallback import generate_fallback
 from cogsym.sweeps.engine.forward import Engine
@@ -185,7 +186,7 @@ class _Sweep:
         self._engine, self._head = Engine(layers), SweepHead(layers.model)
         self._rounds = [(Trie(asked.configurations, self._engine.topology), asked.times) for asked in rounds]
         self._sizes = TokenBytes.of(layers)
-        self._budget = settings.memory_budget or free_memory(layers.device)
+        self._budget = settings.memory_budget or free_bytes(layers.device) // 2
         config = layers.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or 1 << 30
         self._documents = [task.documents(tokenizer, context, settings.truncate) for task in tasks]

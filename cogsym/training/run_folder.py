@@ -18,7 +18,6 @@ from filelock import Timeout
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.records import (
     MANIFEST,
-    TEMPORARY,
     FolderLock,
     damage,
     differences,
@@ -203,10 +202,8 @@ class RunFolder:
 
     def remove_unfinished(self) -> None:
         """Remove what a kill left half written."""
-        for path in (self.settings, self.metrics, self.model):
+        for path in (self.settings, self.metrics, self.model, self.checkpoints / "checkpoint-*"):
             remove_leftovers(path)
-        for name in {path.name.partition(".")[0] for path in self.checkpoints.glob(f"checkpoint-*{TEMPORARY}")}:
-            remove_leftovers(self.checkpoints / name)
 
 
 def check_inputs(out: Path, model: Path | None, data: Sequence[Path]) -> None:

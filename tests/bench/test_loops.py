@@ -14,11 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogsym.bench import generate, sampled, sweep
 from cogsym.bench.case import OURS, Setting, measure
 from cogsym.bench.competitor import Competitor
-from cogsym.bench.loops import LOOPS, Loop, Probe, Settings, likelihoods, texts
+from cogsym.bench.loops import LOOPS, Loop, LoopOptions, Probe, likelihoods, texts
 from cogsym.bench.models import build, shape_of
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.requests import Generate
-from cogsym.sweeps.engine.sampling import Stops
 from cogsym.sweeps.engine.score import score
 from cogsym.sweeps.engine.unembedding import SweepHead
 from cogsym.sweeps.engine.weights import ResidentLayers
@@ -37,7 +36,7 @@ def tiny(dtype: torch.dtype = torch.float32) -> Probe:
 
 
 def scores(chosen: list[Configuration] = GRID, dtype: torch.dtype = torch.float32) -> Any:
-    return sweep.case("a", "tiny", chosen, "choices", 2, dtype, FULL)
+    return sweep.case("tiny", chosen, "choices", 2, dtype, FULL)
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def lively(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "build", louder)
 
 
-@pytest.mark.parametrize("make", [scores, lambda: generate.case("a", "tiny", DIRECTIONS, 2, torch.float32, FULL)])
+@pytest.mark.parametrize("make", [scores, lambda: generate.case("tiny", DIRECTIONS, 2, torch.float32, FULL)])
 def test_every_loop_that_runs_here_agrees(make: Any) -> None:
     case = make()
     assert case.variants.keys() == {OURS, *(c.name for c in HERE)}
@@ -77,8 +76,8 @@ def test_a_loop_leaves_no_trace(competitor: Competitor[Probe, Loop], batch: int,
         return [modules, probe.model.config.to_dict()]
 
     before, whole = state(), probe.model(torch.arange(9)[None], use_cache=False).logits
-    with competitor.turn(probe) as loop:
-        settings = Settings("eager", batch, all_logits)
+    with competitor.applied(probe) as loop:
+        settings = LoopOptions("eager", batch, all_logits)
         likelihoods(loop, Configuration.of(4, {"skip": [0, 3]}), settings, asked, CPU)
     assert state() == before
     assert torch.equal(probe.model(torch.arange(9)[None], use_cache=False).logits, whole)
@@ -105,7 +104,7 @@ def test_a_loop_that_computes_something_else_is_not_timed(
 ) -> None:
     @contextlib.contextmanager
     def wrong(probe: Probe) -> Iterator[Any]:
-        with LOOPS[0].turn(probe) as loop:
+        with LOOPS[0].applied(probe) as loop:
             yield Wrong(loop)
 
     @contextlib.contextmanager
@@ -114,7 +113,7 @@ def test_a_loop_that_computes_something_else_is_not_timed(
         yield
 
     monkeypatch.setattr(sampled, "LOOPS", (LOOPS[0], Competitor("wrong", wrong), Competitor("broken", broken)))
-    case = scores(dtype=dtype) if part == "sweep" else generate.case("a", "tiny", DIRECTIONS, 1, dtype, FULL)
+    case = scores(dtype=dtype) if part == "sweep" else generate.case("tiny", DIRECTIONS, 1, dtype, FULL)
     assert case.variants.keys() == {OURS, LOOPS[0].name}
     assert case.different.keys() == {"wrong"}
     assert case.skipped == {"broken": "ValueError: no such model"}
@@ -129,7 +128,7 @@ def test_ours_is_judged_like_the_loops(lively: None, monkeypatch: pytest.MonkeyP
         return answers[1:] + answers[:1]
 
     monkeypatch.setattr(generate, "generate", garbled)
-    case = generate.case("a", "tiny", DIRECTIONS, 1, torch.float32, FULL)
+    case = generate.case("tiny", DIRECTIONS, 1, torch.float32, FULL)
     assert OURS not in case.variants and "deviations below the best" in case.different[OURS]
 
 
@@ -141,16 +140,15 @@ def test_the_floor_is_every_product_of_the_different_states(kind: str, what: str
     with FlopCounterMode(display=False) as counter:
         score(Engine(layers), SweepHead(model), trie, asked)
     layers.close()
-    told = counter.get_flop_counts()["Global"]
-    ours = told[torch.ops.aten.mm] + told[torch.ops.cogsym.token_scores]
+    counts = counter.get_flop_counts()["Global"]
+    ours = counts[torch.ops.aten.mm] + counts[torch.ops.cogsym.token_scores]
     assert sweep.sweep_floor(model, trie, asked).flops == ours
 
 
 def test_the_floor_of_writing_is_every_row_that_differs() -> None:
     model, asked = tiny().model, [Generate(tuple(range(i, i + 9)), 5) for i in (0, 40)]
     layers, trie = ResidentLayers(model), Trie(distinct(configurations("output", 4))[0][:-1])
-    stops = Stops(generate._Numbers(), [])
-    products, rows = generate.generate_floor(Engine(layers), SweepHead(model), trie, asked, stops)
+    products, rows = generate.generate_floor(Engine(layers), SweepHead(model), trie, asked)
     layers.close()
     # All four configurations pass through the prompt's 4 layers once. Then rows share layers while texts agree.
     assert 4 * 2 * 4 <= rows <= (4 + 3 + 2 + 1) * 2 * 4
@@ -173,27 +171,27 @@ def test_a_floor_in_pieces_is_the_whole() -> None:
 def test_the_sample_keeps_as_many_layers_as_all_do(number: int) -> None:
     for what, layers in (("grid", 30), ("input,output", 24), ("single", 12)):
         every = distinct(configurations(what, layers))[0]
-        some = sampled.spaced(every, number)
+        some = sampled.evenly_spaced(every, number)
         assert len(set(some)) == min(number, len(every))
-        shares = sampled.shares(some, every)
-        assert abs(shares["kept_layers_of_those"] - shares["kept_layers_of_all"]) <= max(1, layers / 6 / number)
+        facts = sampled.sample_facts(some, every)
+        assert abs(facts["kept_layers_of_those"] - facts["kept_layers_of_all"]) <= max(1, layers / 6 / number)
 
 
 def test_the_fastest_settings_come_first() -> None:
     import time
 
-    def run(settings: Settings) -> None:
+    def run(settings: LoopOptions) -> None:
         cost = (settings.attention == "sdpa") + (settings.batch != 4) + settings.all_logits
         time.sleep(0.02 * cost)
 
-    tried = sampled.fastest(run, 8, (False, True))
-    assert next(iter(tried)) == Settings("eager", 4, False)
+    tried = sampled.tried_settings(run, 8, (False, True))
+    assert next(iter(tried)) == LoopOptions("eager", 4, False)
     assert {s.batch for s in tried} == {1, 4, 8} and len(tried) == 6
 
 
 def test_what_is_written_ends_where_it_is_told() -> None:
     probe, asked = tiny(), [Generate((3, 4, 5), 6), Generate((9, 8, 7), 6)]
     for competitor in HERE:
-        with competitor.turn(probe) as loop:
-            rows = texts(loop, Configuration.of(4, {"skip": [1]}), Settings("sdpa", 2), asked, CPU)
+        with competitor.applied(probe) as loop:
+            rows = texts(loop, Configuration.of(4, {"skip": [1]}), LoopOptions("sdpa", 2), asked, CPU)
         assert [len(row) for row in rows] == [6, 6]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cogsym.bench import floor, method
-from cogsym.bench.case import Case, Variant, difference, joined, measure
+from cogsym.bench.case import Case, Variant, difference, join_passes, measure
 from cogsym.bench.models import SHAPES, build, shape_of
 from cogsym.errors import CogsymError
 from cogsym.models import read_block
@@ -30,21 +30,45 @@ def test_turns_are_taken_in_order() -> None:
 
     def variant(name: str) -> Variant:
         @contextlib.contextmanager
-        def turn() -> Iterator[None]:
+        def context() -> Iterator[None]:
             calls.append(f"{name} in")
             yield
             calls.append(f"{name} out")
 
-        return Variant(lambda: calls.append(name), turn)
+        return Variant(lambda: calls.append(name), context)
 
     times = method.interleaved({"a": variant("a"), "b": variant("b")}, CPU, rounds=2, seconds=0)
-    assert {name: len(t) for name, t in times.items()} == {"a": 2, "b": 2}
+    assert {name: {n: len(t) for n, t in rounds.items()} for name, rounds in times.items()} == {
+        "a": {"seconds": 2},
+        "b": {"seconds": 2},
+    }
     assert calls == ["a in", "a", "a", "a out", "b in", "b", "b", "b out"] * 2
 
 
 def test_some_rounds_are_made_after_a_deadline() -> None:
     times = method.interleaved({"a": Variant(lambda: None)}, CPU, rounds=9, seconds=0, deadline=0.0)
-    assert len(times["a"]) == method.LEAST_ROUNDS
+    assert len(times["a"]["seconds"]) == method.LEAST_ROUNDS
+
+
+def test_what_a_variant_reports_is_kept_of_every_round() -> None:
+    """A process times itself: its start is no part of its seconds, and it is called once a turn."""
+    reports = iter([{"seconds": 2.0, "peak_bytes": 5.0}, {"seconds": 4.0, "peak_bytes": 7.0}])
+    itself = Variant(lambda: next(reports), warm_up=False, scale=0.5, reports=True)
+    line = measure(Case({"cogsym": itself, "plain": Variant(lambda: None)}), CPU, rounds=2)
+    ours = line["variants"]["cogsym"]
+    assert ours["seconds_of_each_round"] == [1.0, 2.0] and ours["peak_bytes_of_each_round"] == [5.0, 7.0]
+    assert (ours["seconds"], ours["peak_bytes"]) == (1.5, 6.0)
+    assert "peak_bytes" not in line["variants"]["plain"] and next(reports, None) is None
+
+
+def test_a_case_without_variants_has_its_facts() -> None:
+    line = measure(Case(facts={"bytes": 3}), CPU, rounds=2)
+    assert line["facts"] == {"bytes": 3} and line["variants"] == {} and line["rounds_of_each_pass"] == []
+
+
+def test_the_fastest_candidate_comes_first() -> None:
+    found = method.fastest({n: lambda n=n: time.sleep(0.02 * n) for n in (2, 0, 1)})  # type: ignore[misc]
+    assert list(found) == [0, 1, 2] and found[2] >= 0.04
 
 
 def test_ratio_is_that_of_the_same_rounds() -> None:
@@ -87,7 +111,7 @@ def faults():
 
 faults()
 before = faults()
-method.keep_freed()
+method.keep_freed_memory()
 faults(), faults()
 after = faults()
 assert before > 5 * 2**26 / 2**16 and after < before / 100, (before, after)
@@ -146,7 +170,7 @@ def test_what_a_folder_holds_is_measured(model_folder: object) -> None:
 
 
 def test_a_variant_that_takes_too_long_is_left_out_and_said_so() -> None:
-    case = Case("ops", "a", {"cogsym": Variant(lambda: None), "slow": Variant(lambda: time.sleep(0.15))})
+    case = Case({"cogsym": Variant(lambda: None), "slow": Variant(lambda: time.sleep(0.15))})
     line = measure(case, CPU, rounds=3, deadline=0.0)
     assert line["variants"].keys() == {"cogsym"}
     assert "too long" in line["skipped"]["slow"]
@@ -160,7 +184,7 @@ def test_passes_are_joined() -> None:
         return line | {"floor": floor, "rounds_of_each_pass": [len(times["cogsym"])], "skipped": {}} | extra
 
     first = one({"cogsym": [2.0, 2.0], "other": [4.0, 4.0], "third": [1.0, 1.0]})
-    line = joined([first, one({"cogsym": [3.0], "other": [3.0]}, skipped={"third": "slow"})])
+    line = join_passes([first, one({"cogsym": [3.0], "other": [3.0]}, skipped={"third": "slow"})])
     assert line["rounds_of_each_pass"] == [2, 1] and line["skipped"] == {"third": "slow"}
     assert line["variants"].keys() == {"cogsym", "other"}
     ours, other = line["variants"]["cogsym"], line["variants"]["other"]

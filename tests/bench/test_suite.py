@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogsym import cli
 from cogsym.bench import competitor as competitor_module
-from cogsym.bench import generate, install, ops, parity, report, run, sampled, sweep, train
+from cogsym.bench import (
+    generate,
+    install,
+    ops,
+    overhead,
+    parity,
+    plots,
+    report,
+    sampled,
+    study,
+    suite,
+    sweep,
+    train,
+)
 from cogsym.bench.case import OURS, Case, Setting, measure
 from cogsym.bench.trainers import COMPETITORS, Competitor, Job
 
@@ -36,8 +48,8 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     """`cogsym bench` in this process, with the fewest rounds."""
     monkeypatch.setenv("COLUMNS", "300")
     # Time enough for everybody, and one round.
-    monkeypatch.setattr(run, "QUICK_SECONDS", dict.fromkeys(run.PARTS, 600.0))
-    monkeypatch.setattr(run, "measure", lambda case, device, *_: measure(case, device, 1))
+    monkeypatch.setattr(suite, "QUICK_SECONDS", dict.fromkeys(suite.STUDIES, 600.0))
+    monkeypatch.setattr(study, "measure", lambda case, device, *_: measure(case, device, 1))
     monkeypatch.setattr(ops, "PASSES", 1)
 
     def call(*args: object) -> tuple[int, str, str]:
@@ -59,7 +71,7 @@ def test_quick_run(
     parts = ("ops", "sweep", "generate", "train")
     status, out, err = command(*parts, "--model", "tiny", "--quick", "--out", tmp_path / "new")
     assert status == 0, err
-    assert "1/14  tiny, 1024 tokens, bfloat16: rms_norm, forward, 40:00 left" in out
+    assert "1/18  tiny, 1024 tokens, bfloat16: gated_activation, forward, 40:00 left" in out
     for part in parts:
         result = report.read(tmp_path / "new" / f"{part}.json")
         assert (tmp_path / "new" / f"{part}.png").stat().st_size > 5000
@@ -67,7 +79,7 @@ def test_quick_run(
         assert result["command"] == "cogsym bench ops sweep generate train --quick --device cpu --model tiny"
         for case in result["cases"]:
             assert OURS in case["variants"] and not case["different"], case
-            head, rows = report.rows([case])
+            head, rows = suite.STUDIES[part].table([case])
             assert all(len(row) == len(head) for row in rows)
         if part in ("sweep", "generate"):
             assert list(case["variants"]) == [OURS, "loop, kept layers"]
@@ -84,14 +96,14 @@ def test_quick_run(
     assert "compiling takes minutes" in out
 
 
-@pytest.mark.parametrize("part", run.PARTS)
+@pytest.mark.parametrize("part", [name for name in suite.STUDIES if name != "overhead"])
 def test_no_number_is_broken_on_a_narrow_screen(part: str) -> None:
     result = report.read(ROOT / "benchmarks" / "results" / f"{part}.json")
     text = StringIO()
-    report.show(result, Console(file=text, width=80))
+    report.show(result["cases"], suite.STUDIES[part].table, Console(file=text, width=80))
     words = text.getvalue().split()
     assert max(map(len, text.getvalue().splitlines())) <= 80 and not any("…" in word for word in words)
-    for cell in (cell for row in report.rows(result["cases"])[1] for cell in row[1:]):
+    for cell in (cell for row in suite.STUDIES[part].table(result["cases"])[1] for cell in row[1:]):
         assert set(cell.split()) <= set(words), cell
 
 
@@ -99,25 +111,28 @@ def test_a_run_that_is_killed_goes_on(
     command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each case is kept as soon as it is measured, and what is there is not measured again."""
-    asked: list[str] = []
+    asked: list[Case] = []
 
     def killed(case: Case, device: torch.device, *_: Any) -> Any:
-        asked.append(case.name)
+        asked.append(case)
         if len(asked) == 4:
             raise KeyboardInterrupt
         return measure(case, device, 1)
 
-    monkeypatch.setattr(ops, "OPERATIONS", dict(itertools.islice(ops.OPERATIONS.items(), 2)))
+    few = dict(itertools.islice(ops.examples().items(), 2))
+    monkeypatch.setattr(ops, "examples", lambda: few)
     monkeypatch.setattr(ops, "PASSES", 2)
-    monkeypatch.setattr(run, "measure", killed)
+    monkeypatch.setattr(study, "measure", killed)
+    names = [spec.name for spec in ops.cases(QUICK)]
     options = ["ops", "--model", "tiny", "--out", tmp_path]
     with contextlib.suppress(KeyboardInterrupt):
         command(*options)
     before = report.read(tmp_path / "ops.json")["cases"]
-    assert [case["name"] for case in before] == asked[:3]
+    assert [case["name"] for case in before] == names[:3]
     status, out, _ = command(*options, "--resume")
     assert status == 0 and "1/5 " in out and len(asked) == 4 + 5
     cases = report.read(tmp_path / "ops.json")["cases"]
+    assert [case["name"] for case in cases] == names
     assert [case["rounds_of_each_pass"] for case in cases] == [[1, 1]] * 4
     for was, now in zip(before, cases, strict=False):
         seconds = now["variants"][OURS]["seconds_of_each_round"]
@@ -130,7 +145,7 @@ def test_a_run_that_is_killed_goes_on(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["sing"], "The part is 'sing', expected one of ops, train, sweep, generate, install"),
+        (["sing"], "The part is 'sing', expected one of ops, overhead, train, sweep, generate, install"),
         (["--model", "GPT-5"], "--model is 'GPT-5', expected one of SmolLM2-135M"),
         (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
         (["--device", "cuda"], "torch finds no GPU here"),
@@ -146,10 +161,10 @@ def test_a_mistake_is_one_sentence(command: Callable[..., tuple[int, str, str]],
 
 def competitor(name: str, loss: Callable[[Job], Any]) -> Competitor[Job, Any]:
     @contextlib.contextmanager
-    def turn(job: Job) -> Iterator[Any]:
+    def applied(job: Job) -> Iterator[Any]:
         yield lambda: loss(job)
 
-    return Competitor(name, turn)
+    return Competitor(name, applied)
 
 
 def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +179,7 @@ def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatc
         competitor("right", lambda job: job.call()()),
     )
     monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:1] + added)
-    case = train.case("a", "tiny", 4, 1, "outer layers", QUICK)
+    case = train.case("tiny", 4, 1, "outer layers", QUICK)
     assert case.variants.keys() == {OURS, "right"}
     assert case.different["half"].startswith("its loss is 5.0e-01 away")
     assert case.different["detached"].startswith("its gradients are 5.0e-01 away")
@@ -172,12 +187,13 @@ def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_operation_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*args: Any) -> Any:
-        made = ops._rms_norm(*args)
-        return dataclasses.replace(made, plain=lambda x, **_: (x, x + _["residual"]))
+    def wrong(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+        return x, x + residual
 
-    case = ops.case("a: rms_norm, forward", wrong, "forward", ops.shape_of("tiny"), 1, torch.float32, CPU)
-    assert ops.PLAIN not in case.variants and "away from ours" in case.different[ops.PLAIN]
+    shape = ops.shape_of("tiny")
+    case = ops.case("rms_norm", shape, shape.sizes(1, 8), torch.float32, "forward", CPU, {"wrong": wrong})
+    assert "wrong" not in case.variants and "away from ours" in case.different["wrong"]
+    assert ops.PLAIN in case.variants
 
 
 @pytest.mark.parametrize("kind", ["outer layers", "LoRA on the outer layers"])
@@ -191,14 +207,14 @@ def test_a_turn_leaves_no_trace(kind: str) -> None:
 
     def plain() -> tuple[list[torch.Tensor], int]:
         with FlopCounterMode(display=False) as counter:
-            loss, gradients = train._verified(competitor("plain", lambda job: job.call()()), job, trained)
+            loss, gradients = train.loss_and_gradients(competitor("plain", lambda job: job.call()()), job, trained)
         return [loss, *gradients], counter.get_total_flops()
 
     before, values = state(), plain()
     ran = []
     for c in COMPETITORS:
         if c.unavailable(CPU, full=False) is None:
-            train._verified(c, job, trained)
+            train.loss_and_gradients(c, job, trained)
             ran.append(c.name)
             assert state() == before, c.name
             assert plain()[1] == values[1], c.name
@@ -210,7 +226,7 @@ def test_a_turn_leaves_no_trace(kind: str) -> None:
 def test_the_floor_is_every_product_of_a_step() -> None:
     """All linear maps and the head: what the plain step computes besides is attention."""
     job = train.make_job("tiny", 4, 1, False, CPU)
-    products = train._floor(job, train.LENGTH)
+    products = train.step_floor(job, train.LENGTH)
     with FlopCounterMode(display=False) as counter:
         job.call()().backward()
     counts = counter.get_flop_counts()["Global"]
@@ -232,20 +248,20 @@ def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parity_at_a_tiny_shape() -> None:
-    lines = list(parity.check(("tiny",), CPU))
-    assert len(lines) == 3 * (6 + 4)
-    assert not [line for line in lines if not line["right"]]
+    facts = [spec.build().facts for spec in parity.cases(QUICK)]
+    assert len(facts) == 3 * (len(ops.examples()) + 4) >= 3 * 12
+    assert not [found for found in facts if not found["right"]]
 
 
 def test_parity_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = ops._rotary
+    made = ops.examples()
 
     def wrong(*args: Any) -> Any:
-        it = made(*args)
+        it = made["rotary"](*args)
         return dataclasses.replace(it, ours=lambda q, cos, sin: (it.ours(q, cos, sin)[0] + 1e-3 * q,))
 
     # The truth is computed by the same function in float64, so the plain way is what is off.
-    monkeypatch.setitem(parity.OPERATIONS, "rotary", (wrong, ("forward",)))
+    monkeypatch.setattr(parity, "examples", lambda: made | {"rotary": wrong})
     ours, theirs = parity.operation("rotary", "tiny", torch.float32, CPU)["gradient of q"]
     assert ours < 1e-6 < 1e-4 < theirs
 
@@ -254,13 +270,15 @@ def test_an_install_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(install, "ROOT", tmp_path)
     assert "no source tree" in install._install().skipped[OURS]
     (tmp_path / "pyproject.toml").write_text("nothing")
-    monkeypatch.setattr(install, "_run", lambda command, **_: (_ for _ in ()).throw(install.CogsymError("no network")))
+    monkeypatch.setattr(
+        install.process, "run", lambda command, **_: (_ for _ in ()).throw(install.CogsymError("no network"))
+    )
     assert install._install().skipped[OURS] == "pip did not install it: no network"
 
 
 def test_lora_is_compared_with_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "COMPETITORS", [c for c in COMPETITORS if c.name in (OURS, "transformers, SDPA")])
-    case = train.case("a", "tiny", 4, 1, train.JOBS[1], QUICK)
+    case = train.case("tiny", 4, 1, train.JOBS[1], QUICK)
     assert case.variants.keys() == {OURS, "transformers, SDPA"}
     # q and o are 64 x 64, k and v 64 x 32, gate, up and down 64 x 160; in two layers, of rank 16.
     assert case.facts["trained_parameters"] == 2 * 16 * (2 * 128 + 2 * 96 + 3 * 224)
@@ -268,27 +286,27 @@ def test_lora_is_compared_with_lora(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cases_of_a_full_run() -> None:
-    full = Setting(run.FULL_MODELS["cpu"], CPU, full=True)
-    assert len(train.pending(full)) == 4
-    assert len(ops.pending(full)) == 2 * 2 * 11
-    assert len({p.name for p in ops.pending(full)}) == 44
-    assert [p.name for p in install.pending(full)][-1] == "fresh install"
-    assert len(sweep.pending(full)) == 5 + 4 + 1 and len(generate.pending(full)) == 4 + 1
+    full = Setting(suite.FULL_MODELS["cpu"], CPU, full=True)
+    assert len(train.cases(full)) == 4
+    assert len(ops.cases(full)) == 2 * 2 * 15
+    assert len({p.name for p in ops.cases(full)}) == 60
+    assert [p.name for p in install.cases(full)][-1] == "fresh install"
+    assert len(sweep.cases(full)) == 5 + 4 + 1 and len(generate.cases(full)) == 4 + 1
 
 
 def test_the_curve_of_a_sweep_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "CURVE", (2, 4))
     monkeypatch.setattr(sampled, "LOOPS", sampled.LOOPS[:1])
-    cases = [p for p in sweep.pending(Setting(("tiny",), CPU, full=True)) if "grid" in p.name and "choices" in p.name]
-    lines = [measure(p.build(), CPU, 1) for p in cases]
+    cases = [p for p in sweep.cases(Setting(("tiny",), CPU, full=True)) if "grid" in p.name and "choices" in p.name]
+    lines = [{"name": p.name} | measure(p.build(), CPU, 1) for p in cases]
     assert [line["facts"]["configurations"] for line in lines] == [11, 2, 4]
-    report.draw({"cases": lines}, tmp_path / "sweep.json")
+    plots.draw_curve(lines, tmp_path / "sweep.json")
     assert (tmp_path / "sweep_curve.png").stat().st_size > 20_000
 
 
 def test_pytest_benchmark_modules() -> None:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-    modules = [f"benchmarks/bench_{name}.py" for name in ("ops", "sweep", "generate")]
+    modules = ["benchmarks/bench.py", "--part", "ops", "--part", "sweep", "--part", "generate"]
     options = [
         "-q",
         "-p",
@@ -302,7 +320,7 @@ def test_pytest_benchmark_modules() -> None:
     command = [sys.executable, "-m", "pytest", *options, *modules]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed, 9 deselected" in done.stdout
+    assert "4 passed, 13 deselected" in done.stdout
 
 
 def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,12 +330,17 @@ def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monk
     spec.loader.exec_module(script)
     monkeypatch.setattr(script, "SECONDS", dict.fromkeys(script.SECONDS, 0.0))
     monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:3])
-    monkeypatch.setattr(run, "measure", lambda case, device, *_: measure(case, device, 1))
+    monkeypatch.setattr(study, "measure", lambda case, device, *_: measure(case, device, 1))
     monkeypatch.setattr(ops, "PASSES", 1)
-    monkeypatch.setattr(ops, "OPERATIONS", {"rms_norm": ops.OPERATIONS["rms_norm"]})
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path / "gpu.json")])
+    one = {"rms_norm": ops.examples()["rms_norm"]}
+    for module in (ops, overhead, parity):
+        monkeypatch.setattr(module, "examples", lambda: one)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         script.main()
     assert end.value.code == 0
-    result = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(result["parity"]) == 30 and len(result["cases"]) == 2 + 3
+    cases = {part: report.read(tmp_path / f"{part}.json")["cases"] for part in ("parity", *script.SECONDS)}
+    assert {part: len(lines) for part, lines in cases.items()} == {
+        "parity": 15, "ops": 2, "overhead": 2, "train": 1, "sweep": 1, "generate": 1,
+    }  # fmt: skip
+    assert all(line["facts"]["right"] for line in cases["parity"])

@@ -10,6 +10,7 @@ prints them for every kernel and target.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -28,8 +29,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from cogsym.kernels import launch
+from cogsym.kernels import activation, decode_attention, linear_cross_entropy, rms_norm, rotary
+from cogsym.ops import Operation, operations
+from cogsym.ops.activation import ACTIVATIONS
 from cogsym.ops.logit_blocks import OnlineState
+from cogsym.ops.operation import Sizes
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -126,29 +130,29 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _rms_norm_forward(D: int, dtype: torch.dtype) -> None:
     x, weight = _empty(8, 1024, D, dtype=dtype), _empty(D, dtype=dtype)
-    launch.rms_norm(x, weight, 1e-5, 0.0)
-    launch.add_rms_norm(x, x, weight, 1e-5, 1.0)
+    rms_norm.rms_norm(x, weight, 1e-5, 0.0)
+    rms_norm.add_rms_norm(x, x, weight, 1e-5, 1.0)
 
 
 def _rms_norm(D: int, dtype: torch.dtype) -> None:
     _rms_norm_forward(D, dtype)
     x, weight = _empty(8, 1024, D, dtype=dtype), _empty(D, dtype=dtype)
-    launch.rms_norm_backward(x, x, weight, 1e-5, 0.0, x, True, True)
+    rms_norm.rms_norm_backward(x, x, weight, 1e-5, 0.0, x, True, True)
 
 
 def _frozen_norm(D: int, dtype: torch.dtype) -> None:
     """Not every gradient is needed."""
     x, weight = _empty(8, 1024, D, dtype=dtype), _empty(D, dtype=dtype)
-    launch.rms_norm_backward(x, x, weight, 1e-5, 0.0, None, True, False)
-    launch.rms_norm_backward(x, x, weight, 1e-5, 0.0, None, False, True)
+    rms_norm.rms_norm_backward(x, x, weight, 1e-5, 0.0, None, True, False)
+    rms_norm.rms_norm_backward(x, x, weight, 1e-5, 0.0, None, False, True)
 
 
 def _head_norm(D: int, dtype: torch.dtype) -> None:
     """q and k norms, on heads sliced from a fused projection, with float32 weights."""
     heads = _empty(8, 1024, 48, D, dtype=dtype)[:, :, :32]
     weight = _empty(D, dtype=torch.float32)
-    launch.rms_norm(heads, weight, 1e-6, 0.0)
-    launch.rms_norm_backward(heads, heads, weight, 1e-6, 0.0, None, True, True)
+    rms_norm.rms_norm(heads, weight, 1e-6, 0.0)
+    rms_norm.rms_norm_backward(heads, heads, weight, 1e-6, 0.0, None, True, True)
 
 
 def _rotary(D: int, dtype: torch.dtype) -> None:
@@ -156,18 +160,26 @@ def _rotary(D: int, dtype: torch.dtype) -> None:
     heads = _empty(8, 1024, 48, D, dtype=dtype)[:, :, :40]
     for half in (D // 8, D // 2):
         angles = _empty(1, 1024, half, dtype=torch.float32)
-        launch.rotary(heads, angles, angles, interleaved=False, inverse=True)
-    launch.rotary(heads, angles, angles, interleaved=True, inverse=False)
+        rotary.rotary(heads, angles, angles, interleaved=False, inverse=True)
+    rotary.rotary(heads, angles, angles, interleaved=True, inverse=False)
 
 
 def _gated_activation(F: int, dtype: torch.dtype) -> None:
     """On the halves of a fused product."""
     gate, up = _empty(8, 1024, 2 * F, dtype=dtype).chunk(2, -1)
-    for activation in ("silu", "gelu_tanh"):
-        launch.gated_activation(gate, up, activation)
-        launch.gated_activation_backward(gate, gate, up, activation, True, True)
+    for kind in ("silu", "gelu_tanh"):
+        activation.gated_activation(gate, up, kind)
+        activation.gated_activation_backward(gate, gate, up, kind, True, True)
     for need_dgate in (True, False):
-        launch.gated_activation_backward(gate, gate, up, "silu", need_dgate, not need_dgate)
+        activation.gated_activation_backward(gate, gate, up, "silu", need_dgate, not need_dgate)
+
+
+def _activation(F: int, dtype: torch.dtype) -> None:
+    """Without a gate."""
+    x = _empty(8, 1024, F, dtype=dtype)
+    for kind in ACTIVATIONS:
+        activation.gated_activation(x, None, kind)
+        activation.gated_activation_backward(x, x, None, kind, True, False)
 
 
 def _linear_cross_entropy(D: int, dtype: torch.dtype) -> None:
@@ -177,20 +189,36 @@ def _linear_cross_entropy(D: int, dtype: torch.dtype) -> None:
     targets, total = _empty(rows, dtype=torch.int64), _empty(rows, D, dtype=torch.float32)
     row = _empty(rows, dtype=torch.float32)
     for soft_cap in (0.0, 30.0):
-        launch.online_softmax(logits, width, targets, OnlineState(row, row, row, None, None), row, 1.0, soft_cap, True)
-        launch.online_softmax(logits, 0, targets, OnlineState(row, row, row, row, targets), row, 1.0, soft_cap, False)
-        launch.logits_gradient(logits, width, targets, row, row, 1.0, soft_cap, 0.9, 1e-6)
-    launch.add_rescaled(total, product, row)
+        linear_cross_entropy.online_softmax(
+            logits, width, targets, OnlineState(row, row, row, None, None), row, 1.0, soft_cap, True
+        )
+        linear_cross_entropy.online_softmax(
+            logits, 0, targets, OnlineState(row, row, row, row, targets), row, 1.0, soft_cap, False
+        )
+        linear_cross_entropy.logits_gradient(logits, width, targets, row, row, 1.0, soft_cap, 0.9, 1e-6)
+    linear_cross_entropy.add_rescaled(total, product, row)
 
 
 def _decode_attention(heads: tuple[int, int], D: int, dtype: torch.dtype) -> None:
     """Many rows, and few rows of many keys under a soft cap, on slices of fused projections."""
     H, KV = heads
-    for N, soft_cap in ((4096, None), (8, 50.0)):
+    sinks = _empty(H, dtype=dtype)
+    for N, soft_cap, given in ((4096, None, None), (8, 50.0, None), (8, None, sinks)):
         q, store = _empty(N, H + 2 * KV, D, dtype=dtype)[:, :H], _empty(65536, 2, KV, D, dtype=dtype)
         ranges = _empty(N, 2, dtype=torch.int64)
         with mock.patch("cogsym.kernels.decode_attention.multiprocessors", return_value=132):
-            launch.decode_attention(q, store[:, 0], store[:, 1], ranges, ranges, None, D**-0.5, soft_cap)
+            decode_attention.decode_attention(q, store[:, 0], store[:, 1], ranges, ranges, given, D**-0.5, soft_cap)
+
+
+def _declared(operation: Operation, width: int, dtype: torch.dtype) -> None:
+    """An operation's example, both ways."""
+    heads = width // 128
+    sizes = Sizes(8, 1024, width, heads, max(1, heads // 4), 128, width * 7 // 2, 32000)
+    example = operation.example(sizes, dtype, torch.device("meta"))
+    with mock.patch.dict(os.environ, COGSYM_BACKEND="triton"):
+        outputs = example.ours(**example.inputs)
+        wanted = [example.inputs[name] for name in example.differentiated]
+        torch.autograd.grad(outputs, wanted, [torch.empty_like(o) for o in outputs])
 
 
 # Widths of SmolLM2-135M and of Llama 3.1 in 8B, 70B and beyond, and the heads and MLPs of these.
@@ -201,10 +229,16 @@ CASES: dict[tuple[str, int], Callable[[int, torch.dtype], None]] = {
     **{("head_norm", D): _head_norm for D in (64, 128)},
     **{("rotary", D): _rotary for D in (64, 128)},
     ("gated_activation", 14336): _gated_activation,
+    ("activation", 14336): _activation,
     ("decode_attention", 64): partial(_decode_attention, (9, 3)),
     ("decode_attention", 128): partial(_decode_attention, (32, 8)),
     **{("linear_cross_entropy", D): _linear_cross_entropy for D in (576, 4096)},
 }
+# Every other operation that has a Triton kernel.
+for _operation in operations().values():
+    triton_kernel = _operation.example and any(b.name == "triton" for b in _operation.backends)
+    if triton_kernel and not any(name == _operation.name for name, _ in CASES):
+        CASES |= {(_operation.name, width): partial(_declared, _operation) for width in (1024, 4096, 16384)}
 
 
 def launches(case: tuple[str, int], dtype: torch.dtype) -> list[Launch]:

@@ -1,5 +1,7 @@
 """Every kernel, as its launch function launches it, compiles for every target with no register spilled."""
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +10,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import torch
 
+import cogsym.kernels
 from cogsym.kernels.common import INTERPRETED
 
 if INTERPRETED:
@@ -56,17 +59,9 @@ def test_spills_are_seen(target: str) -> None:
 
 def test_every_kernel_is_compiled() -> None:
     compiled = {launch.kernel for case in aot.CASES for launch in aot.launches(case, torch.float32)}
-    kernels = {
-        value
-        for function in (
-            aot.launch.rms_norm,
-            aot.launch.rotary,
-            aot.launch.gated_activation,
-            aot.launch.online_softmax,
-            aot.launch.decode_attention,
-        )
-        for name, value in function.__globals__.items()
-        if name.endswith("_kernel")
-    }
+    modules = [
+        importlib.import_module(f"cogsym.kernels.{m.name}") for m in pkgutil.iter_modules(cogsym.kernels.__path__)
+    ]
+    kernels = {value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     assert kernels
     assert compiled == kernels

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from models import test_block
 from own_models import MODELS
+from sweeps.engine import test_forward
 from tiny_models import EVERY, tiny_model
 from training import test_frozen
 
@@ -26,19 +27,20 @@ from cogsym.training.explain import OWN
 
 FILE = Path(__file__).parents[2] / "docs" / "families.md"
 DIALS = test_frozen.KEEPS
-HEADER = ("model", "attention", "MLP", "loss without logits", "what runs its own forward", "logits", "loss", "trained",
-          *DIALS, "transformers")  # fmt: skip
+HEADER = ("model", "attention", "MLP", "head", "why", "logits", "loss", "trained", *DIALS, "swept", "transformers")
 OWN_MODELS = dict.fromkeys(family for family, _ in MODELS.values())
 ABOUT = f"""# Families
 
 Which decoder layers of transformers run on cogsym's operations, and the largest error of each in float64 against the
-model's own forward, relative to the largest true value: of the logits and the loss, and of every gradient where all
-layers are trained and where the middle ones are frozen and keep {", ".join(DIALS[:-1])} or {DIALS[-1]}
-(`cogsym.prepare(keep=...)`). Tiny random models; plain, padded on the left, on the right, and packed batches.
+model's own forward: of the logits, of the loss, and of every gradient where all layers are trained and where the middle
+ones are frozen and keep {", ".join(DIALS[:-1])} or {DIALS[-1]} (`cogsym.prepare(keep=...)`), relative to the largest
+true value; and of a sweep's log-probabilities of a token against models of their own without the layers. Tiny random
+models; plain, padded on the left, on the right, and packed batches.
 
-A half that is not *fast* runs its module's own forward beside the other, checkpointed where it is frozen. Any other
-decoder of transformers runs its own forward altogether, layer by layer: planned, trained and swept all the same. Tests
-hold these against transformers, gradients bit for bit: {", ".join(OWN_MODELS)}.
+A half that is not *fast* runs its module's own forward beside the other, checkpointed where it is frozen; a sweep needs
+fast attention, and else runs layers whole. A head is fast where a training step makes no logits. Any other decoder of
+transformers runs its own forward altogether, layer by layer: planned, trained and swept all the same. Tests hold these
+against transformers, gradients bit for bit: {", ".join(OWN_MODELS)}.
 In Gemma 3n and 4 a sweep skips a layer whose keys and values later ones take only together with those.
 
 `python tests/models/families_table.py` writes this file.
@@ -60,13 +62,12 @@ def paths(variant: str) -> Paths:
     model = cogsym.prepare(tiny_model(variant), cogsym.LayerPlan.outer(4))
     told = cogsym.explain(model)
     halves = ([layer.attention for layer in told.layers], [layer.mlp for layer in told.layers])
-    attention, mlp = ("fast" if OWN not in half else "own" if set(half) == {OWN} else "some" for half in halves)
+    attention, mlp = ("fast" if OWN not in half else OWN if set(half) == {OWN} else "some" for half in halves)
     reasons = dict.fromkeys(layer.reason.replace("; checkpointed", "") for layer in told.layers if layer.reason)
-    without_logits = told.head.startswith("loss without logits")
-    return Paths(
-        type(model).__name__.removesuffix("ForCausalLM"), attention, mlp, "yes" if without_logits else "no",
-        " / ".join(reasons),
-    )  # fmt: skip
+    head = (
+        "fast" if told.head.startswith("loss without logits") else told.head.replace("logits by its own forward", OWN)
+    )
+    return Paths(type(model).__name__.removesuffix("ForCausalLM"), attention, mlp, head, " / ".join(reasons))
 
 
 def variants() -> dict[Paths, list[str]]:
@@ -79,7 +80,7 @@ def variants() -> dict[Paths, list[str]]:
 
 def errors(names: list[str]) -> dict[str, float]:
     """The worst of some variants by what it is of, over all kinds of batches."""
-    worst = dict.fromkeys(("logits", "loss", "trained", *DIALS), 0.0)
+    worst = dict.fromkeys(("logits", "loss", "trained", *DIALS, "swept"), 0.0)
 
     def note(column: str, error: float) -> None:
         worst[column] = max(worst[column], error)
@@ -91,6 +92,7 @@ def errors(names: list[str]) -> dict[str, float]:
             for dial, of_dial in test_frozen.float64_errors(name, kind).items():
                 for of, error in of_dial.items():
                     note("loss" if of == "loss" else dial, error)
+        note("swept", test_forward.float64_error(name))
     return worst
 
 

@@ -114,7 +114,7 @@ def test_a_trained_block_keeps_exactly_what_its_gradients_need(variant: str) -> 
 
 @pytest.mark.parametrize(
     ("variant", "streams", "hidden", "normed"),
-    [("cohere", 2, 3, 0), ("stablelm-parallel", 2, 3, 0), ("starcoder2", 4, 2, 0), ("apertus-biases", 4, 2, 1)],
+    [("cohere", 2, 3, 0), ("stablelm-parallel", 2, 3, 0), ("starcoder2", 4, 2, 0), ("apertus", 4, 2, 1)],
 )
 def test_what_other_topologies_keep(variant: str, streams: int, hidden: int, normed: int) -> None:
     """Side by side: x and n for both halves; without a gate: u and z; with norms of queries and keys: these, raw."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from cogsym.decoder import layers_of
-from cogsym.memory import free_bytes
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.calls import layer_calls
 from cogsym.sweeps.engine.forward import TOKENS_AT_ONCE
@@ -21,11 +20,6 @@ from cogsym.sweeps.layers.trie import Trie
 # A piece is what is committed together; more tokens make no product faster and a kill lose more.
 _TOKENS_A_PIECE = 8192
 ROWS_A_PIECE = 4096
-
-
-def free_memory(device: torch.device) -> int:
-    """Half of the bytes that are free on a device."""
-    return free_bytes(device) // 2
 
 
 @dataclass(frozen=True)

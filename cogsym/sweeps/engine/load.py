@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from cogsym.errors import CogsymError
+from cogsym.memory import free_bytes
 from cogsym.models.attachment import RECORD
 from cogsym.models.loading import check_model_folder, load_config, load_model, load_tokenizer
-from cogsym.sweeps.engine.budget import free_memory
 from cogsym.sweeps.engine.weights import LayerSource, ResidentLayers, StreamedLayers
 
 
@@ -61,7 +61,7 @@ def load_layers(
     if isinstance(model, (str, Path)):
         if stream is None:
             size = _checkpoint_bytes(model) + (_checkpoint_bytes(base) if base is not None else 0)
-            stream = size > 2 * free_memory(torch.device(device))
+            stream = size > free_bytes(torch.device(device))
             if stream:
                 say("The model does not fit into memory: its layers are read one at a time.")
         if stream:

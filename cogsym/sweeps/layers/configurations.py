@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from cogsym.errors import CogsymError
 from cogsym.registry import unknown
+from cogsym.strategies import format_layers, parse_layers
 from cogsym.sweeps import user_files
 from cogsym.sweeps.layers.actions import ACTIONS, KEEP, SKIP
 from cogsym.sweeps.layers.search import SEARCHES
@@ -111,7 +112,7 @@ class Configuration:
         layers: dict[str, list[int]] = {}
         for i in self.changed:
             layers.setdefault(self.actions[i], []).append(i)
-        words = [f"{action.replace('_', ' ')} {_ranges(where)}" for action, where in layers.items()]
+        words = [f"{action.replace('_', ' ')} {format_layers(where)}" for action, where in layers.items()]
         return ", ".join(words) or "keep every layer"
 
 
@@ -223,18 +224,8 @@ def _listed(layers: Any) -> list[Any]:
     return layers if isinstance(layers, list) else [layers]
 
 
-def _span(layer: Any) -> list[Any]:
-    """3 as [3] and "3-5" as [3, 4, 5]; anything else is left for `Configuration.of` to refuse."""
+def _span(layer: Any) -> Iterable[Any]:
+    """3 as [3] and "3-5" as [3, 4, 5]; what is no layer is left for `Configuration.of` to refuse."""
     if isinstance(layer, str):
-        first, _, last = layer.partition("-")
-        if first.strip().isdigit() and (last or first).strip().isdigit():
-            return list(range(int(first), int(last or first) + 1))
-    return list(layer) if isinstance(layer, range) else [layer]
-
-
-def _ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2 and 5"."""
-    starts = [i for i in layers if i - 1 not in layers]
-    ends = [i for i in layers if i + 1 not in layers]
-    words = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+        return parse_layers(layer)
+    return layer if isinstance(layer, range) else [layer]

@@ -1,4 +1,4 @@
-"""Results of a sweep on disk: rows in Parquet parts that a kill leaves whole, and what they say with what certainty."""
+"""Results of a sweep on disk: rows that a kill leaves whole, and what they say with what certainty."""
 
 from __future__ import annotations
 
@@ -12,37 +12,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from cogsym.errors import CogsymError, RunStopped
-from cogsym.records import TEMPORARY, differences, reason, write_whole
+from cogsym.records import FolderLock, differences, read_record, reason, remove_leftovers, write_record
 from cogsym.sweeps.layers.configurations import Configuration
 from cogsym.sweeps.results.bootstrap import paired_bootstrap
+from cogsym.sweeps.results.parts import (
+    NAME,
+    SCHEMA,
+    clean,
+    list_parts,
+    merge,
+    read_key_of,
+    read_parts,
+    write_part,
+)
 from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_NAME = pa.dictionary(pa.int32(), pa.string())  # few distinct strings, each in thousands of rows
-_SCHEMA = pa.schema(
-    {
-        "model": _NAME,
-        "revision": _NAME,
-        "configuration": _NAME,
-        "direction": _NAME,
-        "k": pa.int32(),
-        "task": _NAME,
-        "language": _NAME,
-        "side": _NAME,
-        "document": _NAME,
-        "metric": _NAME,
-        "value": pa.float64(),
-        "statistics": pa.list_(pa.float64()),
-        "text": pa.string(),
-    }
-)
+_KEY = "sweep.json"
 _DESCRIBED = ["task", "language", "side", "metric", "configuration", "direction", "k"]
 
 
@@ -76,15 +68,13 @@ class Row:
 class Results:
     """The results of one model's sweep, open for writing; `open` makes it.
 
-    OUT/sweep.json holds the key, OUT/results/ a Parquet part for each `append`. A part appears under its name once it
-    is whole and on the disk, so whatever moment a kill comes, what was appended is there and nothing else is.
+    OUT/sweep.json holds the key, OUT/results/ the parts of `cogsym.sweeps.results.parts`. What was appended is there
+    whatever moment a kill comes, and nothing else is.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], lock: FileLock) -> None:
-        self._folder = folder
-        self._key = key
-        self._lock = lock
-        self._next = max((int(part.stem.partition("-")[2]) for part in _parts(folder)), default=-1) + 1
+    def __init__(self, folder: Path, key: Mapping[str, Any], lock: FolderLock) -> None:
+        self._folder, self._key, self._lock = folder, key, lock
+        self._parts = list_parts(_part_folder(folder))
 
     @classmethod
     def open(cls, folder: str | Path, key: Mapping[str, Any], *, resume: bool = False) -> Results:
@@ -103,14 +93,15 @@ class Results:
         """
         folder = Path(folder)
         check_started(folder, resume)
-        lock = FileLock(folder / "sweep.lock")
+        lock = FolderLock(folder / "sweep.lock")
         try:
             _part_folder(folder).mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-            for left in (*folder.glob(f"*{TEMPORARY}"), *_part_folder(folder).glob(f"*{TEMPORARY}")):
-                left.unlink()  # a kill cut it short
+            lock.acquire()
+            remove_leftovers(folder / _KEY)
+            clean(_part_folder(folder))
             key = _agreed(folder, json.loads(json.dumps(key)))
-            write_whole(folder / "sweep.json", (json.dumps(key, indent=1, ensure_ascii=False) + "\n").encode())
+            write_record(folder / _KEY, key)
+            return cls(folder, key, lock)
         except Timeout as error:
             raise CogsymError(f"Another sweep is writing to {folder}; wait for it, or choose another --out.") from error
         except OSError as error:
@@ -121,7 +112,6 @@ class Results:
         except CogsymError:
             lock.release()
             raise
-        return cls(folder, key, lock)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Commit rows, all of them or, where it fails or is killed, none.
@@ -133,24 +123,27 @@ class Results:
         """
         if not rows:
             return
-        sink = pa.BufferOutputStream()
-        pq.write_table(_table(rows, self._key["model"], self._key["revision"]), sink, compression="zstd")
-        part = _part_folder(self._folder) / f"part-{self._next:06d}.parquet"
+        if not self._lock.held():
+            raise RunStopped(
+                f"{self._folder} was removed or replaced while the sweep was writing to it, so nothing more is written "
+                "there; start again with another --out."
+            )
+        folder, number = _part_folder(self._folder), self._parts[-1].last + 1 if self._parts else 0
+        table = _table(rows, self._key["model"], self._key["revision"])
         try:
-            write_whole(part, sink.getvalue().to_pybytes())
+            self._parts.append(write_part(folder, number, number, table, self._key))
         except OSError as error:
             raise RunStopped(
-                f"Results were not written to {part} ({reason(error)}); those before are intact, free some space and "
+                f"Results were not written to {folder} ({reason(error)}); those before are intact, free some space and "
                 "run again with --resume."
             ) from error
-        self._next += 1
+        self._parts = merge(folder, self._parts, self._key)
 
     def done(self, task: str) -> set[tuple[str, str]]:
         """The (configuration code, document key) pairs that need not be asked again."""
         names = ["configuration", "document"]
         pairs: set[tuple[str, str]] = set()
-        for part in _parts(self._folder):
-            table = _read(part, [*names, "task"])
+        for table in read_parts(_part_folder(self._folder), [*names, "task"]):
             table = table.filter(pc.equal(table.column("task").cast(pa.string()), task))
             pairs.update(zip(*(table.column(name).to_pylist() for name in names), strict=True))
         return pairs
@@ -175,23 +168,28 @@ def check_started(folder: str | Path, resume: bool) -> None:
         CogsymError: that.
     """
     folder = Path(folder)
-    if resume and not (folder / "sweep.json").exists():
+    parts = list_parts(_part_folder(folder))
+    if resume and not (parts or (folder / _KEY).exists()):
         raise CogsymError(f"There is no sweep in {folder} to resume; leave --resume out to start one.")
-    if not resume and _parts(folder):
+    if not resume and parts:
         raise CogsymError(f"{folder} holds results already; continue them with --resume, or choose another --out.")
 
 
 def read_key(folder: str | Path) -> dict[str, Any]:
-    """The key of the sweep in a folder.
+    """The key of the sweep in a folder; from its last part, where sweep.json is damaged.
 
     Raises:
-        CogsymError: there is none.
+        CogsymError: there is none, or it cannot be read.
     """
-    record = Path(folder) / "sweep.json"
+    folder = Path(folder)
     try:
-        return json.loads(record.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        return read_record(folder / _KEY)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        if parts := list_parts(_part_folder(folder)):
+            return read_key_of(parts[-1])
         raise CogsymError(f"{folder} holds no results; give the folder that a sweep wrote, its --out.") from error
+    except OSError as error:
+        raise CogsymError(f"{folder / _KEY} cannot be read ({reason(error)}); mend that and try again.") from error
 
 
 def frame(folder: str | Path) -> pd.DataFrame:
@@ -205,8 +203,8 @@ def frame(folder: str | Path) -> pd.DataFrame:
         CogsymError: there are no results, or a part is damaged.
     """
     table = _everything(folder)
-    plain = [pa.string() if field.type == _NAME else field.type for field in _SCHEMA]
-    return table.cast(pa.schema(list(zip(_SCHEMA.names, plain, strict=True)))).to_pandas()
+    plain = [pa.string() if field.type == NAME else field.type for field in SCHEMA]
+    return table.cast(pa.schema(list(zip(SCHEMA.names, plain, strict=True)))).to_pandas()
 
 
 def values(folder: str | Path, task: str, metric: str) -> dict[str, float]:
@@ -308,9 +306,9 @@ def _table(rows: Sequence[Row], model: str, revision: str) -> pa.Table:
         "direction": direction,
         "k": k,
     }
-    for name in _SCHEMA.names[len(columns) :]:
+    for name in SCHEMA.names[len(columns) :]:
         columns[name] = [getattr(row, name) for row in rows]
-    return pa.table(columns, schema=_SCHEMA)
+    return pa.table(columns, schema=SCHEMA)
 
 
 def _codes(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
@@ -321,7 +319,7 @@ def _codes(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
 
 def _agreed(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
     """The key of all that a folder will hold: the one it has, with the tasks that are new."""
-    if not _parts(folder):
+    if not list_parts(_part_folder(folder)):
         return key
     before = read_key(folder)
     if before["revision"] == key["revision"]:
@@ -342,28 +340,11 @@ def _agreed(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
 
 
 def _everything(folder: str | Path) -> pa.Table:
-    parts = _parts(Path(folder))
-    if not parts:
+    tables = read_parts(_part_folder(Path(folder)))
+    if not tables:
         raise CogsymError(f"{folder} holds no results; give the folder that a sweep wrote, its --out.")
-    return pa.concat_tables([_read(part) for part in parts]).unify_dictionaries().combine_chunks()
-
-
-def _read(part: Path, columns: list[str] | None = None) -> pa.Table:
-    try:
-        with pq.ParquetFile(part) as file:
-            if file.schema_arrow.equals(_SCHEMA):
-                return file.read(columns)
-    except (pa.ArrowException, OSError) as error:
-        raise CogsymError(
-            f"{part} is damaged ({str(error).splitlines()[0]}); delete it and run the sweep again with --resume."
-        ) from error
-    raise CogsymError(f"{part} is not a part that this version of cogsym writes; move it out of the folder.")
+    return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
 def _part_folder(folder: Path) -> Path:
     return folder / "results"
-
-
-def _parts(folder: Path) -> list[Path]:
-    """In the order of writing."""
-    return sorted(_part_folder(folder).glob("part-*.parquet"))

@@ -8,8 +8,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import cogsym.ops
-from cogsym.kernels import launch
-from cogsym.ops import backend
+from cogsym.kernels import decode_attention as launch
+from cogsym.ops import operations
 from cogsym.ops.decode_attention import decode_attention_reference
 
 Random = Callable[..., Tensor]
@@ -53,15 +53,21 @@ def inputs(random: Random, H: int, KV: int, D: int, dtype: torch.dtype, S: int =
     return q, store[:, 0], store[:, 1], *torch.tensor(RANGES).unbind(-1)
 
 
-def compare(arguments: tuple[Tensor, ...], scale: float, soft_cap: float | None, assert_no_worse: Check) -> None:
+def compare(
+    arguments: tuple[Tensor, ...],
+    scale: float,
+    soft_cap: float | None,
+    assert_no_worse: Check,
+    sinks: Tensor | None = None,
+) -> None:
     q, k, v, begins, ends = arguments
-    got = launch.decode_attention(q, k, v, begins, ends, None, scale, soft_cap)
-    plain = decode_attention_reference(q, k, v, begins, ends, None, scale, soft_cap)
+    got = launch.decode_attention(q, k, v, begins, ends, sinks, scale, soft_cap)
+    plain = decode_attention_reference(q, k, v, begins, ends, sinks, scale, soft_cap)
     # The reference rounds once. Half precision that rounds its probabilities, as every flash kernel does, errs more.
     if q.dtype in (torch.bfloat16, torch.float16):
         plain = plain + torch.finfo(q.dtype).eps / 2 * plain.abs().max()
-    truth = decode_attention_reference(q.double(), k.double(), v.double(), begins, ends, None, scale, soft_cap)
-    terms = decode_attention_reference(q.double(), k.double(), v.double().abs(), begins, ends, None, scale, soft_cap)
+    truth = decode_attention_reference(q.double(), k.double(), v.double(), begins, ends, sinks, scale, soft_cap)
+    terms = decode_attention_reference(q.double(), k.double(), v.double().abs(), begins, ends, sinks, scale, soft_cap)
     assert_no_worse(got, plain, truth, 4 * terms)
 
 
@@ -80,6 +86,15 @@ def test_values(
     compare((q, k, v, begins, ends), D**-0.5 * 1.5, soft_cap, assert_no_worse)
 
 
+@pytest.mark.parametrize(("H", "KV", "D"), HEADS[1:3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks(dtype: torch.dtype, H: int, KV: int, D: int, random: Random, assert_no_worse: Check) -> None:
+    """Those of each head; one that takes nearly all, and one that takes nothing."""
+    sinks = random(H, dtype=dtype)
+    sinks[0], sinks[1] = 30, -torch.inf
+    compare(inputs(random, H, KV, D, dtype), D**-0.5, 3.0, assert_no_worse, sinks)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [1100, 1500])
 def test_keys_dealt_to_several_programs(dtype: torch.dtype, keys: int, random: Random, assert_no_worse: Check) -> None:
@@ -87,7 +102,8 @@ def test_keys_dealt_to_several_programs(dtype: torch.dtype, keys: int, random: R
     q, k, v, *_ = inputs(random, 4, 1, 16, dtype, S=keys + 3)
     for ranges in ([[(2, keys)]], [[(5, 5)], [(7, 8)]]):
         begins, ends = torch.tensor(ranges).unbind(-1)
-        compare((q[: len(ranges)], k, v, begins, ends), 0.5, None, assert_no_worse)
+        for sinks in (None, 2 * random(4)):
+            compare((q[: len(ranges)], k, v, begins, ends), 0.5, None, assert_no_worse, sinks)
 
 
 @pytest.mark.parametrize("where", ["k", "v"])
@@ -109,7 +125,7 @@ def test_nothing_to_see(N: int, S: int, M: int) -> None:
 
 def test_public_operation(random: Random) -> None:
     reference = decode_attention_reference
-    assert backend.implementation("decode_attention", reference, torch.zeros(1)) is launch.decode_attention
+    assert operations()["decode_attention"].implementation(torch.zeros(1)) is launch.decode_attention
     arguments = inputs(random, 4, 2, 8, torch.float64)
     got = cogsym.ops.decode_attention(*arguments, cogsym.ops.AttentionOptions(0.3))
-    torch.testing.assert_close(got, reference(*arguments, 0.3, None))
+    torch.testing.assert_close(got, reference(*arguments, None, 0.3, None))

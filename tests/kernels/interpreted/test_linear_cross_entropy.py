@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 import cogsym.ops
-from cogsym.kernels import launch
-from cogsym.ops import backend, logit_blocks
+from cogsym.kernels import linear_cross_entropy as launch
+from cogsym.ops import logit_blocks
 from cogsym.ops.logit_blocks import OnlineState
 
 Random = Callable[..., Tensor]
@@ -104,8 +104,7 @@ def test_equal_logits_and_infinities(random: Random) -> None:
 
 
 def test_public_operation(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = logit_blocks.online_softmax_reference
-    assert backend.implementation("online_softmax", reference, torch.zeros(1)) is launch.online_softmax
+    assert logit_blocks.ONLINE_SOFTMAX.implementation(torch.zeros(1)) is launch.online_softmax
     monkeypatch.setitem(logit_blocks.BLOCKS, "cpu", (8, 2))
     hidden, weight = (random(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 2), (3, 2)))
     targets = torch.tensor([1, -100, 2])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import cogsym.ops
-from cogsym.kernels import launch
-from cogsym.ops import backend
+from cogsym.kernels import rms_norm as launch
+from cogsym.ops import operations
 from cogsym.ops.rms_norm import add_rms_norm_reference, rms_norm_backward_reference, rms_norm_reference
 
 kernels = importlib.import_module("cogsym.kernels.rms_norm")
@@ -184,7 +184,7 @@ def test_no_elements(shape: tuple[int, ...]) -> None:
 
 def test_public_operation_launches_the_kernels() -> None:
     for name in ("rms_norm", "add_rms_norm", "rms_norm_backward"):
-        assert backend.implementation(name, rms_norm_reference, torch.zeros(1)) is getattr(launch, name)
+        assert operations()[name].implementation(torch.zeros(1)) is getattr(launch, name)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:])

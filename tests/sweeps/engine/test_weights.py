@@ -52,7 +52,7 @@ def states(layers: LayerSource, configurations: list[Configuration], seed: int) 
     return ended
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "apertus-biases", "cohere2", "ministral3", "starcoder2"])
+@pytest.mark.parametrize("variant", [*VARIANTS, "apertus", "cohere2", "ministral3", "starcoder2"])
 def test_streamed_is_resident_bit_for_bit(variant: str, tmp_path: Path) -> None:
     """Every family, weights in several files, with a base: states, scores, texts and revisions."""
     seed = random.randrange(10**6)

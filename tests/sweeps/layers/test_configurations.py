@@ -64,6 +64,10 @@ def test_a_file_holds_a_list(tmp_path, suffix):
     assert distinct(configurations(path, 5))[1] == 1
 
 
+def test_a_list_of_layers_as_text():
+    assert [c.code for c in configurations([{"skip": "0, 3-4", "skip_mlp": ["2"]}], 5)] == ["s.mss"]
+
+
 def test_several_sets_and_another_action():
     chosen = configurations("input, output", 3, "skip_attention")
     assert [c.code for c in chosen] == ["...", "a..", "aa.", "aaa", "...", "..a", ".aa", "aaa"]
@@ -76,7 +80,7 @@ def test_several_sets_and_another_action():
         ([{"skip": 5}], "layer 5, expected a layer from 0 to 4"),
         ([{"skip": "3-7"}], "layer 5, expected"),
         ([{"skip": -1}], "layer -1, expected"),
-        ([{"skip": "last"}], "layer last, expected"),
+        ([{"skip": "last"}], "'last' is not understood at 'last'; give numbers and ranges"),
         ([{"skip": 1, "revert": 1}], "names layer 1 twice"),
         ([{"erase": 1}], "action 'erase' is unknown"),
         ([code("..")], "for 2 layers, expected 5"),

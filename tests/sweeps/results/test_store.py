@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from children import in_child
 
+from cogsym import records
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.records import differences, write_whole
 from cogsym.sweeps.layers.configurations import Configuration, configurations
-from cogsym.sweeps.results import store as module
+from cogsym.sweeps.results import parts as module
 from cogsym.sweeps.results.bootstrap import paired_bootstrap
 from cogsym.sweeps.results.store import Results, Row, frame, read_key, summary
 from cogsym.sweeps.tasks.metrics import METRICS, chrf_statistics
@@ -161,7 +162,9 @@ def test_killed_at_each_step_of_a_write(
 ) -> None:
     """The key is write 0, the parts follow."""
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_whole", Killer(moment, number))
+        killer = Killer(moment, number)
+        patch.setattr(records, "write_whole", killer)
+        patch.setattr(module, "write_whole", killer)
         assert in_child(lambda: sweep(tmp_path)) == -signal.SIGKILL
     assert len(list(tmp_path.rglob("*.tmp"))) == (moment != "renamed")
     whole = number + (moment == "renamed")
@@ -183,7 +186,7 @@ class Killer:
 
         if self.number == 0:
             if self.moment == "half written":
-                path.with_name(path.name + ".tmp").write_bytes(content[: len(content) // 2])
+                path.with_name(path.name + ".0123abcd.tmp").write_bytes(content[: len(content) // 2])
                 die()
             fsync, replace, patch = os.fsync, Path.replace, pytest.MonkeyPatch()
             if self.moment == "written":

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 import cogsym.ops
-from cogsym.kernels import launch
-from cogsym.ops import backend
+from cogsym.kernels import activation as launch
+from cogsym.ops import operations
 from cogsym.ops.activation import (
     ACTIVATIONS,
     gated_activation_backward_reference,
@@ -86,6 +86,23 @@ def test_strides_change_no_bit(activation: str, layout: str, random: Random) -> 
 
 
 @activations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("strided", [False, True])
+def test_without_a_gate(
+    activation: str, dtype: torch.dtype, strided: bool, random: Random, assert_no_worse: Check
+) -> None:
+    x, dz = (3 * random(3, 200)).to(dtype)[:, : 100 if strided else None], random(3, 200, dtype=dtype)
+    dz = dz[:, : x.shape[1]]
+    truth = gated_activation_reference(x.double(), None, activation)
+    z = launch.gated_activation(x, None, activation)
+    assert_no_worse(z, gated_activation_reference(x, None, activation), truth)
+    dx = launch.gated_activation_backward(dz, x, None, activation, True, False)
+    plain = gated_activation_backward_reference(dz, x, None, activation, True, False)
+    truth = gated_activation_backward_reference(dz.double(), x.double(), None, activation, True, False)
+    assert_no_worse(dx, plain, truth)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_huge_gates_do_not_overflow(activation: str, dtype: torch.dtype) -> None:
     gate = torch.tensor([-3e38, -1e20, -1e5, -1e3, 0.0, 1e3, 1e5, 1e20, 3e38], dtype=dtype)
@@ -117,7 +134,7 @@ def test_no_elements(activation: str, shape: tuple[int, ...]) -> None:
 
 def test_public_operation_launches_the_kernels() -> None:
     for name in ("gated_activation", "gated_activation_backward"):
-        assert backend.implementation(name, gated_activation_reference, torch.zeros(1)) is getattr(launch, name)
+        assert operations()[name].implementation(torch.zeros(1)) is getattr(launch, name)
 
 
 @activations

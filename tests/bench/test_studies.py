@@ -1,0 +1,188 @@
+"""Every study of benchmarks/ runs to its end at a tiny size, and its committed results make its table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from texts import sentences
+
+from cogsym.bench import ops, report, study
+from cogsym.bench.case import OURS, Case, Line, measure
+from cogsym.ops import operations
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+NO_STUDIES = {"bench", "conftest", "gpu", "readme"}
+SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in NO_STUDIES)
+OF_TINY_SHAPE = ("attention", "decode_attention", "frozen", "linear_cross_entropy", "longest", "streamed")
+OF_A_FOLDER = ("swahili", "swahili_sweep", "train_speed")
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Line]]:
+    """A script's quick run, one round a case; the cases of its result file."""
+    monkeypatch.setattr(study, "measure", lambda case, device, *_: measure(case, device, 1))
+
+    def call(name: str, *words: object) -> list[Line]:
+        module = script(name)
+        study.main(module.STUDY, module.__doc__, words=["--quick", "--out", str(tmp_path / "out"), *map(str, words)])
+        result = report.read(tmp_path / "out" / f"{name}.json")
+        assert result["command"].startswith(f"python benchmarks/{name}.py --quick --model ")
+        assert not [line["different"] for line in result["cases"] if line["different"]]
+        lines: list[Line] = result["cases"]
+        return lines
+
+    return call
+
+
+@pytest.fixture
+def texts(text_file: Path, tmp_path: Path) -> Path:
+    """The folder of texts that the studies of training and of sweeps read, of made-up sentences."""
+    folder, lines = tmp_path / "texts", sentences(12, seed=3)
+    rows = {
+        "ntrex-128/swa.jsonl": [{"text": line} for line in lines],
+        "ntrex-128/eng.jsonl": [{"text": line} for line in lines],
+        "xcopa/sw.test.jsonl": [
+            {"premise": line, "question": kind, "choice1": line[::-1], "choice2": line, "label": 1}
+            for line, kind in zip(lines, ("cause", "effect") * 6, strict=True)
+        ],
+    }
+    for name, content in rows.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
+    (folder / "globalvoices-en-sw").mkdir()
+    for part in ("train", "dev", "test"):
+        shutil.copy(text_file, folder / "globalvoices-en-sw" / f"{part}.jsonl")
+    return folder
+
+
+def test_every_script_is_tried_here() -> None:
+    assert sorted({*OF_TINY_SHAPE, *OF_A_FOLDER, "noise"}) == SCRIPTS
+
+
+@pytest.mark.parametrize("name", OF_TINY_SHAPE)
+def test_a_study_of_shapes_runs(name: str, run: Callable[..., list[Line]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes long
+    lines = run(name, "--model", "tiny")
+    assert lines and {line["part"] for line in lines} == {name}
+    for line in lines:
+        if line["variants"]:
+            assert OURS in line["variants"] and len(line["variants"]) > 1 and not line["skipped"]
+    if name == "streamed":
+        for result in lines[0]["variants"].values():
+            assert 0 < result["seconds"] < result["seconds_in_all"] and result["peak_bytes"] > 10**8
+    if name == "frozen":
+        kept = {label: v["kept_bytes_a_token"] for label, v in lines[0]["variants"].items()}
+        assert kept["cogsym, keeps nothing"] < kept["cogsym, keeps input"] < kept[OURS] < kept["transformers, frozen"]
+
+
+def test_training_is_timed_by_itself_and_compared(
+    run: Callable[..., list[Line]], model_folder: Path, texts: Path
+) -> None:
+    config = json.loads((model_folder / "config.json").read_text("utf-8"))
+    # Of two loops only what is drawn by chance differs.
+    (model_folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.0}), "utf-8")
+    (line,) = run("train_speed", "--model", model_folder, "--data", texts)
+    assert line["facts"]["largest_difference_of_float32_losses"] < 1e-4
+    assert all(0 < v["seconds"] < 60 for v in line["variants"].values()) and len(line["variants"]) == 2
+
+
+def test_methods_of_training_are_scored(
+    run: Callable[..., list[Line]], model_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    options = ("--model", model_folder, "--data", texts, "--work", tmp_path / "work")
+    (alone,) = run("swahili", *options, "--case", "lora")
+    before, outer, whole, lora = run("swahili", *options, "--resume")
+    assert lora == alone and lora["facts"]["trained_parameters"] < outer["facts"]["trained_parameters"]
+    assert outer["facts"]["trained_parameters"] < whole["facts"]["trained_parameters"]
+    assert before["facts"]["xcopa_sw"]["questions"] == 12 and outer["facts"]["tried"].keys() == {"0.0003"}
+
+
+def test_a_sweep_is_noted(run: Callable[..., list[Line]], model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    (line,) = run("swahili_sweep", "--model", model_folder, "--data", texts, "--work", tmp_path / "work")
+    assert line["facts"]["configurations"] == 11
+    assert {value["metric"] for value in line["facts"]["values"]} >= {"accuracy", "bits_per_byte"}
+
+
+def test_runs_are_compared(run: Callable[..., list[Line]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes are this one; a slower run is one whose own calls take longer."""
+    slowed: list[Case] = []
+
+    def in_this_process(code: str, *, folder: str, out: str, **names: Any) -> None:
+        noise = script("noise")
+        original = noise.slowed
+        noise.slowed = lambda build: (slowed.append(original(build)), slowed[-1])[1]
+        noise.quick_run(**names, out=Path(out))
+
+    monkeypatch.setattr(ops, "PASSES", 1)
+    one = {"rms_norm": ops.examples()["rms_norm"]}
+    monkeypatch.setattr(ops, "examples", lambda: one)
+    monkeypatch.setattr("cogsym.bench.process.run_python", in_this_process)
+    lines = run("noise", "--model", "tiny")
+    assert [line["name"].partition(":")[0] for line in lines] == ["runs"] * 4 + ["pairs"] * 6
+    assert len(slowed) == 2
+    for pair in lines[4:]:
+        assert sum(pair["facts"]["verdicts"].values()) == len(pair["facts"]["changes"]) == 2
+
+
+def test_only_the_cases_asked_for_are_measured_and_the_others_are_kept(
+    run: Callable[..., list[Line]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (first,) = run("attention", "--model", "tiny", "--case", "bfloat16: 4 x 256 tokens, forward")
+    names = [line["name"] for line in run("attention", "--model", "tiny", "--case", "float32", "--resume")]
+    assert first["name"] in names and len(names) == 4 - 1
+    assert "1/2 " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("attention", "--model", "tiny", "--case", "nothing")
+    assert capsys.readouterr().err.startswith("attention: --case is 'nothing', expected words of one of these cases: ")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_committed_results_make_the_table_on_a_narrow_screen(name: str, tmp_path: Path) -> None:
+    module, lines = script(name), report.read(BENCHMARKS / "results" / f"{name}.json")["cases"]
+    for group in report.groups(lines).values():
+        head, rows = module.STUDY.table(group)
+        assert rows and {len(row) for row in rows} == {len(head)}
+    text = StringIO()
+    report.show(lines, module.STUDY.table, Console(file=text, width=80))
+    assert max(map(len, text.getvalue().splitlines())) <= 80 and "…" not in text.getvalue()
+    for draw in module.STUDY.pictures:
+        draw(lines, tmp_path / f"{name}.json")
+        assert (tmp_path / f"{name}.png").stat().st_size > 20_000
+
+
+def test_every_operation_is_measured() -> None:
+    by_themselves = {name for name, operation in operations().items() if operation.part_of is None}
+    assert ops.examples().keys() == by_themselves - {"token_scores"}  # which is the loss without its mean
+
+
+def test_the_scripts_measure_nothing_by_themselves() -> None:
+    """Clocks, rounds, files and machines are the shared machinery's; a run that reports its own seconds has a clock."""
+    allowed = {
+        "train_speed": {"time.perf_counter"},  # of the steps of a run
+        "streamed": {"time.perf_counter", "json.dumps"},  # in its process; the files of its model
+        "noise": {"time.perf_counter"},  # to be a tenth slower
+        "swahili": {"json.dumps"},  # what is noted of a training run
+    }
+    for name in SCRIPTS:
+        source = (BENCHMARKS / f"{name}.py").read_text("utf-8")
+        used = {word for word in ("time.perf_counter", "json.dumps", "statistics.quantiles") if word in source}
+        assert used <= allowed.get(name, set()), name
+        for word in ("machine.describe", "interleaved(", "first_calls(", "argparse", "savefig"):
+            assert word not in source, f"{name} uses {word}"
