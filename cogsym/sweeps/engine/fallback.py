@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -121,7 +120,7 @@ def _generate_one(
     written: list[list[int]] = [[] for _ in requests]
     answers: list[Generated | None] = [None] * len(requests)
     with only_layers(layers, configuration) as model:
-        next_logits = _with_cache(model) or partial(_anew, model)
+        next_logits = _next_logits(model)
         while None in answers:
             logits = next_logits([(*r.tokens, *new) for r, new in zip(requests, written, strict=True)])
             if sampling.temperature:
@@ -136,28 +135,31 @@ def _generate_one(
     return [answer for answer in answers if answer is not None]
 
 
-# The logits of the token behind each sequence, [B, V]; each call has one more token of every sequence.
-NextLogits = Callable[[Sequence[tuple[int, ...]]], Tensor]
-
-
-def _with_cache(model: Any) -> NextLogits | None:
-    """By transformers' cache; None where layers keep something else than their own keys and values."""
-    cache = DynamicCache(config=decoder_of(model).config)
-    keys_alone = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    if not keys_alone or "past_key_values" not in inspect.signature(model.forward).parameters:
-        return None
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def _next_logits(model: Any) -> Callable[[Sequence[tuple[int, ...]]], Tensor]:
+    """A function that gives the logits of the token behind each sequence, [B, V], called with one more token of every
+    sequence each time: by transformers' cache, or anew where a layer keeps something else than keys and values."""
+    parameters = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    cache: Any = DynamicCache(config=decoder_of(model).config)
+    kinds = [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers]
+    if "past_key_values" not in parameters or kinds != [True] * len(layers_of(model)):
+        cache = None
 
     def next_logits(sequences: Sequence[tuple[int, ...]]) -> Tensor:
-        longest = max(map(len, sequences))
+        nonlocal cache
+        if cache is None:
+            return _anew(model, sequences)
+        longest, before = max(map(len, sequences)), cache.get_seq_length()
         short = torch.tensor([longest - len(sequence) for sequence in sequences], device=model.device)
         mask = (torch.arange(longest, device=model.device) >= short[:, None]).long()
-        new = slice(cache.get_seq_length(), None)
         ids = torch.tensor([[0] * (longest - len(s)) + list(s) for s in sequences], device=model.device)
         logits: Tensor = model(
-            input_ids=ids[:, new], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, new],
-            past_key_values=cache, use_cache=True, **last,
+            input_ids=ids[:, before:], attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, before:], past_key_values=cache, use_cache=True, **last,
         ).logits  # fmt: skip
+        if any(layer.get_seq_length() != longest for layer in cache.layers):
+            cache = None  # a layer has a memory of its own
+            return _anew(model, sequences)
         return logits[:, -1]
 
     return next_logits
