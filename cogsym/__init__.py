@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from cogsym.errors import CogsymError, RunStopped
 
 if TYPE_CHECKING:
+    from cogsym.models.families import register_family
+    from cogsym.ops.operation import register_operation
     from cogsym.plan import LayerPlan
     from cogsym.strategies import register_strategy
     from cogsym.sweeps.layers.actions import register_action
@@ -32,7 +34,9 @@ __all__ = [
     "explain",
     "prepare",
     "register_action",
+    "register_family",
     "register_metric",
+    "register_operation",
     "register_search",
     "register_strategy",
     "register_task_kind",
@@ -51,7 +55,9 @@ _MODULES = {
     "explain": "cogsym.training.explain",
     "prepare": "cogsym.training.prepare",
     "register_action": "cogsym.sweeps.layers.actions",
+    "register_family": "cogsym.models.families",
     "register_metric": "cogsym.sweeps.tasks.metrics",
+    "register_operation": "cogsym.ops.operation",
     "register_search": "cogsym.sweeps.layers.search",
     "register_strategy": "cogsym.strategies",
     "register_task_kind": "cogsym.sweeps.tasks.kinds",

@@ -369,6 +369,7 @@ def bench(
     if words[0] != "compare":
         command = shlex.join(["cogsym", "bench", *words, "--full" if full else "--quick", "--device", device])
         command += f" --model {shlex.quote(Path(model).name)}" if model else ""
+        command += f" --case {shlex.quote(case)}" if case else ""
         run(words, model=model, device=device, full=full, out=out, command=command, resume=resume, only=case)
         return
     if len(words) != 3:

@@ -192,6 +192,7 @@ std::deque<Function>& functions() {
 
 std::string type_of(const Field& field) {
     switch (field.kind) {
+        case Field::Kind::address: return "address";
         case Field::Kind::number: return "float";
         case Field::Kind::flag: return "bool";
         case Field::Kind::integer: return field.count == 1 ? "int" : "tuple[int, ...]";
@@ -201,7 +202,7 @@ std::string type_of(const Field& field) {
 
 using Signature = std::vector<std::tuple<std::string, std::string>>;
 
-// (kernel, what it computes, its arguments as (name, type)), from which cogsym/_C.pyi is written.
+// (kernel, what it computes, its arguments as (name, type)), from which cogsym/_C.pyi is written. An address is an int.
 std::vector<std::tuple<std::string, std::string, Signature>> signatures() {
     std::vector<std::tuple<std::string, std::string, Signature>> all;
     for (const Function& function : functions()) {

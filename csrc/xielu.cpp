@@ -91,16 +91,22 @@ void forward(const Xielu& a) {
 // What n elements add to the gradients of both alphas. Apart from the loop over runs: inlined into its two copies, for
 // one thread and for several, it is vectorised in two ways, and the sums would depend on the threads.
 template <class T, class C = compute_t<T>>
-__attribute__((noinline)) void add_alphas(double* to, const T* x, const T* dz, int64_t n, const Constants<C>& of) {
+__attribute__((noinline)) void add_alphas(double* to, const T* x, const T* dz, int64_t n, Constants<C> of) {
     constexpr int64_t block = 256;  // sums of few, so that no chain of additions is long
+    C values[block], grads[block];
     for (int64_t begin = 0; begin < n; begin += block) {
-        const int64_t end = smaller(begin + block, n);
+        const int64_t m = smaller(n - begin, block);
         C above = 0, below = 0;
+#pragma omp simd
+        for (int64_t i = 0; i < m; ++i) {
+            values[i] = widen(x[begin + i]);
+            grads[i] = widen(dz[begin + i]);
+        }
 #pragma omp simd reduction(+ : above, below)
-        for (int64_t i = begin; i < end; ++i) {
-            const C v = widen(x[i]), d = widen(dz[i]);
-            above += v > 0 ? d * v * v : C(0);
-            below += v > 0 ? C(0) : d * of.bent(v);
+        for (int64_t i = 0; i < m; ++i) {
+            const C v = values[i], square = v * v, bent = of.bent(v);
+            above += v > 0 ? grads[i] * square : C(0);
+            below += v > 0 ? C(0) : grads[i] * bent;
         }
         to[0] += above;
         to[1] += below;

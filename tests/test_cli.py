@@ -555,15 +555,16 @@ def test_results_that_cannot_be_written(
 def test_half_a_layer_of_a_model_that_runs_its_own_forward(
     complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MixtralConfig, MixtralForCausalLM
 
     shape = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2}
-    config = MixtralConfig(**shape, num_key_value_heads=1, num_hidden_layers=2, num_local_experts=2)
     (model_folder / "model.safetensors").unlink()
-    MixtralForCausalLM(config).save_pretrained(model_folder)
+    GPTNeoXForCausalLM(GPTNeoXConfig(**shape, num_hidden_layers=2)).save_pretrained(model_folder)
     args = ["sweep", model_folder, "--task", f"text:{text_file}#sw,limit=5", "--out", tmp_path / "out"]
     line = complaint(*args, "--action", "skip_mlp")
     assert "Half a layer cannot be skipped in this model" in line and line.endswith("; skip whole layers.")
+    config = MixtralConfig(**shape, num_key_value_heads=1, num_hidden_layers=2, num_local_experts=2)
+    MixtralForCausalLM(config).save_pretrained(model_folder)
     assert "cannot be streamed; leave streaming off." in complaint(*args, "--stream")
 
 

@@ -112,7 +112,6 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", {"sliding_window": 5, "initializer_range": 0.2}),
 }  # fmt: skip
 
-# The same, of models with a half, or a whole layer, that runs its own forward.
 _EXPERTS: dict[str, Any] = {
     "num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 12, "mlp_only_layers": [1], "experts_implementation": "eager",
@@ -121,7 +120,10 @@ _LINEAR: dict[str, Any] = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 6,
     "layer_types": ["linear_attention", "linear_attention", "full_attention", "full_attention"],
 }  # fmt: skip
+# The same, of models with a half, or a whole layer, that runs its own forward.
 PARTLY_OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere-qk-norm": ("Cohere", {"use_qk_norm": True}),
+    "stablelm-qk-norm": ("StableLm", {"head_dim": 6, "rope_parameters": _PARTIAL_ROPE, "qk_layernorm": True}),
     "mixtral": ("Mixtral", {**_EXPERTS, "sliding_window": 5}),
     "qwen2-moe": (
         "Qwen2Moe",

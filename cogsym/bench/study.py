@@ -7,6 +7,7 @@ file, with machine, versions and command, that is written case by case and can b
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 import time
@@ -170,6 +171,7 @@ def main(study: Study, description: str, words: Sequence[str] | None = None) -> 
     args = vars(parser.parse_args(words))
     command = f"python benchmarks/{study.name}.py" + " --quick" * args["quick"]
     command += "".join(f" --{name} {Path(args[name]).name}" for name in ("model", "data", "work") if args.get(name))
+    command += f" --case {shlex.quote(args['case'])}" if args["case"] else ""
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(
             (args["model"],) if args["model"] else study.models[: 1 if args["quick"] else None],

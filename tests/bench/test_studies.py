@@ -148,6 +148,7 @@ def test_only_the_cases_asked_for_are_measured_and_the_others_are_kept(
     names = [line["name"] for line in run("attention", "--model", "tiny", "--case", "float32", "--resume")]
     assert first["name"] in names and len(names) == 4 - 1
     assert "1/2 " in capsys.readouterr().out
+    assert report.read(tmp_path / "out" / "attention.json")["command"].endswith(" --quick --model tiny --case float32")
     with pytest.raises(SystemExit):
         run("attention", "--model", "tiny", "--case", "nothing")
     assert capsys.readouterr().err.startswith("attention: --case is 'nothing', expected words of one of these cases: ")

@@ -285,6 +285,21 @@ def test_lora_is_compared_with_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     assert case.counts[OURS]["kept_bytes_a_token"] < case.counts["transformers, SDPA"]["kept_bytes_a_token"]
 
 
+def test_what_python_costs_is_that_of_a_call_and_of_a_token() -> None:
+    specs = {spec.name: spec for spec in overhead.cases(QUICK)}
+    assert {f"a call: {name}" for name in ops.examples()} < specs.keys() and len(specs) == len(ops.examples()) + 1
+    call, step = (specs[name].build() for name in ("a call: rms_norm", list(specs)[-1]))
+    ways = ("", ", recorded", ", with backward")
+    assert call.variants.keys() == {f"{who}{way}" for who in (OURS, ops.PLAIN) for way in ways}
+    assert {v.scale for v in step.variants.values()} == {1 / overhead.NEW_TOKENS}
+    (tokens,) = {len(text) for row in step.variants[OURS].run() for text in row}
+    assert tokens == overhead.NEW_TOKENS
+    line = {"name": "a call: rms_norm"} | measure(call, CPU, 1)
+    head, rows = overhead.STUDY.table([line])
+    assert head == ["microseconds", *call.variants]
+    assert rows[0][1] == f"{line['variants'][OURS]['seconds'] * 1e6:,.1f}"
+
+
 def test_the_cases_of_a_full_run() -> None:
     full = Setting(suite.FULL_MODELS["cpu"], CPU, full=True)
     assert len(train.cases(full)) == 4

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import recorder
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -137,22 +139,32 @@ def sweeps() -> Counts:
 
 
 def instructions(rows: int = ROWS) -> Counts:
-    """Of each C++ kernel, by callgrind."""
+    """Of each call of a C++ kernel that the operations' examples make, by callgrind."""
+    from cogsym import _C
+
+    before, threads = _C.isa(), torch.get_num_threads()
+    _C.set_isa(ISA)
+    torch.set_num_threads(1)
+    calls = recorder.record(rows)
+    _C.set_isa(before)
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
+        recorded = Path(folder, "calls")
+        recorded.write_bytes(pickle.dumps([tuple(call) for call in calls]))
         command = [
-            "valgrind", "--tool=callgrind", "--dump-after=pybind11::cpp_function::dispatcher*",
-            "--dump-after=*call_kernel*",
+            "valgrind", "--tool=callgrind",
+            "--dump-after=pybind11::cpp_function::dispatcher*", "--dump-after=*call_kernel*",
             f"--callgrind-out-file={folder}/out",
-            sys.executable, "-S", str(HERE / "callgrind.py"), extension(), ISA, str(rows),
+            sys.executable, "-S", str(HERE / "callgrind.py"), extension(), ISA, str(recorded),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONHASHSEED": "0"})
         if done.returncode:
             raise RuntimeError(f"callgrind ended with status {done.returncode}: {done.stderr[-2000:]}")
         found = {}
-        for i, kernel in enumerate(done.stdout.splitlines()):
+        for i, call in enumerate(done.stdout.splitlines()):
             totals = re.search(r"^totals: (\d+)", Path(f"{folder}/out.{2 * i + 3}").read_text(), re.M)
             assert totals
-            found[kernel] = int(totals[1])
+            found[call] = int(totals[1])
     return found
 
 

@@ -27,7 +27,7 @@ def stub(signatures: list[tuple[str, str, list[tuple[str, str]]]]) -> str:
     """The stub's text, as ruff formats it."""
     text = HEAD
     for name, _, arguments in sorted(signatures):
-        given = [f"{argument}: {kind}" for argument, kind in arguments] + ["/"]
+        given = [f"{argument}: {'int' if kind == 'address' else kind}" for argument, kind in arguments] + ["/"]
         line = f"def {name}({', '.join(given)}) -> bool: ...\n"
         lines = ",\n    ".join(given)
         text += line if len(line) <= 121 else f"def {name}(\n    {lines},\n) -> bool: ...\n"

@@ -120,5 +120,5 @@ def test_a_kernel_file_is_found_where_it_lies(tmp_path: Path) -> None:
     assert library, done.stdout + done.stderr
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    expected = [("x", "int"), ("y", "int"), ("count", "int"), ("dtype", "int")]
+    expected = [("x", "address"), ("y", "address"), ("count", "int"), ("dtype", "int")]
     assert done.stdout.strip() == str([("doubled", "y = 2 x.", expected)])
