@@ -3,8 +3,9 @@
 A new one is cogsym/ops/<operation>.py with all of these, csrc/<operation>.cpp and kernels/<operation>.py with its
 kernels, each where there is one, its tests, and its public function below. Whatever lists operations reads the
 declaration: dispatch, `cogsym info`, `cogsym bench`, `explain`, the checks in tests/ops/test_operation.py, the kernels
-that are compiled ahead of time, the counts of the guard. `python tests/ops/stub.py` and `python tests/guard/measures.py`
-write the extension's stub and the guard's table anew. Another package declares its own: see `cogsym.ops.operation`.
+that are compiled ahead of time, the counts of the guard. The extension's stub and the guard's table are written anew by
+`python tests/ops/stub.py` and `python tests/guard/measures.py`. Another package declares its own: see
+`cogsym.ops.operation`.
 """
 
 from cogsym.ops.activation import activation, activation_gradient, gated_activation, gated_activation_gradients

@@ -252,12 +252,11 @@ def _cpp(
     soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """By csrc/attention.cpp."""
-    compute = torch.promote_types(q.dtype, torch.float32)
-    o, lse = cpp.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute)
+    o, lse = _fake(q)
     if q.numel():
         q, k, v = cpp.contiguous_rows(q), cpp.contiguous_rows(k), cpp.contiguous_rows(v)
         starts = None if starts is None else starts.contiguous()
-        sinks = None if sinks is None else sinks.to(compute).contiguous()
+        sinks = None if sinks is None else sinks.to(lse.dtype).contiguous()
         cpp.extension.attention(
             *_cpp_inputs(q, k, v, starts, scale, window, soft_cap), o.data_ptr(), lse.data_ptr(), cpp.address(sinks)
         )
@@ -309,8 +308,7 @@ def _cpp_inputs(
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    B, T, H, _D = q.shape
-    lse = q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
@@ -320,16 +318,6 @@ def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
         for x, need in zip((q, k, v), rest[-3:], strict=True)
     )
     return dq, dk, dv
-
-
-def _facts(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, sinks: Any, scale: float, *rest: Any
-) -> backend.Facts:
-    return flash.facts(q, starts, *rest)
-
-
-def _backward_facts(dout: Tensor, q: Tensor, *rest: Any) -> backend.Facts:
-    return flash.facts(q, rest[4], *rest[6:8])
 
 
 # Two products of D multiplications for each pair of a query and a key that it sees, and five in the backward pass.
@@ -389,7 +377,7 @@ _attention = register_operation(
         "attention",
         attention_reference,
         backends=(backend.cpp(_cpp), flash.backend(flash.attention)),
-        facts=_facts,
+        facts=lambda q, k, v, starts, sinks, scale, *rest: flash.facts(q, starts, *rest),
         fake=_fake,
         autograd=(_setup, _backward),
         flops=_flops,
@@ -401,7 +389,9 @@ _attention_backward = register_operation(
         "attention_backward",
         attention_backward_reference,
         backends=(backend.cpp(_cpp_backward), flash.backend(flash.attention_backward)),
-        facts=_backward_facts,
+        facts=lambda dout, q, k, v, o, lse, starts, scale, window, soft_cap, *_: flash.facts(
+            q, starts, window, soft_cap
+        ),
         fake=_fake_backward,
         flops=_backward_flops,
         part_of="attention",

@@ -38,16 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogsym.ops.logit_blocks import (
-    ADD_RESCALED,
-    HEAD_STATISTICS,
-    LOGITS_GRADIENT,
-    ONLINE_SOFTMAX,
-    backward_pass,
-    capped,
-    compute_dtype,
-    forward_pass,
-)
+from cogsym.ops import logit_blocks
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 Reduction = Literal["mean", "sum", "none"]
@@ -148,7 +139,7 @@ def linear_cross_entropy_reference(
     label_smoothing: float,
 ) -> Tensor:
     """Each token's loss in plain PyTorch, with all logits at once; `soft_cap` 0 is none."""
-    logits = capped(compute_dtype(F.linear(hidden, weight)), scale, soft_cap)
+    logits = logit_blocks.capped(logit_blocks.compute_dtype(F.linear(hidden, weight)), scale, soft_cap)
     targets = targets.expand(hidden.shape[:-1])
     return F.cross_entropy(
         logits.flatten(0, -2),
@@ -236,7 +227,7 @@ def _linear_cross_entropy_reference(
     """(loss, logsumexp, dhidden): dhidden is each row's for a gradient of 1, empty unless `at_once`."""
     rows = _counted(hidden, targets, ignore_index, len(weight))
     smoothed = label_smoothing != 0.0
-    state, dhidden = forward_pass(
+    state, dhidden = logit_blocks.forward_pass(
         rows.hidden, rows.targets, weight, soft_cap, scale, logit_sum=smoothed, argmax=False, dhidden=at_once
     )
     logsumexp = state.logsumexp(scale, soft_cap)
@@ -268,7 +259,7 @@ def _linear_cross_entropy_backward_reference(
     dloss, logsumexp = (
         t.reshape(-1) if rows.places is None else t.reshape(-1)[rows.places] for t in (dloss, logsumexp)
     )
-    dhidden, dweight = backward_pass(
+    dhidden, dweight = logit_blocks.backward_pass(
         rows.hidden,
         rows.targets,
         weight,
@@ -298,7 +289,7 @@ def _token_scores_reference(
     """(target_logit, logsumexp, argmax)."""
     rows = _counted(hidden, targets, ignore_index, len(weight))
     arguments = rows.hidden, rows.targets, weight, soft_cap, scale
-    state = HEAD_STATISTICS.implementation(*arguments)(*arguments)
+    state = logit_blocks.HEAD_STATISTICS.implementation(*arguments)(*arguments)
     return (
         rows.spread(state.target_logit, 0, targets.shape),
         rows.spread(state.logsumexp(scale, soft_cap), 0, targets.shape),
@@ -312,18 +303,6 @@ def _statistic(hidden: Tensor) -> Tensor:
 
 def _like(x: Tensor, needed: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
-
-
-def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _statistic(hidden), _statistic(hidden), _like(hidden, options[-1])
-
-
-def _fake_backward(dloss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(hidden, rest[-2]), _like(weight, rest[-1])
-
-
-def _fake_scores(hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _statistic(hidden), _statistic(hidden), torch.empty_like(targets, memory_format=torch.contiguous_format)
 
 
 # Products of all rows: which targets are ignored is not known from shapes.
@@ -368,7 +347,7 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
         return (linear_cross_entropy(hidden, weight, targets),)
 
     def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        return (F.cross_entropy(compute_dtype(F.linear(hidden, weight)), targets),)
+        return (F.cross_entropy(logit_blocks.compute_dtype(F.linear(hidden, weight)), targets),)
 
     product = 2 * N * D * V
     inputs = {"hidden": hidden, "weight": weight / D**0.5, "targets": targets}
@@ -380,8 +359,8 @@ _linear_cross_entropy = register_operation(
     Operation(
         "linear_cross_entropy",
         _linear_cross_entropy_reference,
-        parts=(ONLINE_SOFTMAX, ADD_RESCALED, LOGITS_GRADIENT),
-        fake=_fake,
+        parts=(logit_blocks.ONLINE_SOFTMAX, logit_blocks.ADD_RESCALED, logit_blocks.LOGITS_GRADIENT),
+        fake=lambda hidden, *rest: (_statistic(hidden), _statistic(hidden), _like(hidden, rest[-1])),
         autograd=(_setup, _backward),
         flops=_forward_flops,
         example=_example,
@@ -391,8 +370,8 @@ _linear_cross_entropy_backward = register_operation(
     Operation(
         "linear_cross_entropy_backward",
         _linear_cross_entropy_backward_reference,
-        parts=(LOGITS_GRADIENT, ADD_RESCALED),
-        fake=_fake_backward,
+        parts=(logit_blocks.LOGITS_GRADIENT, logit_blocks.ADD_RESCALED),
+        fake=lambda dloss, hidden, weight, *rest: (_like(hidden, rest[-2]), _like(weight, rest[-1])),
         flops=_backward_flops,
         part_of="linear_cross_entropy",
     )
@@ -407,6 +386,10 @@ _linear_cross_entropy_scale = register_operation(
 )
 _token_scores = register_operation(
     Operation(
-        "token_scores", _token_scores_reference, parts=(HEAD_STATISTICS,), fake=_fake_scores, flops=_forward_flops
+        "token_scores",
+        _token_scores_reference,
+        parts=(logit_blocks.HEAD_STATISTICS,),
+        fake=lambda hidden, weight, targets, *_: (_statistic(hidden), _statistic(hidden), _like(targets, True)),
+        flops=_forward_flops,
     )
 )
