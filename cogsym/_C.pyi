@@ -80,6 +80,7 @@ def decode_attention(
     sinks: int,
     N: int,
     M: int,
+    S: int,
     H: int,
     KV: int,
     D: int,

@@ -241,7 +241,11 @@ struct Decode {
         }
     }
 
+    // Negative where a range leaves the store.
     int64_t run() const {
+        if (!a.scratch)
+            for (int64_t i = 0; i < a.N * a.M; ++i)
+                if (a.begins[i] < 0 || a.ends[i] > a.S) return -1;
         const int64_t wanted = (wanted_tasks + a.KV - 1) / a.KV;
         Arena arena(a.scratch);
         Part* parts = arena.take<Part>(a.N + wanted);
@@ -293,13 +297,13 @@ int64_t decode_attention(const DecodeAttention& a) {
 #define FIELD(name) COGSYM_FIELD(DecodeAttention, name)
 constexpr Field fields[] = {
     FIELD(q), FIELD(q_strides), FIELD(k), FIELD(k_strides), FIELD(v), FIELD(v_strides), FIELD(begins), FIELD(ends),
-    FIELD(sinks), FIELD(N), FIELD(M), FIELD(H), FIELD(KV), FIELD(D), FIELD(scale), FIELD(soft_cap), FIELD(dtype),
+    FIELD(sinks), FIELD(N), FIELD(M), FIELD(S), FIELD(H), FIELD(KV), FIELD(D), FIELD(scale), FIELD(soft_cap), FIELD(dtype),
     FIELD(num_threads), FIELD(scratch), FIELD(o)};
 #undef FIELD
 
 }  // namespace
 
-COGSYM_KERNELS(decode_attention) = {kernel<decode_attention>("decode_attention", "o.", fields), {}};
+COGSYM_KERNELS(decode_attention) = {kernel<decode_attention>("decode_attention", "o. False where a range leaves the store.", fields), {}};
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

@@ -35,7 +35,7 @@ struct DecodeAttention {
     const int64_t* begins;  // [N, M] contiguous
     const int64_t* ends;    // [N, M] contiguous
     const void* sinks;      // [H] of the compute type, or null: none
-    int64_t N, M, H, KV, D;
+    int64_t N, M, S, H, KV, D;
     double scale, soft_cap;  // a soft cap of 0 is none
     DType dtype;
     int num_threads;

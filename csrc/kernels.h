@@ -42,7 +42,7 @@ struct Field {
 struct Kernel {
     const char* name;
     const char* text;                 // what it computes, for Python's help
-    int64_t (*run)(const void*);      // of the struct; bytes of scratch, or negative: not on this processor
+    int64_t (*run)(const void*);      // of the struct; bytes of scratch, or negative: not computed
     std::size_t size;                 // of the struct
     const Field* fields;              // in the order of Python's arguments, scratch left out
     std::size_t field_count;

@@ -154,7 +154,7 @@ bool read(const Field& field, PyObject* value, char* arguments) {
     return true;
 }
 
-// What Python calls. True where it was computed, False where this processor has no instruction for it.
+// What Python calls. True where it was computed; a kernel says when it is not.
 PyObject* call_kernel(PyObject* self, PyObject* const* values, Py_ssize_t count) {
     const auto& function = *static_cast<const Function*>(PyCapsule_GetPointer(self, nullptr));
     const Kernel& kernel = function.kernel();

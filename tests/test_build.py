@@ -50,7 +50,7 @@ def test_our_kernels_are_in_cogsym(tmp_path: Path, place: str) -> None:
         "import cogsym.kernels, importlib.util; print(*cogsym.kernels.__path__, importlib.util.find_spec('kernels'))"
     )
     folder, *hugging_faces = python(program, ROOT if place == "root" else tmp_path).split(maxsplit=1)
-    assert {"rms_norm.py", "rotary.py", "gated_activation.py"} <= {file.name for file in Path(folder).iterdir()}
+    assert {"rms_norm.py", "rotary.py", "activation.py"} <= {file.name for file in Path(folder).iterdir()}
     if not needs_hugging_face_kernels.args[0]:
         assert "site-packages" in hugging_faces[0]  # ours is imported, and that name is still theirs
 

@@ -43,13 +43,13 @@ class Norm(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class RMSNorm:
-    """A root-mean-square norm (`cogsym.ops.rms_norm`).
+class KnownNorm:
+    """A norm on our operations.
 
     Attributes:
         owner: the module that it is an attribute of.
         name: the attribute's name.
-        offset: added to its weight: 1 for Gemma.
+        offset: added to its weight: 1 for Gemma's and Nemotron's.
     """
 
     owner: Any
@@ -60,6 +60,10 @@ class RMSNorm:
     def module(self) -> Any:
         """See `Norm`."""
         return getattr(self.owner, self.name)
+
+
+class RMSNorm(KnownNorm):
+    """A root-mean-square norm (`cogsym.ops.rms_norm`)."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Norm`."""
@@ -77,24 +81,8 @@ class RMSNorm:
         return ops.rms_norm_input_gradient(dy, x, module.weight, _eps(module), offset=self.offset, dh=dx)
 
 
-@dataclass(frozen=True, eq=False)
-class LayerNorm:
-    """A layer norm, with or without a bias (`cogsym.ops.layer_norm`).
-
-    Attributes:
-        owner: the module that it is an attribute of.
-        name: the attribute's name.
-        offset: added to its weight: 1 for Nemotron.
-    """
-
-    owner: Any
-    name: str
-    offset: float = 0.0
-
-    @property
-    def module(self) -> Any:
-        """See `Norm`."""
-        return getattr(self.owner, self.name)
+class LayerNorm(KnownNorm):
+    """A layer norm, with or without a bias (`cogsym.ops.layer_norm`)."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Norm`."""

@@ -1,4 +1,11 @@
-"""Operations of a decoder block, one file each: contract, plain reference, calls of the kernels, declaration."""
+"""Operations of a decoder block, one file each: contract, plain reference, calls of the kernels, declaration.
+
+A new one is cogsym/ops/<operation>.py with all of these, csrc/<operation>.cpp and kernels/<operation>.py with its
+kernels, each where there is one, its tests, and its public function below. Whatever lists operations reads the
+declaration: dispatch, `cogsym info`, `cogsym bench`, `explain`, the checks in tests/ops/test_operation.py, the kernels
+that are compiled ahead of time, the counts of the guard. `python tests/ops/stub.py` and `python tests/guard/measures.py`
+write the extension's stub and the guard's table anew. Another package declares its own: see `cogsym.ops.operation`.
+"""
 
 from cogsym.ops.activation import activation, activation_gradient, gated_activation, gated_activation_gradients
 from cogsym.ops.attention import AttentionOptions, attention, attention_gradients

@@ -141,18 +141,21 @@ def _cpp(
     soft_cap: float | None,
 ) -> Tensor:
     """By csrc/decode_attention.cpp."""
-    _check_ranges(begins, ends, len(k))
     o = cpp.empty_like(q)
-    if q.numel():
+    if not q.numel():
+        _check_ranges(begins, ends, len(k))
+    else:
         q, k, v = cpp.contiguous_rows(q), cpp.contiguous_rows(k), cpp.contiguous_rows(v)
         begins, ends = begins.contiguous(), ends.contiguous()
         sinks = None if sinks is None else sinks.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
         N, H, D = q.shape
-        cpp.extension.decode_attention(
+        inside = cpp.extension.decode_attention(
             q.data_ptr(), q.stride()[:2], k.data_ptr(), k.stride()[:2], v.data_ptr(), v.stride()[:2],
-            begins.data_ptr(), ends.data_ptr(), cpp.address(sinks), N, begins.shape[1], H, k.shape[1], D,
+            begins.data_ptr(), ends.data_ptr(), cpp.address(sinks), N, begins.shape[1], len(k), H, k.shape[1], D,
             scale, soft_cap or 0.0, cpp.DTYPES[q.dtype], torch.get_num_threads(), o.data_ptr(),
         )  # fmt: skip
+        if not inside:
+            _check_ranges(begins, ends, len(k))
     return o
 
 

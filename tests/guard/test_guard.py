@@ -76,16 +76,14 @@ def test_a_sweep_that_computes_a_shared_beginning_twice_is_seen(monkeypatch: pyt
     """The last configuration goes through the layers by itself: its answers are right, its beginning is repeated."""
     run = Engine.run
 
-    def forgetful(
-        self: Engine, trie: Trie, batch: Any, on_ends: Any, on_keys: Any = None, inputs: Any = None
-    ) -> None:
+    def forgetful(self: Engine, trie: Trie, batch: Any, on_ends: Any, on_keys: Any = None, *rest: Any) -> None:
         most = len(trie.configurations) - 1
 
         def of_the_last(configurations: Any, hidden: Any) -> None:
             on_ends([(most,) for _ in configurations], hidden)
 
         if on_keys:  # of a text that is written: left alone
-            run(self, trie, batch, on_ends, on_keys, inputs)
+            run(self, trie, batch, on_ends, on_keys, *rest)
             return
         run(self, Trie(trie.configurations[:most]), batch, on_ends)
         run(self, Trie(trie.configurations[most:]), batch, of_the_last)

@@ -14,7 +14,7 @@ from cogsym.decoder import decoder_of, final_norm_of, layers_of
 from cogsym.models import UnknownLayerError, find_head, read_block
 from cogsym.models.calls import own_logits
 from cogsym.models.guard import why_own
-from cogsym.models.norm import LayerNorm, RMSNorm
+from cogsym.models.norm import KnownNorm
 from cogsym.ops.linear_cross_entropy import TokenScores
 
 _ROWS = 256  # whose logits exist at a time where the model makes them itself
@@ -70,6 +70,6 @@ def _final_norm(model: Any) -> Any:
     except UnknownLayerError:
         return module
     for norm in (norm for half in block.halves for norm in (half.norm, half.output_norm)):
-        if isinstance(norm, (RMSNorm, LayerNorm)) and type(norm.module) is type(module) and why_own(module) is None:
+        if isinstance(norm, KnownNorm) and type(norm.module) is type(module) and why_own(module) is None:
             return replace(norm, owner=decoder_of(model), name=name)
     return module

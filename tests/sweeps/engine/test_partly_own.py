@@ -24,7 +24,7 @@ from cogsym.sweeps.layers.configurations import Configuration, distinct
 from cogsym.sweeps.layers.trie import Trie
 
 HYBRIDS = tuple(name for name, (_, extra) in PARTLY_OWN.items() if "linear_num_key_heads" in extra)
-ROUTED = tuple(name for name in PARTLY_OWN if name not in HYBRIDS)
+ROUTED = tuple(name for name, (_, extra) in PARTLY_OWN.items() if "num_experts" in extra and name not in HYBRIDS)
 
 
 @pytest.mark.parametrize("name", ROUTED)
