@@ -126,7 +126,7 @@ def test_packed_documents_do_not_see_each_other(variant: str) -> None:
     ("implementation", "variant"),
     [
         *itertools.product(("sdpa", "eager"), ("llama", "mistral-window", "qwen2-windows", "qwen3")),
-        *itertools.product((None,), FURTHER | PARTLY_OWN),
+        *itertools.product((None,), FURTHER | PARTLY_OWN),  # the model's own choice: some have no other
     ],
 )
 def test_generation_with_a_cache_gives_the_same_tokens(variant: str, implementation: str | None) -> None:

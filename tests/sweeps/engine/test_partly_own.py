@@ -24,7 +24,8 @@ from cogsym.sweeps.layers.configurations import Configuration, distinct
 from cogsym.sweeps.layers.trie import Trie
 
 HYBRIDS = tuple(name for name, (_, extra) in PARTLY_OWN.items() if "linear_num_key_heads" in extra)
-ROUTED = tuple(name for name in PARTLY_OWN if name not in HYBRIDS)
+ROUTED = tuple(name for name, (_, extra) in PARTLY_OWN.items() if "num_experts" in extra and name not in HYBRIDS)
+ALONE = tuple(name for name in PARTLY_OWN if name not in HYBRIDS + ROUTED)  # attention by its own forward in all layers
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -39,15 +40,16 @@ def test_experts_are_swept_beside_our_attention(name: str) -> None:
     test_generate.check(texts, model, configurations, written, base)
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_hybrids_are_swept_layer_by_layer(name: str) -> None:
-    """On their own forward, as their first layer's attention is linear; against models with the kept layers alone."""
+@pytest.mark.parametrize("name", HYBRIDS + ALONE)
+def test_layers_whose_attention_is_not_ours_are_swept_whole(name: str) -> None:
+    """On their own forward, as their first layer's attention is; against models with the kept layers alone."""
     model, base = (tiny_model(name, torch.float64, seed, initializer_range=0.3) for seed in (0, 1))
     chance = random.Random(0)
     some = [tuple(chance.choices(("keep", "skip", "revert"), k=4)) for _ in range(5)]
     configurations = distinct(map(Configuration, [("keep",) * 4, ("skip",) * 4, *some]))[0]
     layers, asked, written = ResidentLayers(model, base), test_forward.requests(3), prompts(0)
-    assert Engine(layers).topology == "whole" and layers.reasons == ["its attention is linear"]
+    assert Engine(layers).topology == "whole" and len(layers.reasons) == 1
+    assert name in ALONE or layers.reasons == ["its attention is linear"]
     with torch.no_grad(), exact_float64():
         got = score(Engine(layers), SweepHead(model), Trie(configurations, "whole"), asked)
         test_forward.check(got, model, configurations, asked, base, 1e-11)
