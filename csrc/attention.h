@@ -15,7 +15,7 @@ namespace cogsym {
 namespace COGSYM_ISA {
 
 constexpr int64_t query_block = 64;
-// A unit is one key-value head of one sequence. So many are packed at a time: enough for many threads, and bounded.
+// A unit is one key-value head of one sequence. Units packed at a time: enough for many threads, few enough to bound the memory they take.
 constexpr int64_t wave_units = 32;
 // Below this many multiplications one thread does it all.
 constexpr int64_t serial_products = 1 << 21;

@@ -7,8 +7,8 @@ namespace cogsym {
 namespace COGSYM_ISA {
 namespace {
 
-// Heads whose queries meet a block of keys together: their sum over queries is one product, and dk and dv, which do not
-// fit into the nearest cache, are read and written once for all of them.
+// heads_at_once query heads of one key-value head go through a block of keys together: dk and dv are one product over
+// all their queries, and, too large for L1, are read and written once for all heads.
 constexpr int64_t backward_keys = 128, heads_at_once = 4, packed_queries = heads_at_once * query_block;
 
 // One head's block of queries.

@@ -17,8 +17,8 @@ constexpr int64_t chunk_keys = 128;
 constexpr int64_t fetched_keys = 64;
 // Queries that share keys, unless a single row has more.
 constexpr int64_t block_queries = 64;
-// Work is cut into about so many tasks where rows alone are not enough of them, whatever the number of threads: the
-// result shall not depend on it. None is smaller than `least_cost`.
+// Where there are fewer rows than this, their keys are divided until there are about this many tasks, none smaller than
+// `least_cost`. The number does not follow the threads, so that the result does not either.
 constexpr int64_t wanted_tasks = 32;
 constexpr int64_t least_cost = 4 * chunk_keys;
 // Below this cost times KV · D one thread does it all.

@@ -133,7 +133,7 @@ C largest_of(const T* z, int64_t n) {
     return result;
 }
 
-// The sum of e^(scale z - shift), where each is wanted for nothing else: scoring, and the loss without a gradient.
+// The sum of e^(scale z - shift) without storing the terms: for scoring, and for the loss without a gradient.
 template <class T>
 float sum_of_exponentials(const T* z, int64_t n, float shift, float scale) {
     floats sums[2] = {};

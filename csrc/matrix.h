@@ -130,7 +130,7 @@ inline void store_operands(bfloat16* to, floats even, floats odd) {
 }
 #endif
 
-// While one lives, this thread may multiply. Tiles that stay configured would be saved at every change of context.
+// Configures AMX tiles for this thread while it lives. Left configured, they would be saved at every context switch.
 struct Multiplying {
 #ifdef __AMX_BF16__
     Multiplying() {

@@ -168,7 +168,7 @@ inline void write_block(E* to, const E (&block)[panel][panel]) {
 // Two of bfloat16 are a word.
 template <Layout layout>
 inline void write_block(bfloat16* to, const bfloat16 (&block)[panel][panel]) {
-    alignas(64) uint16_t turn[2][panel];  // two vectors' values in turn, the first 16 of each and the last
+    alignas(64) uint16_t turn[2][panel];  // two vectors interleaved: the first 16 values of each, and the last
     alignas(64) uint16_t apart[2][panel];  // the even ones of two vectors' values, and the odd ones
     for (uint16_t i = 0; i < panel; ++i) {
         turn[0][i] = uint16_t(i / 2 + i % 2 * panel), turn[1][i] = uint16_t(turn[0][i] + panel / 2);

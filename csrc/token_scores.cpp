@@ -1,5 +1,5 @@
 // The head's statistics of scored tokens, in one pass: products with the vocabulary's weights by AMX, and of each 32 x
-// 32 of them, while they lie in the first cache, maximum, argmax and sum of exponentials. Contract in
+// 32 of them, while they lie in L1, maximum, argmax and sum of exponentials. Contract in
 // cogsym/ops/linear_cross_entropy.py. Logits are never rounded to bfloat16. Where the processor has no AMX, or for other
 // types, there is nothing here: the blocks of linear_cross_entropy.cpp serve.
 
@@ -27,7 +27,7 @@ struct TokenScores {
 #ifdef __AMX_BF16__
 
 constexpr int64_t half = panel / 2;
-// Tokens that a block of the vocabulary meets while they lie in the second cache, and the vocabulary that a task takes.
+// What a task takes: tokens, which stay in L2 while its columns of the vocabulary pass, and these columns.
 constexpr int64_t task_rows = 1024, task_columns = 2048;
 
 using ints = vector_t<int32_t>;
@@ -59,7 +59,7 @@ struct TokenScorer {
         for (int64_t d = 0; d < D; d += panel) {
             const bfloat16 *left = words + d * panel, *right = tokens + d * panel;
             _tile_loadd(4, left, line);
-            // Tokens pass by; the words stay in the first cache.
+            // The tokens are streamed past L1; the rows of the vocabulary stay in it.
             _tile_stream_loadd(6, right, 2 * line);
             _tile_dpbf16ps(0, 4, 6);
             _tile_stream_loadd(7, right + panel, 2 * line);

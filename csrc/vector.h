@@ -1,5 +1,5 @@
 // Vectors of the instruction set's width, for loops that the compiler would not vectorise well by itself: those with
-// sums and maxima in registers. GCC's and clang's vector extension; intrinsics only where it has no word for one.
+// sums and maxima in registers. GCC's and clang's vector extension; intrinsics only for what it cannot express.
 #pragma once
 
 #include "scalar.h"

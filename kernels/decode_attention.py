@@ -16,7 +16,7 @@ from cogsym.kernels.common import inner_contiguous, multiprocessors, on_device
 from cogsym.kernels.linear_cross_entropy import _logit
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
-# A program shall have at least so many blocks of keys, and as many programs as this have their results added up.
+# Key blocks that a split has at least, and splits of a row at most, whose results a second kernel adds up.
 LEAST_BLOCKS, MOST_SPLITS = 4, 64
 
 
@@ -65,7 +65,7 @@ def decode_attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """ROWS rows and one key-value head a program; a split takes every so-manieth block of a range's keys."""
+    """ROWS rows and one key-value head a program; split s takes the key blocks s, s + SPLITS, ..."""
     compute: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     first = tl.program_id(0).to(tl.int64) * ROWS
     kv, split = tl.program_id(1), tl.program_id(2)
