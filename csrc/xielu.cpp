@@ -96,7 +96,7 @@ __attribute__((noinline)) void add_alphas(double* to, const T* x, const T* dz, i
     C values[block], grads[block];
     for (int64_t begin = 0; begin < n; begin += block) {
         const int64_t m = smaller(n - begin, block);
-        C above = 0, below = 0;
+        double above = 0, below = 0;  // of either sign, so that what they leave may be far smaller than they
 #pragma omp simd
         for (int64_t i = 0; i < m; ++i) {
             values[i] = widen(x[begin + i]);
@@ -105,8 +105,8 @@ __attribute__((noinline)) void add_alphas(double* to, const T* x, const T* dz, i
 #pragma omp simd reduction(+ : above, below)
         for (int64_t i = 0; i < m; ++i) {
             const C v = values[i], square = v * v, bent = of.bent(v);
-            above += v > 0 ? grads[i] * square : C(0);
-            below += v > 0 ? C(0) : grads[i] * bent;
+            above += v > 0 ? double(grads[i]) * double(square) : 0.0;
+            below += v > 0 ? 0.0 : double(grads[i]) * double(bent);
         }
         to[0] += above;
         to[1] += below;

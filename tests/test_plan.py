@@ -86,6 +86,8 @@ def test_parts_of_a_model_that_calls_its_layers_otherwise() -> None:
     model = BloomForCausalLM(config)
     parts = {part.name: part for part in LayerPlan.layers(3, [1], final_norm=True).parts(model)}
     assert list(parts) == ["embeddings", "layer 0", "layer 1", "layer 2", "final norm", "head"]
+    norm = model.transformer.word_embeddings_layernorm
+    assert parts["embeddings"].parameters == (model.transformer.word_embeddings.weight, norm.weight, norm.bias)
     assert [name for name, part in parts.items() if part.trained] == ["layer 1", "final norm"]
     assert parts["final norm"].parameters == (model.transformer.ln_f.weight, model.transformer.ln_f.bias)
 

@@ -118,11 +118,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor]
 @pytest.fixture(scope="module")
 def truth() -> dict[str, Tensor]:
     """transformers' own model in one process with both rows."""
-    it = model()
-    for part in PLAN.parts(it):
-        for p in part.parameters:
-            p.requires_grad_(part.trained)
-    with exact_float64():
+    with exact_float64():  # the tables of positions too, which a model makes when it is made
+        it = model()
+        for part in PLAN.parts(it):
+            for p in part.parameters:
+                p.requires_grad_(part.trained)
         loss = it(**inputs(), use_cache=False).loss
         loss.backward()
     return {n: p.grad for n, p in it.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
