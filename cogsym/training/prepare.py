@@ -104,9 +104,9 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
         restore(model)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     adapters = hasattr(model, "peft_config")
-    for part in parts:
-        for p in part.parameters:
-            p.requires_grad_(_needs_gradient(part, p, adapters))
+    wanted = [(p, _needs_gradient(part, p, adapters)) for part in parts for p in part.parameters]
+    for p, needed in wanted:
+        p.requires_grad_(needed)
     if not any(p.requires_grad for p in model.parameters()):
         for name, p in model.named_parameters():
             p.requires_grad_(requires_grad[name])
