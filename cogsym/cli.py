@@ -256,6 +256,9 @@ def sweep(
     memory: Annotated[
         str | None, _option("What states and caches may take, such as 4GB; half of what is free.", panel="Run")
     ] = None,
+    strict_memory: Annotated[
+        bool, _option("Refuse documents that need more by themselves.", "--strict-memory", panel="Run")
+    ] = False,
     stream: Annotated[
         bool | None,
         _option("Read layers one at a time from disk; by default only where the model does not fit.", panel="Run"),
@@ -285,6 +288,7 @@ def sweep(
         truncate=truncate,
         separator=separator,
         memory_budget=None if memory is None else parse_bytes(memory),
+        strict_memory=strict_memory,
         stream=stream,
         dtype=None if dtype is None else {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}[dtype],
     )

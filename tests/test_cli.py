@@ -456,6 +456,7 @@ def test_a_configuration_with_no_layer_left(
             "remove is 2 and only a search takes it; name one in the place of the configurations: greedy, beam.",
         ),
         (["--memory", "plenty"], "size of memory 'plenty' is not understood"),
+        (["--memory", "1kB", "--strict-memory"], "The memory budget is 0.0 MiB and the document line "),
         (["--temperature", "-1"], "temperature is -1.0, expected 0"),
         (["--resume"], "There is no sweep in"),
         (["--separator", "<nope>"], "<nope>"),

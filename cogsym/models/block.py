@@ -226,8 +226,9 @@ class Block:
     def working_elements(self) -> int:
         """Elements that lie between the products for a token while a block is computed."""
         attention, mlp = (half.products(1) for half in self.halves)
-        between = sum(3 * p.outputs for p in attention[:1]) + sum(p.outputs for p in mlp[:1])
-        return 3 * self.attention.width + between + sum(p.inputs for p in mlp[1:])
+        mixing = sum(3 * p.outputs for p in attention[:1])
+        hidden = sum(p.outputs for p in mlp[:1]) + sum(p.inputs for p in mlp[1:])
+        return (3 + self.parallel) * self.attention.width + max(mixing, hidden)  # one half, then the other
 
     def repeated_flops(self, dial: Dial, length: int) -> int:
         """Those that the input gradient repeats where a dial kept no more."""

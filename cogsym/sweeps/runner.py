@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 
 from cogsym.errors import CogsymError, RunStopped
-from cogsym.memory import free_bytes
+from cogsym.memory import free_bytes, out_of_memory
 from cogsym.models.loading import load_tokenizer
 from cogsym.signals import as_interrupts, exit_status
-from cogsym.sweeps.engine.budget import PassMemory, TokenBytes
+from cogsym.sweeps.engine.budget import PassMemory, TokenBytes, largest
 from cogsym.sweeps.engine.duration import DurationEstimate
 from cogsym.sweeps.engine.fallback import generate_fallback
 from cogsym.sweeps.engine.forward import Engine
@@ -55,7 +55,9 @@ class SweepSettings:
         truncate: read documents that are longer than the context in windows, or cut their beginnings; else they are
             refused.
         separator: the token before each document; None leaves it to the task and the tokenizer.
-        memory_budget: bytes for states, keys and values; None is half of what is free.
+        memory_budget: bytes for states, keys and values; None is half of what is free. What a document takes by itself
+            is taken, with a warning.
+        strict_memory: refuse documents that take more than the budget by themselves.
         stream: read the layers one at a time from the checkpoint; None does so where the model does not fit.
         dtype: of the weights; None takes the checkpoint's own.
     """
@@ -67,6 +69,7 @@ class SweepSettings:
     truncate: bool = False
     separator: str | None = None
     memory_budget: int | None = None
+    strict_memory: bool = False
     stream: bool | None = None
     dtype: torch.dtype | None = None
 
@@ -129,6 +132,7 @@ def sweep(
     layers = load_layers(model, base, tokenizer, settings.stream, settings.dtype, needs_base, partial(_say, console))
     try:
         running = _Sweep(layers, tokenizer, rounds, loaded_tasks, settings, console)
+        running.check_memory()
         running.describe(merged)
         if dry_run:
             return None
@@ -191,6 +195,9 @@ class _Sweep:
         context = getattr(config, "max_position_embeddings", None) or 1 << 30
         self._documents = [task.documents(tokenizer, context, settings.truncate) for task in tasks]
         self._check_tokens()
+        memories = [PassMemory(self._sizes, trie) for trie, _ in self._rounds]
+        self._most = largest({t.name: of for t, of in zip(tasks, self._documents, strict=True)}, memories)
+        self._leave_room_for_packing()
         ends = getattr(layers.model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = [i for i in {*ends, tokenizer.eos_token_id} if i is not None]
@@ -210,6 +217,25 @@ class _Sweep:
                 f"The tokenizer gives the id {last} and the model's vocabulary has {rows:,} tokens; use the tokenizer "
                 "that belongs to the model."
             )
+
+    def _leave_room_for_packing(self) -> None:
+        """Give a part of a budget that was named to a second copy of the weights, or make none."""
+        if self._settings.memory_budget is None or not isinstance(self._layers, ResidentLayers):
+            return
+        writes = any(isinstance(r, Generate) for documents in self._documents for d in documents for r in d.requests)
+        self._layers.packs &= writes and self._layers.packed_bytes() + self._most[0] <= self._budget
+        if self._layers.packs:
+            self._budget -= self._layers.packed_bytes()
+
+    def check_memory(self) -> None:
+        """Warn where a document takes more than the budget by itself; with `strict_memory` raise CogsymError."""
+        needed, document = self._most
+        if needed > self._budget:
+            mib, most = (f"{number / 2**20:,.1f} MiB" for number in (self._budget, needed))
+            sentence = f"The memory budget is {mib} and {document} takes up to {most} by itself"
+            if self._settings.strict_memory:
+                raise CogsymError(f"{sentence}; give at least that, or ask for fewer configurations at a time.")
+            self._say(f"Warning: {sentence}, which will be used.")
 
     def key(self, name: str) -> dict[str, Any]:
         """What a result depends on beside its configuration."""
@@ -245,7 +271,7 @@ class _Sweep:
         )
         first, _ = self._rounds[0]
         memory, slots = PassMemory(self._sizes, first), schedule(first, narrow=False).slots
-        pieces = [piece for documents in self._documents for piece in self._pieces(documents, memory)]
+        pieces = [p for of in self._documents for p in memory.pieces(of, self._budget, self._streamed)]
         largest = max(map(memory.of, pieces)) / 2**20
         self._say(
             f"{counted(sum(map(len, self._documents)), 'document')} in {counted(len(pieces), 'piece')}, at most "
@@ -305,7 +331,7 @@ class _Sweep:
             try:
                 rows = list(self._rows(task, piece, trie))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 rows = []
             if rows:
@@ -321,12 +347,6 @@ class _Sweep:
                     f"{counted(len(trie.configurations), 'configuration')}; what came before is kept, ask for fewer "
                     "configurations at a time and go on with --resume."
                 )
-
-    def _pieces(self, documents: list[TaskDocument], memory: PassMemory) -> Iterator[list[TaskDocument]]:
-        while documents:
-            number = memory.piece(documents, self._budget, self._streamed)
-            yield documents[:number]
-            documents = documents[number:]
 
     def _rows(self, task: Task, piece: Sequence[TaskDocument], trie: Trie) -> Iterator[Row]:
         for c, outcomes in enumerate(self._outcomes(piece, trie)):
@@ -369,10 +389,6 @@ class _Sweep:
         if trie.topology == "whole":
             return generate_fallback(self._layers, trie.configurations, requests, stops, sampling)
         return generate(self._engine, self._head, trie, requests, stops, sampling)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _say(console: Console, sentence: str) -> None:

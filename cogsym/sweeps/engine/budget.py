@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from cogsym.sweeps.layers.trie import Trie
 # A piece is what is committed together; more tokens make no product faster and a kill lose more.
 _TOKENS_A_PIECE = 8192
 ROWS_A_PIECE = 4096
+_AT_HEAD = 3  # what configurations end with, gathered, normed and as the head takes it
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class _Workload:
 
     Attributes:
         scored: tokens that go through the layers to be scored.
+        sequences: what they are tokens of.
+        longest_scored: tokens of the longest one.
         scores: tokens of the continuations and of what stands before them.
         prompts: tokens of prompts.
         generated: prompts.
@@ -70,6 +73,8 @@ class _Workload:
     """
 
     scored: int = 0
+    sequences: int = 0
+    longest_scored: int = 0
     scores: int = 0
     prompts: int = 0
     generated: int = 0
@@ -83,6 +88,8 @@ class _Workload:
         prompts = [len(r.tokens) for r in generated]
         return cls(
             sum(scores) - len(scores),
+            len(scores),
+            max(scores, default=1) - 1,
             sum(scores),
             sum(prompts),
             len(prompts),
@@ -93,6 +100,8 @@ class _Workload:
     def __add__(self, other: _Workload) -> _Workload:
         return _Workload(
             self.scored + other.scored,
+            self.sequences + other.sequences,
+            max(self.longest_scored, other.longest_scored),
             self.scores + other.scores,
             self.prompts + other.prompts,
             self.generated + other.generated,
@@ -134,18 +143,40 @@ class PassMemory:
                 return i
         return len(documents)
 
+    def pieces(self, documents: Sequence[TaskDocument], budget: int, large: bool) -> Iterator[Sequence[TaskDocument]]:
+        """All documents, as many together as `piece` says."""
+        while documents:
+            number = self.piece(documents, budget, large)
+            yield documents[:number]
+            documents = documents[number:]
+
     def _bytes(self, load: _Workload) -> int:
-        if self._whole:  # one configuration after the other
+        if self._whole:  # rows of a padded batch, one state or configuration after the other
+            tokens = max(load.sequences * load.longest_scored, load.generated * load.longest_prompt)
+            together = tokens
             cached = self._deepest * load.generated * (load.longest_prompt + load.longest_new)
         else:
+            tokens = max(load.scored, load.prompts)
+            together = max(tokens, min(TOKENS_AT_ONCE, self._slots * tokens))
             cached = self._nodes * load.prompts + self._rows * load.generated * load.longest_new
-        tokens = max(load.scored, load.prompts)
         return (
-            self._slots * tokens * self._sizes.state
-            + max(tokens, TOKENS_AT_ONCE) * self._sizes.between
+            (self._slots * tokens + _AT_HEAD * together) * self._sizes.state
+            + together * self._sizes.between
             + cached * self._sizes.cached
         )
 
     def _useful(self, load: _Workload) -> bool:
         tokens, rows = load.scores + load.prompts, load.generated * self._configurations
         return tokens <= _TOKENS_A_PIECE and rows <= ROWS_A_PIECE
+
+
+def largest(documents: Mapping[str, Sequence[TaskDocument]], memories: Sequence[PassMemory]) -> tuple[int, str]:
+    """(the most bytes that a document takes by itself in one of the passes, which document of which task it is).
+
+    Args:
+        documents: of each task by its name.
+        memories: of the passes.
+    """
+    every = [(task, document) for task, of in documents.items() for document in of]
+    task, most = max(every, key=lambda pair: memories[0].of([pair[1]]))
+    return max(memory.of([most]) for memory in memories), f"the document {most.key} of the task {task}"

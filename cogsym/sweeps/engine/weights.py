@@ -71,7 +71,11 @@ class LayerSource(Protocol):
 
 
 class ResidentLayers:
-    """A model in memory. `close` undoes what was done to it."""
+    """A model in memory. `close` undoes what was done to it.
+
+    Attributes:
+        packs: whether `pack` may make a copy.
+    """
 
     def __init__(self, model: Any, base: Any | None = None) -> None:
         """Use a model's layers.
@@ -86,6 +90,7 @@ class ResidentLayers:
         layers_of(model)
         self.model, self.device, self.has_base = model, model.device, base is not None
         self.reasons: list[str] = []
+        self.packs = self.device.type == "cpu"
         self._models: dict[Weights, Any] = {"model": model}
         if base is not None:
             check_same_shape(model, base)
@@ -109,11 +114,13 @@ class ResidentLayers:
 
     def pack(self) -> None:
         """See `LayerSource`. A second copy of the weights is made where there is plenty of room for it."""
-        plain = self._plain()
-        needed = sum(m.weight.nbytes for projections in plain for m in projections.modules)
-        if self.device.type == "cpu" and 4 * needed < psutil.virtual_memory().available:
-            for projections in plain:
+        if self.packs and 4 * self.packed_bytes() < psutil.virtual_memory().available:
+            for projections in self._plain():
                 projections.pack()
+
+    def packed_bytes(self) -> int:
+        """What the copy that `pack` makes takes."""
+        return sum(m.weight.nbytes for projections in self._plain() for m in projections.modules)
 
     def revisions(self) -> dict[Weights, str]:
         """See `LayerSource`."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from children import in_child
 from sweeps.runs import CONTEXT, L, by_row
+from sweeps.task_rows import write_rows
+from texts import sentences
+from tiny_models import tiny_model
 
-from cogsym import RunStopped
+from cogsym import CogsymError, RunStopped, SweepSettings
 from cogsym.models.loading import load_model, load_tokenizer
+from cogsym.sweeps import runner as module
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.sampling import Stops
 from cogsym.sweeps.layers.configurations import configurations
@@ -130,3 +137,92 @@ def stores(layers: Any, trie: Any, documents: Any) -> list[torch.Tensor]:
 
 def load_tokenizer_of(layers: Any) -> Any:
     return load_tokenizer(layers.model.config.name_or_path)
+
+
+LIBRARIES = 32  # MiB of code that they generate for shapes, and of their own buffers
+
+
+def peak(sweep: Callable[..., Any], task: Any, model: Path, out: Path, budget: int) -> tuple[float, str]:
+    """(MiB that a sweep adds to its process at the most, beside what it has when its first document comes; what it
+    said)."""
+
+    def status(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))[1])
+
+    def work() -> None:
+        before = []
+        ask = module._Sweep._ask
+
+        def watched(self: Any, *args: Any) -> None:
+            if not before:
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+                before.append(status("VmRSS"))
+            ask(self, *args)
+
+        pytest.MonkeyPatch().setattr(module._Sweep, "_ask", watched)
+        sweep("input", [task], model=model, out=out, settings=SweepSettings(memory_budget=budget))
+        (out / "told").write_text(f"{(status('VmHWM') - before[0]) / 1024}\n{sweep.said}")  # type: ignore[attr-defined]
+
+    assert in_child(work) == 0
+    first, _, said = (out / "told").read_text().partition("\n")
+    return float(first), said
+
+
+@pytest.fixture
+def wide_model(model_folder: Path) -> Path:
+    """One of whose states, keys and values the libraries' own memory is a small part."""
+    tiny_model(
+        "llama", vocab_size=300, hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, max_position_embeddings=2048,
+    ).save_pretrained(model_folder)  # fmt: skip
+    return model_folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+@pytest.mark.parametrize("kind", ["text", "translation"])
+def test_the_process_keeps_to_its_budget(
+    sweep: Callable[..., Any], tmp_path: Path, wide_model: Path, kind: str
+) -> None:
+    """Where there is room for several documents, and where there is none for one, which a warning then says."""
+    rows = [{"sw": " ".join(sentences(15, seed=i)), "en": " ".join(sentences(15, seed=99 + i))} for i in range(8)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    text = {"name": "it", "kind": "text", "data": f"{tmp_path / 'rows.jsonl'}#sw", "language": "sw"}
+    translation = {
+        "name": "it", "kind": "translation", "side": "production", "data": str(tmp_path / "rows.jsonl"),
+        "language": "sw", "template": "{en} = {sw}", "max_new_tokens": 4,
+    }  # fmt: skip
+    task = text if kind == "text" else translation
+    used, said = peak(sweep, task, wide_model, tmp_path / "large", 150 << 20)
+    pieces = int(re.search(r"8 documents in (\d+) pieces?", said)[1])
+    assert pieces < 8 and "Warning" not in said
+    assert 20 < used < 150 + LIBRARIES, said
+    used, said = peak(sweep, task, wide_model, tmp_path / "small", 1 << 20)
+    told = re.search(
+        r"Warning: The memory budget is 1\.0 MiB and the document line \d+ of the task it takes up to (\S+) MiB by "
+        r"itself, which will be used\.\n", said,
+    )  # fmt: skip
+    assert told and "8 documents in 8 pieces" in said
+    assert float(told[1]) / 5 < used < float(told[1]) + LIBRARIES, said
+
+
+def test_strict_memory_refuses_what_does_not_fit(sweep: Callable[..., Any], tasks: Any, tmp_path: Path) -> None:
+    strict = SweepSettings(memory_budget=100_000, strict_memory=True)
+    for dry_run in (True, False):
+        with pytest.raises(
+            CogsymError, match=r"budget is 0\.1 MiB and the document .* takes up to \S+ MiB by itself; g"
+        ):
+            sweep("input", tasks, settings=strict, dry_run=dry_run)
+        assert not list(tmp_path.glob("out/results/*"))
+    sweep("input", tasks, settings=replace(strict, memory_budget=100 << 20))
+    assert "Warning" not in sweep.said  # type: ignore[attr-defined]
+
+
+def test_a_copy_of_the_weights_has_to_fit_into_the_budget(
+    sweep: Callable[..., Any], tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[int] = []
+    monkeypatch.setattr("cogsym.models.projections.pack_linear", lambda weight: packed.append(weight.nbytes))
+    for name, budget, some in (("none", None, True), ("large", 100 << 20, True), ("small", 10_000, False)):
+        sweep("input", tasks, out=tmp_path / name, settings=SweepSettings(memory_budget=budget))
+        assert bool(packed) == some
+        packed.clear()
