@@ -132,6 +132,7 @@ def sweep(
     layers = load_layers(model, base, tokenizer, settings.stream, settings.dtype, needs_base, partial(_say, console))
     try:
         running = _Sweep(layers, tokenizer, rounds, loaded_tasks, settings, console)
+        running.check_memory()
         running.describe(merged)
         running.check_memory()
         if dry_run:

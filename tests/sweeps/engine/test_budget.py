@@ -198,7 +198,7 @@ def test_the_process_keeps_to_its_budget(
     assert 20 < used < 150 + LIBRARIES, said
     used, said = peak(sweep, task, wide_model, tmp_path / "small", 1 << 20)
     told = re.search(
-        r"\nWarning: The memory budget is 1\.0 MiB and the document line \d+ of the task it takes up to (\S+) MiB by "
+        r"Warning: The memory budget is 1\.0 MiB and the document line \d+ of the task it takes up to (\S+) MiB by "
         r"itself, which will be used\.\n", said,
     )  # fmt: skip
     assert told and "8 documents in 8 pieces" in said
