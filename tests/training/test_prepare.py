@@ -327,10 +327,12 @@ def test_quantised_weights_cannot_be_trained() -> None:
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
         torch.zeros(52, 36, dtype=torch.uint8), requires_grad=False
     )
+    flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(
         CogsymError, match="plan trains layer 0, which holds weights quantised to uint8, expected float"
     ):
         cogsym.prepare(model, LayerPlan.outer(4))
+    assert [p.requires_grad for p in model.parameters()] == flags
 
 
 def test_a_tuple_is_returned_where_one_is_asked_for() -> None:
