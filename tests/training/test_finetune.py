@@ -220,7 +220,7 @@ def test_a_step_that_does_not_fit_into_memory(
     saved = (
         "start again with a smaller batch"
         if step == 2
-        else "checkpoint-3 is intact, go on with --resume and --keep noth"
+        else "checkpoint-3 is intact, go on with --resume"
     )
     with pytest.raises(RunStopped, match=f"^Step {step} does not fit into memory; .*{saved}"):
         run(model_folder, text_file, tmp_path / "out")
