@@ -19,6 +19,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from cogsym.errors import CogsymError
+
 TEMPORARY = ".tmp"  # the end of the name of what is not whole yet
 MANIFEST = "manifest.json"
 _CHECKSUM = "sha256"
@@ -179,6 +181,16 @@ class FolderLock:
         except OSError:
             return None
         return status.st_dev, status.st_ino
+
+
+def check_file(path: Path) -> None:
+    """Refuse what would be waited for, or read without an end.
+
+    Raises:
+        CogsymError: the path is a pipe, a socket or a device.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CogsymError(f"{path} is a pipe or a device, expected a file, as it is read more than once.")
 
 
 def reason(error: OSError) -> str:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cogsym.errors import CogsymError
+from cogsym.records import check_file
 
 Record = tuple[str, Mapping[str, Any]]  # where it stands ("line 7"), and its fields
 Reader = Callable[[Path, Sequence[str], Sequence[str]], Iterator[Record]]
@@ -129,7 +130,9 @@ def _read_parquet(path: Path, fields: Sequence[str], texts: Sequence[str]) -> It
         _require_columns(path, fields, texts, file.schema_arrow)
         yield from _rows(path, file.iter_batches(_ARROW_ROWS, columns=list(fields)))
     except (pa.ArrowException, OSError) as error:
-        raise CogsymError(f"{path} is not a readable Parquet file ({_first_line(error)}); write it again.") from error
+        raise CogsymError(
+            f"{path} is not a readable Parquet file ({_first_line(error)}); write it again if it is damaged."
+        ) from error
 
 
 def _read_datasets_folder(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
@@ -156,7 +159,7 @@ def _read_datasets_folder(path: Path, fields: Sequence[str], texts: Sequence[str
     try:
         yield from _rows(path, tables)
     except (pa.ArrowException, OSError) as error:
-        raise CogsymError(f"{path} is damaged ({_first_line(error)}); save the dataset again.") from error
+        raise CogsymError(f"{path} is not read ({_first_line(error)}); save it again if it is damaged.") from error
 
 
 def _require_columns(path: Path, fields: Sequence[str], texts: Sequence[str], schema: pa.Schema) -> None:
@@ -198,10 +201,12 @@ def reader_of(path: Path) -> Reader:
     """The function that reads the path's format.
 
     Raises:
-        CogsymError: it does not exist or has an unknown format.
+        CogsymError: it does not exist, is a pipe or a device, or has an unknown format.
     """
     if not path.exists():
         raise CogsymError(f"{path} does not exist; check the path of the text file.")
+    for part in path.rglob("*") if path.is_dir() else [path]:
+        check_file(part)
     if path.is_dir():
         return _read_datasets_folder
     if path.suffix.lower() not in _READERS:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from cogsym.errors import CogsymError
+from cogsym.records import check_file, reason
+
+_MOST_LAYERS = 1000  # several times the deepest language model's; building a million takes hours
+_POSITIVE = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "head_dim",
+    "vocab_size",
+)
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -23,6 +35,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> Any:
         CogsymError: no such folder, no safetensors in it, a damaged file, weights that are missing or do not fit.
     """
     folder = check_model_folder(name)
+    load_config(name)  # what is wrong with it is told better before the model is built
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -32,8 +45,8 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CogsymError(f"The model {str(name)!r} does not load: {_first_line(error)}") from error
+    except Exception as error:  # transformers raises AttributeError, KeyError, AssertionError ... for what it is given
+        raise CogsymError(f"The model {str(name)!r} does not load: {_one_line(error)}.") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers fills these in at random and only warns.
@@ -52,9 +65,45 @@ def load_config(name: str | Path) -> Any:
     """
     folder = check_model_folder(name)
     try:
+        written, _ = PreTrainedConfig.get_config_dict(folder or name)
+        _check_config(name, {**written, **(written.get("text_config") or {})})
         return AutoConfig.from_pretrained(folder or name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CogsymError(f"The model {str(name)!r} is not understood: {_first_line(error)}") from error
+    except CogsymError:
+        raise
+    except Exception as error:
+        raise CogsymError(f"The model {str(name)!r} is not understood: {_one_line(error)}.") from error
+
+
+def build_model(name: str | Path, config: Any, **options: Any) -> Any:
+    """A causal language model with the weights that it has before it is trained, from its configuration.
+
+    Args:
+        name: of the model, for the error.
+        config: as `load_config` gives it.
+        options: of `AutoModelForCausalLM.from_config`.
+
+    Raises:
+        CogsymError: transformers cannot build it.
+    """
+    try:
+        return AutoModelForCausalLM.from_config(config, **options)
+    except Exception as error:
+        raise CogsymError(f"The model {str(name)!r} cannot be built: {_one_line(error)}.") from error
+
+
+def _check_config(name: str | Path, written: Mapping[str, Any]) -> None:
+    for key in _POSITIVE:
+        value = written.get(key)
+        if isinstance(value, int) and value < 1:
+            raise CogsymError(f"The config.json of {str(name)!r} has {key} {value}, expected a number above 0.")
+    layers = written.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise CogsymError(
+            f"The config.json of {str(name)!r} has num_hidden_layers {layers}, expected at most {_MOST_LAYERS}."
+        )
+    for key, value in written.items():
+        if key.endswith(("dropout", "pdrop")) and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise CogsymError(f"The config.json of {str(name)!r} has {key} {value}, expected a share from 0 to 1.")
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -66,9 +115,9 @@ def load_tokenizer(name: str | Path) -> Any:
     folder = check_model_folder(name)
     try:
         return AutoTokenizer.from_pretrained(folder or name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise CogsymError(
-            f"The tokenizer of {str(name)!r} does not load ({_first_line(error)}); expected tokenizer.json and "
+            f"The tokenizer of {str(name)!r} does not load ({_one_line(error)}); expected tokenizer.json and "
             "tokenizer_config.json beside the model."
         ) from error
 
@@ -84,6 +133,8 @@ def check_model_folder(name: str | Path) -> Path | None:
         if folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or folder.exists():
             raise CogsymError(f"There is no model folder {str(name)!r}; give a folder that save_pretrained wrote.")
         return None
+    for path in folder.iterdir():
+        check_file(path)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CogsymError(
             f"The folder {str(name)!r} holds adapters without their model; save the model with the adapters merged "
@@ -101,10 +152,14 @@ def check_model_folder(name: str | Path) -> Path | None:
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
-        except (SafetensorError, OSError) as error:
-            raise CogsymError(f"{file} is damaged ({_first_line(error)}); fetch or write it again.") from error
+        except OSError as error:
+            raise CogsymError(f"{file} cannot be read ({reason(error)}); mend that and try again.") from error
+        except SafetensorError as error:
+            raise CogsymError(f"{file} is damaged ({_one_line(error)}); fetch or write it again.") from error
     return folder
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
+def _one_line(error: BaseException) -> str:
+    """The first paragraph of what a library says, without its dot."""
+    paragraph = str(error).strip().partition("\n\n")[0]
+    return " ".join(paragraph.split()).rstrip(".:") or type(error).__name__

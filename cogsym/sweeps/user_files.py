@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from cogsym.errors import CogsymError
+from cogsym.records import check_file
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -19,6 +20,7 @@ def read(path: Path) -> Any:
     Raises:
         CogsymError: it cannot be read, or is not what its name says.
     """
+    check_file(path)
     try:
         text = path.read_text("utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from cogsym.data import Document, PackedDataset, Source, content_digest, pack, separator_id, tokenize
 from cogsym.decoder import layers_name_of, layers_of
 from cogsym.errors import CogsymError, RunStopped
+from cogsym.memory import out_of_memory
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.records import reason, replacing
@@ -175,6 +176,14 @@ def _trained(
     callback.trainer = trainer
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        kept = folder.complete_checkpoints()
+        saved = f"{kept[-1]} is intact, go on with --resume and --keep nothing, or start" if kept else "start again"
+        raise RunStopped(
+            f"Step {trainer.state.global_step + 1} does not fit into memory; {saved} with a smaller batch."
+        ) from error
     finally:
         callback.close()
         network.config.use_cache = use_cache

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogsym.data import Document, Source, read_documents
+from cogsym.data.sources import content_digest
 from cogsym.errors import CogsymError
 
 TEMPLATE = "English: {en}\nSwahili: {sw}"
@@ -274,6 +277,20 @@ def test_bad_datasets_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = raises_one_sentence({"path": tmp_path / "both" / "train"}, "all")
     assert 'pip install "cogsym[datasets]"' in message
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.tsv", "a.parquet", "folder/state.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    signal.alarm(20)  # ends the process if it waits
+    where = path.parent if path.parent != tmp_path else path
+    message = raises_one_sentence({"path": where}, "all")
+    with pytest.raises(CogsymError, match="is a pipe or a device"):
+        content_digest(Source(where))
+    signal.alarm(0)
+    assert f"{path} is a pipe or a device, expected a file, as it is read more than once." in message
 
 
 def test_unknown_loss_is_a_programming_error(tmp_path):

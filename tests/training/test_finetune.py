@@ -205,6 +205,27 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(resumed).items())
 
 
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_step_that_does_not_fit_into_memory(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    original = Trainer.compute_loss
+
+    def full(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step - 1:
+            torch.empty(1 << 60)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", full)
+    saved = (
+        "start again with a smaller batch"
+        if step == 2
+        else "checkpoint-3 is intact, go on with --resume"
+    )
+    with pytest.raises(RunStopped, match=f"^Step {step} does not fit into memory; .*{saved}"):
+        run(model_folder, text_file, tmp_path / "out")
+
+
 def test_a_run_that_is_there_is_not_overwritten(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     run(model_folder, text_file, tmp_path / "out", steps=1)
     with pytest.raises(CogsymError, match="holds a run already; continue it with --resume, or choose another --out"):

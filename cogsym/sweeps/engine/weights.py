@@ -17,14 +17,13 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from cogsym.decoder import decoder_of, layers_of
 from cogsym.errors import CogsymError
 from cogsym.models import Block, UnknownLayerError, read_block
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.guard import why_own
-from cogsym.models.loading import check_model_folder, load_config
+from cogsym.models.loading import build_model, check_model_folder, load_config
 from cogsym.sweeps.layers.actions import Weights
 
 
@@ -165,12 +164,12 @@ class StreamedLayers:
         config = load_config(folder)
         self._dtype = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
+            self.model = build_model(folder, config, dtype=self._dtype).eval()
         self._layers, decoder = layers_of(self.model), decoder_of(self.model)
         self._files: dict[Weights, _Checkpoint] = {"model": _Checkpoint(folder)}
         if base is not None:
             with init_empty_weights():
-                check_same_shape(self.model, AutoModelForCausalLM.from_config(load_config(base)))
+                check_same_shape(self.model, build_model(base, load_config(base)))
             self._files["base"] = _Checkpoint(base)
         (self._prefix,) = (f"{name}." for name, module in self.model.named_modules() if module is self._layers)
         self._load_rest()
@@ -219,9 +218,12 @@ class StreamedLayers:
                 "streamed; leave streaming off."
             )
         self._files["model"].check_tied(tied)
-        names = [name for name in self.model.state_dict() if name not in tied]
-        for file in self._files.values():
-            file.check(names)
+        weights = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
+        names = [*weights]
+        for which, file in self._files.items():
+            # A base may have fewer tokens than the model.
+            shaped = [name for name in names if which == "model" or name.startswith(self._prefix)]
+            file.check(names, {name: tuple(weights[name].shape) for name in shaped})
         rest = [name for name in names if not name.startswith(self._prefix)]
         for name, tensor in self._files["model"].read("", rest).items():
             set_module_tensor_to_device(self.model, name, self.device, value=tensor, dtype=self._dtype)
@@ -246,7 +248,7 @@ class _Checkpoint:
             with safe_open(file, framework="pt") as opened:
                 self._where |= dict.fromkeys(opened.keys(), file)
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse a checkpoint that does not have its weights as the model has them."""
         missing = [name for name in names if name not in self._where]
         if missing:
@@ -254,6 +256,13 @@ class _Checkpoint:
                 f"{self._folder} holds no weight named {missing[0]}, so its layers cannot be streamed; leave streaming "
                 "off."
             )
+        for name, shape in shapes.items():
+            with self.mapped(name) as weight:
+                if weight.shape != shape:
+                    raise CogsymError(
+                        f"{self._folder} holds {name} of shape {tuple(weight.shape)}, expected {shape}, as its "
+                        "config.json says; fetch or write the two again."
+                    )
 
     def check_tied(self, tied: Mapping[str, str]) -> None:
         """Refuse weights that are to be one and are not; transformers then lets them be two."""

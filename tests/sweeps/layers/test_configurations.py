@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -103,3 +104,6 @@ def test_files_that_are_no_list_are_refused(tmp_path, content, told):
         configurations(path, 5)
     with pytest.raises(CogsymError, match="cannot be read"):
         configurations(tmp_path / "missing.yaml", 5)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(CogsymError, match=r"pipe\.yaml is a pipe or a device, expected a file"):
+        configurations(tmp_path / "pipe.yaml", 5)
