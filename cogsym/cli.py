@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import shlex
 import sys
 import warnings
@@ -425,6 +426,11 @@ def main() -> None:
 def _end(sentence: str, status: int) -> NoReturn:
     with contextlib.suppress(OSError):  # the terminal may be gone
         print(f"cogsym: {sentence}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # what is left would be flushed once more at the end, and that failure be the exit status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 
