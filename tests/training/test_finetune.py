@@ -217,11 +217,7 @@ def test_a_step_that_does_not_fit_into_memory(
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "compute_loss", full)
-    saved = (
-        "start again with a smaller batch"
-        if step == 2
-        else "checkpoint-3 is intact, go on with --resume"
-    )
+    saved = "start again with a smaller batch" if step == 2 else "checkpoint-3 is intact, go on with --resume"
     with pytest.raises(RunStopped, match=f"^Step {step} does not fit into memory; .*{saved}"):
         run(model_folder, text_file, tmp_path / "out")
 
