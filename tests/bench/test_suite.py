@@ -30,16 +30,19 @@ from cogsym.bench import (
     plots,
     report,
     sampled,
+    speed,
     study,
     suite,
     sweep,
     train,
 )
 from cogsym.bench.case import OURS, Case, Setting, measure
+from cogsym.bench.speed import Speed
 from cogsym.bench.trainers import COMPETITORS, Competitor, Job
 
 CPU = torch.device("cpu")
 QUICK = Setting(("tiny",), CPU, full=False)
+FAST = Speed({torch.bfloat16: 1e12, torch.float32: 1e11})
 ROOT = Path(__file__).parents[2]
 
 
@@ -49,6 +52,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("COLUMNS", "300")
     # Time enough for everybody, and one round.
     monkeypatch.setattr(suite, "QUICK_SECONDS", dict.fromkeys(suite.STUDIES, 600.0))
+    monkeypatch.setattr(speed, "measured", lambda device: FAST)
     monkeypatch.setattr(study, "measure", lambda case, device, *_: measure(case, device, 1))
     monkeypatch.setattr(ops, "PASSES", 1)
 
@@ -71,7 +75,8 @@ def test_quick_run(
     parts = ("ops", "sweep", "generate", "train")
     status, out, err = command(*parts, "--model", "tiny", "--quick", "--out", tmp_path / "new")
     assert status == 0, err
-    assert "1/18  tiny, 1024 tokens, bfloat16: gated_activation, forward, 40:00 left" in out
+    assert "Products run at 1,000 GFLOP/s in bfloat16 and 100 GFLOP/s in float32 here. Measured in bfloat16." in out
+    assert "1/18  ops: tiny, 1024 tokens, bfloat16: gated_activation, forward, 40:00 left" in out
     for part in parts:
         result = report.read(tmp_path / "new" / f"{part}.json")
         assert (tmp_path / "new" / f"{part}.png").stat().st_size > 5000
@@ -98,7 +103,7 @@ def test_quick_run(
 
 @pytest.mark.parametrize("part", [name for name in suite.STUDIES if name != "overhead"])
 def test_no_number_is_broken_on_a_narrow_screen(part: str) -> None:
-    result = report.read(ROOT / "benchmarks" / "results" / f"{part}.json")
+    result = report.read(ROOT / "benchmarks" / "results" / "xeon-amx" / f"{part}.json")
     text = StringIO()
     report.show(result["cases"], suite.STUDIES[part].table, Console(file=text, width=80))
     words = text.getvalue().split()
@@ -179,7 +184,7 @@ def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatc
         competitor("right", lambda job: job.call()()),
     )
     monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:1] + added)
-    case = train.case("tiny", 4, 1, "outer layers", QUICK)
+    case = train.case("tiny", 4, 1, 64, "outer layers", QUICK)
     assert case.variants.keys() == {OURS, "right"}
     assert case.different["half"].startswith("its loss is 5.0e-01 away")
     assert case.different["detached"].startswith("its gradients are 5.0e-01 away")
@@ -199,7 +204,7 @@ def test_an_operation_that_computes_something_else_is_not_timed(monkeypatch: pyt
 @pytest.mark.parametrize("kind", ["outer layers", "LoRA on the outer layers"])
 def test_a_turn_leaves_no_trace(kind: str) -> None:
     """After every competitor's turn the plain model computes exactly what it did before."""
-    job = train.make_job("tiny", 4, 1, kind != "outer layers", CPU)
+    job = train.make_job("tiny", 4, 1, 64, kind != "outer layers", CPU)
     trained = [p for p in job.model.parameters() if p.requires_grad]
 
     def state() -> list[tuple[set[str], int, int]]:
@@ -225,8 +230,8 @@ def test_a_turn_leaves_no_trace(kind: str) -> None:
 
 def test_the_floor_is_every_product_of_a_step() -> None:
     """All linear maps and the head: what the plain step computes besides is attention."""
-    job = train.make_job("tiny", 4, 1, False, CPU)
-    products = train.step_floor(job, train.LENGTH)
+    job = train.make_job("tiny", 4, 1, 64, False, CPU)
+    products = train.step_floor(job)
     with FlopCounterMode(display=False) as counter:
         job.call()().backward()
     counts = counter.get_flop_counts()["Global"]
@@ -278,7 +283,7 @@ def test_an_install_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_lora_is_compared_with_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "COMPETITORS", [c for c in COMPETITORS if c.name in (OURS, "transformers, SDPA")])
-    case = train.case("tiny", 4, 1, train.JOBS[1], QUICK)
+    case = train.case("tiny", 4, 1, 64, train.JOBS[1], QUICK)
     assert case.variants.keys() == {OURS, "transformers, SDPA"}
     # q and o are 64 x 64, k and v 64 x 32, gate, up and down 64 x 160; in two layers, of rank 16.
     assert case.facts["trained_parameters"] == 2 * 16 * (2 * 128 + 2 * 96 + 3 * 224)
