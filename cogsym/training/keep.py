@@ -7,7 +7,7 @@ share of attention is that of a full row of its length.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,29 +65,87 @@ def run_flops(blocks: Sequence[Block], length: int) -> int:
     return sum(blocks[j].forward_flops(length) for j in again)
 
 
-def choose(blocks: Sequence[Block], tokens: int, length: int, element_size: int, budget: int) -> list[Keep]:
+def inputs_at_once(n: int) -> int:
+    """How many inputs of a run of n blocks that keep nothing are there at once, at the most, while it goes backward."""
+    size, there, most = math.isqrt(max(n - 1, 0)) + 1, {0}, 1
+    for i in reversed(range(n)):
+        if i not in there:
+            segment, begin = i // size * size, max(j for j in there if j < i)
+            there |= {j for j in range(begin + 1, i + 1) if j >= segment or j % size == 0}
+        most = max(most, len(there))
+        there.discard(i)
+    return most
+
+
+def choose(blocks: Mapping[int, Block], tokens: int, length: int, element_size: int, budget: int) -> dict[int, Keep]:
     """What each frozen layer keeps so that together they fit `budget` bytes with few FLOPs repeated.
 
     Every layer starts with "all". The step that frees the most bytes for a FLOP repeated is taken first, in the lowest
-    layer of those that are equal, until it fits; where "input" everywhere does not, every layer keeps "nothing".
+    layer of those that are equal, until it fits. Where "input" everywhere does not, the lowest layers keep "nothing",
+    as few of them as fit: what the others keep is gone by the time they are computed again. The order of the steps
+    does not depend on the budget, so that a larger one never keeps less or repeats more.
+
+    Args:
+        blocks: the frozen layers through which a gradient flows, by index.
+        tokens: of a batch.
+        length: T, of a row.
+        element_size: as `cost` has it.
+        budget: bytes. Where it is less than any choice can do with, that which holds the least at once is made.
     """
     ladder: tuple[Keep, ...] = ("all", "attention", "input")
-    costs = [[cost(block, keep, length, element_size) for keep in ladder] for block in blocks]
-    rung = [0] * len(blocks)
+    costs = {i: [cost(block, keep, length, element_size) for keep in ladder] for i, block in blocks.items()}
+    rung = dict.fromkeys(blocks, 0)
 
     def gain(i: int) -> float:
         here, below = costs[i][rung[i]], costs[i][rung[i] + 1]
         return (here.bytes_per_token - below.bytes_per_token) / max(below.repeated - here.repeated, 1)
 
-    held = tokens * sum(c[0].bytes_per_token for c in costs)
+    held = tokens * sum(c[0].bytes_per_token for c in costs.values())
     while held > budget:
-        steps = [i for i in range(len(blocks)) if rung[i] + 1 < len(ladder)]
+        steps = [i for i in blocks if rung[i] + 1 < len(ladder)]
         if not steps:
-            return ["nothing"] * len(blocks)
+            inputs = {i: tokens * c[-1].bytes_per_token for i, c in costs.items()}
+            lowest = _keeping_nothing(inputs, budget)
+            return {i: "nothing" if i in lowest else "input" for i in blocks}
         i = max(steps, key=gain)
         held -= tokens * (costs[i][rung[i]].bytes_per_token - costs[i][rung[i] + 1].bytes_per_token)
         rung[i] += 1
-    return [ladder[r] for r in rung]
+    return {i: ladder[r] for i, r in rung.items()}
+
+
+def _keeping_nothing(inputs: Mapping[int, int], budget: int) -> set[int]:
+    """The lowest layers that keep nothing: as few as fit, or those with which the least is held at once.
+
+    Args:
+        inputs: bytes of each layer's input, by index.
+        budget: bytes.
+    """
+    order, most = sorted(inputs), {}
+    for n in range(2, len(order) + 1):  # a run of one keeps its input
+        most[n] = most_held(inputs, order[:n])
+        if most[n] <= budget:
+            return set(order[:n])
+    return set(order[: min(most, key=most.__getitem__)]) if most else set(order)
+
+
+def most_held(inputs: Mapping[int, int], nothing: Sequence[int]) -> int:
+    """Bytes held at the most where some layers keep nothing and those above them their input.
+
+    Args:
+        inputs: bytes of each layer's input, by index.
+        nothing: the layers that keep nothing, the lowest ones, in order.
+    """
+    runs: list[list[int]] = []
+    for i in nothing:
+        if runs and runs[-1][-1] == i - 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    firsts = [inputs[run[0]] for run in runs]
+    while_going_back = [
+        sum(firsts[:k]) + inputs_at_once(len(run)) * max(inputs[i] for i in run) for k, run in enumerate(runs)
+    ]
+    return max(sum(firsts) + sum(size for i, size in inputs.items() if i not in nothing), *while_going_back)
 
 
 class Memory:
@@ -131,8 +189,7 @@ class Memory:
         if self.shape not in self._chosen:
             graph = {i: block for i, block in self.blocks.items() if i >= index}
             budget = self.budget or free_bytes(x.device) // 2
-            keeps = choose(list(graph.values()), x.shape[0] * x.shape[1], x.shape[1], element_size, budget)
-            self._chosen[self.shape] = dict(zip(graph, keeps, strict=True))
+            self._chosen[self.shape] = choose(graph, x.shape[0] * x.shape[1], x.shape[1], element_size, budget)
         return self._chosen[self.shape].get(index, "input")
 
     def last(self, index: int) -> Keep | None:
