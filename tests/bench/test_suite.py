@@ -246,6 +246,22 @@ def test_liger_and_the_others_are_skipped_with_their_reason() -> None:
     assert reasons["torch.compile"] is None
 
 
+def test_torch_compile_has_its_budget_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._functorch import config
+    from torch._inductor import compile_fx
+
+    budgets = []
+    monkeypatch.setattr(
+        compile_fx, "compile_fx", lambda graph, _: (budgets.append(config.activation_memory_budget), graph)[1]
+    )
+    job = train.make_job("tiny", 4, 1, 8, False, CPU, torch.float32)
+    for c in COMPETITORS:
+        if c.name.startswith("torch.compile"):
+            with c.applied(job) as loss:
+                loss()
+    assert budgets == [1.0, 0.5]
+
+
 def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(competitor_module.importlib.util, "find_spec", lambda name: None)
     (cce,) = [c for c in COMPETITORS if c.name == "cut-cross-entropy"]
