@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 import torch
 
 from cogsym.bench import floor, method
 from cogsym.bench.case import dtype_name
+from cogsym.bench.method import Variant
 
 ROWS, WEIGHT = 256, (1536, 576)  # of SmolLM2-135M's largest product
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ class Speed:
 
 
 def measured(device: torch.device) -> Speed:
-    """The speed of products in bfloat16 and in float32, each timed for a twentieth of a second."""
-    rates = {}
+    """The speed of products in bfloat16 and in float32: by turns, so that what else the machine does falls on both."""
+    variants, flops = {}, 0
     for dtype in (torch.bfloat16, torch.float32):
         products = floor.Products(dtype, device)
         products.add_linear(ROWS, WEIGHT, input_gradient=True, weight_gradient=False)
-        products()
-        rates[dtype] = products.flops / method.seconds_a_call(products, device)
-    return Speed(dict(sorted(rates.items(), key=lambda item: -item[1])))
+        variants[str(dtype)], flops = Variant(products), products.flops
+    method.first_calls(variants, device)
+    rounds = method.interleaved(variants, device, rounds=ROUNDS, seconds=0.02, warm_up=False)
+    seconds = {dtype: statistics.median(rounds[str(dtype)]["seconds"]) for dtype in (torch.bfloat16, torch.float32)}
+    return Speed({dtype: flops / t for dtype, t in sorted(seconds.items(), key=lambda item: item[1])})
