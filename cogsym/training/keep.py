@@ -37,20 +37,31 @@ class Cost:
     repeated: int
 
 
-def cost(block: Block, keep: Keep, length: int, element_size: int, first_of_run: bool = True) -> Cost:
+def cost(
+    block: Block,
+    keep: Keep,
+    length: int,
+    element_size: int,
+    first_of_run: bool = True,
+    stream_size: int | None = None,
+) -> Cost:
     """What `block` costs with `keep`.
 
     Args:
         block: a frozen block.
         keep: what it keeps.
         length: T.
-        element_size: bytes of an element of the residual stream and the products, 2 for bfloat16.
+        element_size: bytes of an element of the products, 2 for bfloat16.
         first_of_run: whether a layer that keeps nothing begins its run.
+        stream_size: bytes of an element of the residual stream, where it is in another dtype than the products, as
+            float32 embeddings make it under bfloat16 autocast.
     """
+    stream_size = stream_size or element_size
     dial: Dial = keep if keep in ("all", "attention") else "input"
     repeated = block.repeated_flops(dial, length)
-    held = {"offload": 0, "nothing": block.kept_bytes("input", element_size) if first_of_run else 0}.get(
-        keep, block.kept_bytes(dial, element_size)
+    input_alone = block.kept_bytes("input", element_size, stream_size)
+    held = {"offload": 0, "nothing": input_alone if first_of_run else 0}.get(
+        keep, block.kept_bytes(dial, element_size, stream_size)
     )
     return Cost(held, block.forward_flops(length) + block.gradient_flops(length) + repeated, repeated)
 
@@ -77,7 +88,14 @@ def inputs_at_once(n: int) -> int:
     return most
 
 
-def choose(blocks: Mapping[int, Block], tokens: int, length: int, element_size: int, budget: int) -> dict[int, Keep]:
+def choose(
+    blocks: Mapping[int, Block],
+    tokens: int,
+    length: int,
+    element_size: int,
+    budget: int,
+    stream_size: int | None = None,
+) -> dict[int, Keep]:
     """What each frozen layer keeps so that together they fit `budget` bytes with few FLOPs repeated.
 
     Every layer starts with "all". The step that frees the most bytes for a FLOP repeated is taken first, in the lowest
@@ -89,11 +107,14 @@ def choose(blocks: Mapping[int, Block], tokens: int, length: int, element_size: 
         blocks: the frozen layers through which a gradient flows, by index.
         tokens: of a batch.
         length: T, of a row.
-        element_size: as `cost` has it.
+        element_size, stream_size: as `cost` has them.
         budget: bytes. Where it is less than any choice can do with, that which holds the least at once is made.
     """
     ladder: tuple[Keep, ...] = ("all", "attention", "input")
-    costs = {i: [cost(block, keep, length, element_size) for keep in ladder] for i, block in blocks.items()}
+    costs = {
+        i: [cost(block, keep, length, element_size, stream_size=stream_size) for keep in ladder]
+        for i, block in blocks.items()
+    }
     rung = dict.fromkeys(blocks, 0)
 
     def gain(i: int) -> float:
@@ -170,6 +191,7 @@ class Memory:
         self.keep, self.budget = keep, budget
         self.blocks: dict[int, Block] = {}  # the frozen layers that decide, by index
         self.shape: tuple[int, int] | None = None  # of the batch that the choice is for
+        self.sizes: tuple[int, int] | None = None  # bytes of an element of its products and of its residual stream
         self._chosen: dict[tuple[int, int], dict[int, Keep]] = {}
 
     def check(self, device: str) -> None:
@@ -180,16 +202,21 @@ class Memory:
                 "memory; on a CPU use keep='input' or 'nothing'."
             )
 
-    def of(self, index: int, x: torch.Tensor, element_size: int) -> Keep:
+    def of(self, index: int, x: torch.Tensor) -> Keep:
         """What layer `index` keeps of a batch whose residual stream is x, [B, T, D]."""
         self.check(x.device.type)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        products = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        self.sizes = (products.itemsize, x.element_size())
         if self.keep != "auto":
             return self.keep  # type: ignore[return-value]
         self.shape = (x.shape[0], x.shape[1])
         if self.shape not in self._chosen:
             graph = {i: block for i, block in self.blocks.items() if i >= index}
             budget = self.budget or free_bytes(x.device) // 2
-            self._chosen[self.shape] = choose(graph, x.shape[0] * x.shape[1], x.shape[1], element_size, budget)
+            self._chosen[self.shape] = choose(
+                graph, x.shape[0] * x.shape[1], x.shape[1], self.sizes[0], budget, stream_size=self.sizes[1]
+            )
         return self._chosen[self.shape].get(index, "input")
 
     def last(self, index: int) -> Keep | None:

@@ -15,6 +15,7 @@ from tiny_models import batch, tiny_model
 from torch import Tensor
 
 import cogsym
+from cogsym.bench.method import saved_bytes
 from cogsym.models import read_block
 from cogsym.training.autograd import _Run
 from cogsym.training.keep import choose, cost, inputs_at_once, most_held, run_flops
@@ -61,6 +62,28 @@ def test_a_run_that_keeps_nothing_holds_as_many_inputs_as_are_counted(n: int, mo
     cogsym.prepare(model, cogsym.LayerPlan.first(n + 1, 1), keep="nothing").train()
     model(**batch("plain"), use_cache=False).loss.backward()
     assert len(held) == n and max(held) == inputs_at_once(n) <= 2 * math.isqrt(max(n - 1, 0)) + 3
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2"])
+def test_trained_embeddings_make_the_stream_float32_and_that_is_counted(variant: str) -> None:
+    """Under autocast, where the products stay bfloat16: by `explain`, and by what a step saves."""
+    model = tiny_model(variant, torch.bfloat16)
+    plan = cogsym.LayerPlan.outer(4, front=1, back=1, embeddings=True, head=model.config.tie_word_embeddings)
+    ids = torch.randint(0, 61, (2, 16))
+    held, told = {}, {}
+    for keep in ("all", "attention", "input"):
+        cogsym.prepare(model, plan, keep=keep).train()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+        parameters = [*model.parameters(), *model.buffers()]
+        with torch.autocast("cpu", torch.bfloat16):
+            held[keep] = saved_bytes(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss, parameters)
+        told[keep] = [layer.bytes_per_token for layer in cogsym.explain(model).layers]
+    width = model.config.hidden_size
+    assert told["input"] == [0, 4 * width, 4 * width, 0]
+    for keep in ("all", "attention"):
+        assert held[keep] - held["input"] == ids.numel() * (sum(told[keep]) - sum(told["input"]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
