@@ -362,8 +362,8 @@ def bench(
 ) -> None:
     """Measure what cogsym gains on this machine, beside the alternatives; or compare two measurements.
 
-    A quick run takes three minutes on two cores. `compare` exits with status 1 where B is slower than A by more than
-    the noise.
+    A quick run takes three minutes, and is sized by how fast the machine is. `compare` exits with status 1 where B is
+    slower than A by more than the noise.
     """
     _quiet_transformers()
     from rich.console import Console

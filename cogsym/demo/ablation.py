@@ -11,7 +11,7 @@ from cogsym.demo.tasks import LONGEST, OPTIONS, HeldOut
 from cogsym.sweeps.results.plots import plot
 from cogsym.sweeps.runner import sweep
 
-QUESTIONS = 60  # test meanings
+QUESTIONS = 40  # test meanings
 SKIPPED = 2  # layers at either end, of which the last sentence speaks
 
 

@@ -27,10 +27,10 @@ from cogsym.signals import exit_status
 from cogsym.training.finetune import TrainResult, train
 from cogsym.training.settings import TrainSettings
 
-STEPS = 600
+STEPS = 380
 BATCH = 2  # rows a step
-HELD_OUT = 150  # test meanings
-EVALUATIONS = 10  # points of the curve
+HELD_OUT = 100  # test meanings
+EVALUATIONS = 6  # points of the curve
 EXAMPLES = 3  # translations shown
 DOCUMENTS_PER_STEP = 11 * BATCH  # a row holds about 10, so no document is seen twice
 

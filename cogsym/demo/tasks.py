@@ -17,7 +17,7 @@ from cogsym.training.evaluate import bits_per_byte, option_log_probabilities
 ROW = 256  # tokens; a pair of sentences has about 25
 LONGEST = 32  # tokens of a translation; the longest sentence has 22
 OPTIONS = 4
-SHARES = (0.1, 0.35, 0.55)  # production is the harder half, so it gets more of the documents
+SHARES = (0.05, 0.35, 0.6)  # production is the harder half, so it gets more of the documents
 
 
 @dataclass(frozen=True)
