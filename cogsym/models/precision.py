@@ -34,7 +34,8 @@ def widen(model: nn.Module) -> None:
             own = {**module._parameters, **module._buffers}
             half = {name: t.dtype for name, t in own.items() if t is not None and t.dtype in HALF_DTYPES}
             for name in half:
-                own[name].data = own[name].data.float()
+                tensor = getattr(module, name)
+                tensor.data = tensor.data.float()
             if half:
                 vars(module)[_WIDENED] = half
 
@@ -82,7 +83,7 @@ def should_widen(dtype: torch.dtype, device: torch.device) -> bool:
 
 def products_sentence(model: nn.Module, device: torch.device) -> str | None:
     """What a model's weights of 16 bits are multiplied in and why, one line; None where nothing else was to expect."""
-    stored = next((module.weight.dtype for module in model.modules() if is_stored(module)), None)
+    stored = next((p.dtype for m in model.modules() if is_stored(m) for p in m.parameters(False)), None)
     dtype = stored or next((p.dtype for p in model.parameters() if p.dtype in HALF_DTYPES), None)
     if dtype is None or device.type != "cpu":
         return None

@@ -180,7 +180,9 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
 
 def _no_wider(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight, cast where its type is not among those that `dtype` holds exactly."""
-    return weight if torch.promote_types(weight.dtype, dtype) == dtype else weight.to(dtype)
+    if weight.dtype == dtype or torch.promote_types(weight.dtype, dtype) == dtype:
+        return weight
+    return weight.to(dtype)
 
 
 def _joined(weights: list[Tensor]) -> Tensor | None:

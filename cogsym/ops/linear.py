@@ -70,12 +70,16 @@ def multiply_into(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> T
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` in plain PyTorch."""
+    if x.dtype == weight.dtype:
+        return F.linear(x, weight, bias)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 def linear_input_gradient_reference(dy: Tensor, weight: Tensor) -> Tensor:
     """`linear_input_gradient` in plain PyTorch."""
+    if dy.dtype == weight.dtype:
+        return dy @ weight
     dtype = torch.promote_types(dy.dtype, weight.dtype)
     return (dy.to(dtype) @ weight.to(dtype)).to(dy.dtype)
 
@@ -85,7 +89,8 @@ def linear_input_gradient_reference(dy: Tensor, weight: Tensor) -> Tensor:
 _FEW = range(2, 33)
 
 
-def _refuses(device: str, dtype: torch.dtype, weight_dtype: torch.dtype = torch.float32, rows: int = 0) -> str | None:
+def _refuses(device: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None, rows: int = 0) -> str | None:
+    weight_dtype = weight_dtype or dtype
     if torch.float64 in (dtype, weight_dtype):
         return "by PyTorch, as sums of the kernel are float32"
     if dtype != weight_dtype or not native(dtype):

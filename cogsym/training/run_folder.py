@@ -232,7 +232,8 @@ def open_run_folder(out: Path, record: dict[str, Any], resume: bool) -> Iterator
 
     Args:
         out: OUT, made where it is missing.
-        record: what is asked of the run, which settings.json will hold: "model", "plan", "settings", "products", "data".
+        record: what is asked of the run, which settings.json will hold: "model", "plan", "settings", "products" (the
+            type that they are computed in), "data".
         resume: go on with the run that is there, which was asked the same but for `FREE_TO_CHANGE`.
 
     Raises:

@@ -87,5 +87,6 @@ class TrainSettings:
             ("loss", ("all", "target")),
         ):
             if getattr(self, name) not in choices:
-                raise CogsymError(f"The setting {name} is {getattr(self, name)!r}, expected {' or '.join(choices)}.")
+                expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise CogsymError(f"The setting {name} is {getattr(self, name)!r}, expected {expected}.")
         Memory(self.keep, self.memory_budget)  # raises

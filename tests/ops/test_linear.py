@@ -14,7 +14,7 @@ from cogsym.ops.linear import multiply_into
 
 HALF = (torch.bfloat16, torch.float16)
 TYPES = (torch.float32, *HALF)
-# (rows, outputs, inputs): each number of rows that another loop takes, odd sizes, sizes of one, more than a block of each.
+# (rows, outputs, inputs): numbers of rows that each loop takes, odd sizes, sizes of one, more than a block of each.
 SHAPES = (
     (1, 1, 1),
     (1, 25, 67),

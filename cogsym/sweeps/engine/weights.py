@@ -114,7 +114,7 @@ class ResidentLayers:
 
     def widen(self) -> None:
         """See `LayerSource`; `close` undoes it."""
-        self.widened = True
+        self.widened, self.packs = True, False  # what is packed is multiplied in the weights' own type
         for model in self._models.values():
             precision.widen(model)
 
@@ -135,12 +135,11 @@ class ResidentLayers:
 
     def revisions(self) -> dict[Weights, str]:
         """See `LayerSource`."""
-        result = {}
+        result: dict[Weights, str] = {}
         for which, model in self._models.items():
-            weights, stored = dict(model.named_parameters()), precision.stored_dtypes(model)
-            result[which] = _digest(
-                weights, partial(_held, weights), lambda name, t, own=stored: own.get(name, t.dtype)
-            )
+            weights, widened = dict(model.named_parameters()), precision.stored_dtypes(model)
+            dtypes = {name: widened.get(name, t.dtype) for name, t in weights.items()}
+            result[which] = _digest(weights, partial(_held, weights), dtypes)
         return result
 
     def close(self) -> None:
@@ -220,7 +219,9 @@ class StreamedLayers:
         """See `LayerSource`."""
         names = [name for name, _ in self.model.named_parameters()]
 
-        return {which: _digest(names, file.mapped, lambda *_: self._dtype) for which, file in self._files.items()}
+        return {
+            which: _digest(names, file.mapped, dict.fromkeys(names, self._dtype)) for which, file in self._files.items()
+        }
 
     def _load(self, layer: int, weights: set[Weights]) -> dict[Weights, Loaded]:
         """A layer of its own with these weights, so that nothing holds them once it is dropped."""
@@ -352,13 +353,13 @@ def _held(weights: dict[str, Tensor], name: str) -> AbstractContextManager[Tenso
 def _digest(
     names: Iterable[str],
     tensor: Callable[[str], AbstractContextManager[Tensor]],
-    dtype: Callable[[str, Tensor], torch.dtype],
+    dtypes: Mapping[str, torch.dtype],
 ) -> str:
-    """Of tensors by name, as they are in a dtype."""
+    """Of tensors by name, each as it is in a dtype."""
     digest = hashlib.sha256()
     for name in sorted(names):
         with tensor(name) as weight:
-            weight = weight.detach().to(dtype(name, weight))
+            weight = weight.detach().to(dtypes[name])
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
             del weight  # before the file is closed
