@@ -170,7 +170,7 @@ def _checked(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
-    if torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
+    if hidden.dtype != weight.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
         raise ValueError(
             f"{name}: hidden is {hidden.dtype} and weight {weight.dtype}, expected the same dtype or a narrower one."
         )
