@@ -10,6 +10,7 @@ import torch
 from cogsym.bench import floor, method
 from cogsym.bench.case import dtype_name
 from cogsym.bench.method import Variant
+from cogsym.ops.products import native
 
 ROWS, WEIGHT = 256, (1536, 576)  # of SmolLM2-135M's largest product
 ROUNDS = 5
@@ -20,19 +21,16 @@ class Speed:
     """What this machine multiplies.
 
     Attributes:
-        rates: FLOP/s of products, by precision; the fastest first.
+        dtype: the precision that a user here would choose, as `--dtype auto` does.
+        rates: FLOP/s of products, by precision.
     """
 
+    dtype: torch.dtype
     rates: dict[torch.dtype, float]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The precision that a user here would choose: the fastest."""
-        return next(iter(self.rates))
-
-    @property
     def rate(self) -> float:
-        """FLOP/s of products in that precision."""
+        """FLOP/s of products in the precision that is chosen."""
         return self.rates[self.dtype]
 
     def __str__(self) -> str:
@@ -50,4 +48,5 @@ def measured(device: torch.device) -> Speed:
     method.first_calls(variants, device)
     rounds = method.interleaved(variants, device, rounds=ROUNDS, seconds=0.02, warm_up=False)
     seconds = {dtype: statistics.median(rounds[str(dtype)]["seconds"]) for dtype in (torch.bfloat16, torch.float32)}
-    return Speed({dtype: flops / t for dtype, t in sorted(seconds.items(), key=lambda item: item[1])})
+    dtype = torch.bfloat16 if device.type == "cuda" or native(torch.bfloat16) else torch.float32
+    return Speed(dtype, {dtype: flops / t for dtype, t in seconds.items()})

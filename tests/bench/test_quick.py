@@ -18,11 +18,12 @@ from cogsym.bench.case import OURS, Case, CaseSpec, Setting
 from cogsym.bench.clock import Clock
 from cogsym.bench.method import Variant
 from cogsym.bench.speed import Speed
+from cogsym.ops.products import native
 
 CPU = torch.device("cpu")
-AMX = Speed({torch.bfloat16: 1.8e12, torch.float32: 3e11})
-AVX2 = Speed({torch.float32: 1.2e11, torch.bfloat16: 1e10})
-OLD = Speed({torch.float32: 2e10, torch.bfloat16: 1e9})
+AMX = Speed(torch.bfloat16, {torch.bfloat16: 1.8e12, torch.float32: 3e11})
+AVX2 = Speed(torch.float32, {torch.bfloat16: 1e10, torch.float32: 1.2e11})
+OLD = Speed(torch.float32, {torch.bfloat16: 1e9, torch.float32: 2e10})
 
 
 def quick(here: Speed) -> Iterator[tuple[Setting, CaseSpec]]:
@@ -61,8 +62,8 @@ def test_how_fast_products_are_is_known_soon() -> None:
     start = time.perf_counter()
     here = speed.measured(CPU)
     assert time.perf_counter() - start < 5
-    assert list(here.rates.values()) == sorted(here.rates.values(), reverse=True) and here.rate > 1e8
-    assert here.dtype is next(iter(here.rates))
+    assert here.rates.keys() == {torch.bfloat16, torch.float32} and min(here.rates.values()) > 1e7
+    assert here.dtype == (torch.bfloat16 if native(torch.bfloat16) else torch.float32)
 
 
 def left(line: str) -> int:
@@ -81,12 +82,12 @@ def test_the_time_left_is_that_which_it_takes(capsys: pytest.CaptureFixture[str]
 
     one = study.Study("one", cases, report.by_variant(lambda line, result: {"seconds": "1"}), pictures=())
     start = time.perf_counter()
-    study.run([(one, Setting(("tiny",), CPU, False, seconds=6.0))], tmp_path, "command")
-    assert 5.0 < time.perf_counter() - start < 9.0
+    study.run([(one, Setting(("tiny",), CPU, False, seconds=4.0))], tmp_path, "command")
+    assert 3.5 < time.perf_counter() - start < 6.0
     lines = [line for line in capsys.readouterr().out.splitlines() if " left" in line]
     assert len(set(lines)) == 6 and lines[3].startswith("4/6  one, pass 2 of 2: one: 0, ")
     said = [left(line) for line in lines]
-    assert said[0] == 6 and said == sorted(said, reverse=True) and 1 <= said[-1] <= 2
+    assert said[0] == 4 and said == sorted(said, reverse=True) and said[-1] == 1
 
 
 def test_what_there_is_no_time_for_is_left_out_and_named(

@@ -42,7 +42,7 @@ from cogsym.bench.trainers import COMPETITORS, Competitor, Job
 
 CPU = torch.device("cpu")
 QUICK = Setting(("tiny",), CPU, full=False)
-FAST = Speed({torch.bfloat16: 1e12, torch.float32: 1e11})
+FAST = Speed(torch.bfloat16, {torch.bfloat16: 1e12, torch.float32: 1e11})
 ROOT = Path(__file__).parents[2]
 
 
