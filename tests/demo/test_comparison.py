@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import math
 import random
@@ -130,6 +131,20 @@ def test_training_and_test_share_no_meaning() -> None:
     assert not seen & {*items.references, *items.sources}
 
 
+def test_the_demo_speaks_of_bare_meanings_and_knows_how_probable_they_are() -> None:
+    drawn = list(itertools.islice(tasks.meanings("test", 1), 2000))
+    assert not [m for m in drawn if m.place or m.subject.adjective or (m.object and m.object.adjective)]
+    # The probabilities of all that can be drawn add up to 1: the mean of 1 / p over draws is their number.
+    bare = [m for m in drawn if m.object is None]
+    expected = sum(
+        len(semantics.NOUNS[kind]) * 2 * 3
+        for verb in semantics.VERBS.values()
+        if not verb.objects
+        for kind in verb.subjects
+    )
+    assert sum(2 ** tasks.surprisal(m) for m in bare) / len(drawn) == pytest.approx(expected, rel=0.1)
+
+
 def test_questions_have_the_right_option_first() -> None:
     with comparison.base_folder() as folder:
         items = tasks.held_out(AutoTokenizer.from_pretrained(folder), 50, 1)
@@ -140,7 +155,7 @@ def test_questions_have_the_right_option_first() -> None:
 
 def test_documents_say_the_same_on_both_sides() -> None:
     meanings = {}
-    stream = semantics.meanings("train", 5)
+    stream = tasks.meanings("train", 5)
     for _ in range(3000):
         meaning = next(stream)
         meanings[language.base_sentence(meaning)] = language.invented_sentence(meaning, language.TAVOSI)
