@@ -27,22 +27,24 @@ class Clock:
             console: where each is announced.
         """
         self.deadline: float | None = None
-        self._weights = [spec.seconds + LEAST_SECONDS for spec in turns]
+        self._least = [spec.seconds for spec in turns]
         self._console, self._done = console, 0
         self._started = time.perf_counter()
         self._end = None if seconds is None else self._started + seconds
 
     def start(self, name: str, spec: CaseSpec) -> bool:
-        """Announce the next turn; or False where less time is left than it takes, and it has to be left out."""
-        now, turns = time.perf_counter(), len(self._weights)
-        weight, to_come = self._weights[self._done], sum(self._weights[self._done :])
+        """Announce the next turn; or False where it has to be left out: with the shorter ones to come there is no time
+        for it."""
+        now, turns, least = time.perf_counter(), len(self._least), self._least[self._done :]
         done, self._done = self._done, self._done + 1
         left = ""
         if self._end is not None:
             seconds = self._end - now
-            if seconds < spec.seconds or seconds <= 0:
+            fitting = [s for s in least if sum(t for t in least if t <= s) <= seconds]
+            if spec.seconds not in fitting or seconds <= 0:
                 return False
-            self.deadline = now + seconds * weight / to_come
+            share = (spec.seconds + LEAST_SECONDS) / sum(s + LEAST_SECONDS for s in fitting)
+            self.deadline = now + seconds * share
             left = f", {_clock(seconds)} left"
         elif done:
             left = f", about {_clock((now - self._started) / done * (turns - done))} left"

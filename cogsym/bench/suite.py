@@ -20,7 +20,7 @@ STUDIES = {s.name: s for s in (m.STUDY for m in (ops, overhead, train, sweep, ge
 QUICK_SECONDS = {"ops": 30.0, "overhead": 10.0, "train": 40.0, "sweep": 30.0, "generate": 25.0, "install": 15.0}
 QUICK_MODELS = ("SmolLM2-135M",)
 FULL_MODELS = {"cpu": ("SmolLM2-135M", "Qwen2.5-0.5B"), "cuda": ("Llama-3.2-1B", "Llama-3.1-8B")}
-SCALES = (1.0, 0.5, 0.25, 0.125)  # that the work of a quick run's cases may have
+SCALES = (1.0, 0.5, 0.25, 0.125, 0.0625)  # that the work of a quick run's cases may have
 
 
 def run(
