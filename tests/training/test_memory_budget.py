@@ -21,7 +21,7 @@ from cogsym.training.autograd import _Run
 from cogsym.training.keep import choose, cost, inputs_at_once, most_held, run_flops
 
 
-@pytest.mark.parametrize("trained", [(), (4, 5), (1, 3, 5, 7)])
+@pytest.mark.parametrize("trained", [(), (1, 3, 5, 7)])
 def test_a_larger_budget_never_keeps_less_nor_repeats_more(trained: tuple[int, ...]) -> None:
     """And what is held is within it, wherever any choice is; counted of layers with trained ones between, too."""
     layers = tiny_model("llama", num_hidden_layers=12).model.layers
@@ -30,7 +30,7 @@ def test_a_larger_budget_never_keeps_less_nor_repeats_more(trained: tuple[int, .
     inputs = {i: B * T * cost(block, "input", T, 4).bytes_per_token for i, block in blocks.items()}
     least = min(most_held(inputs, sorted(blocks)[:n]) for n in range(1, len(blocks) + 1))
     before = (0, math.inf)
-    for budget in range(1, 12 * B * T * cost(blocks[0], "all", T, 4).bytes_per_token + 2000, 1999):
+    for budget in range(1, 12 * B * T * cost(blocks[0], "all", T, 4).bytes_per_token + 4000, 3989):
         keeps = choose(blocks, B * T, T, 4, budget)
         nothing = [i for i, keep in keeps.items() if keep == "nothing"]
         costs = [cost(blocks[i], keep, T, 4, first_of_run=i - 1 not in nothing) for i, keep in keeps.items()]
@@ -94,8 +94,8 @@ def test_the_process_keeps_to_its_budget(tmp_path: Path) -> None:
         return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))[1]) / 1024
 
     def step(budget: int) -> None:
-        model = tiny_model("llama", num_hidden_layers=10, hidden_size=384, intermediate_size=1024).train()
-        cogsym.prepare(model, cogsym.LayerPlan.first(10, 1), memory_budget=budget)
+        model = tiny_model("llama", num_hidden_layers=6, hidden_size=384, intermediate_size=1024).train()
+        cogsym.prepare(model, cogsym.LayerPlan.first(6, 1), memory_budget=budget)
         for shape in ((1, 8), (4, 256)):
             ids = torch.randint(0, 61, shape)
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
@@ -104,7 +104,7 @@ def test_the_process_keeps_to_its_budget(tmp_path: Path) -> None:
         (tmp_path / "used").write_text(str(status("VmHWM") - before))
 
     used = []
-    for budget in (1, 60 << 20, 1 << 40):
+    for budget in (1, 30 << 20, 1 << 40):
         assert in_child(partial(step, budget)) == 0
         used.append(float((tmp_path / "used").read_text()))
-    assert used[0] < used[1] < used[0] + 60 < used[2]
+    assert used[0] < used[1] < used[0] + 30 < used[2]
