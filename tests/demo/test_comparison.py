@@ -132,7 +132,7 @@ def test_training_and_test_share_no_meaning() -> None:
 
 
 def test_the_demo_speaks_of_bare_meanings_and_knows_how_probable_they_are() -> None:
-    drawn = list(itertools.islice(tasks.meanings("test", 1), 2000))
+    drawn = list(itertools.islice(tasks.meanings("train", 1), 5000))
     assert not [m for m in drawn if m.place or m.subject.adjective or (m.object and m.object.adjective)]
     # The probabilities of all that can be drawn add up to 1: the mean of 1 / p over draws is their number.
     bare = [m for m in drawn if m.object is None]
