@@ -27,7 +27,7 @@ from cogsym.signals import exit_status
 from cogsym.training.finetune import TrainResult, train
 from cogsym.training.settings import TrainSettings
 
-STEPS = 280
+STEPS = 330
 BATCH = 2  # rows a step
 HELD_OUT = 100  # test meanings
 EVALUATIONS = 6  # points of the curve
