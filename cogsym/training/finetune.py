@@ -148,6 +148,7 @@ def _trained(
     original = {n: p.dtype for n, p in network.named_parameters()}
     use_cache = network.config.use_cache  # Trainer switches it off, for good
     set_seed(settings.seed)
+    network.to(_device())  # the Trainer would move each weight apart, after `prepare` has laid them beside each other
     adapted: Any = _with_adapters(network, plan, settings.lora_rank) if settings.lora_rank else network
     prepare(adapted, plan, keep=settings.keep, memory_budget=settings.memory_budget)
     for p in adapted.parameters():
