@@ -278,8 +278,8 @@ def sweep(
     from cogsym.memory import parse_bytes
     from cogsym.sweeps.engine.sampling import Sampling
     from cogsym.sweeps.progress import counted
-    from cogsym.sweeps.runner import SweepSettings
     from cogsym.sweeps.runner import sweep as run
+    from cogsym.sweeps.settings import SweepSettings
 
     settings = SweepSettings(
         action=action,
