@@ -13,6 +13,7 @@ FLOORS = {
     "cogsym": 8,  # __init__.py: the functions people call
     "cogsym.bench": 9,
     "cogsym.cli": 9,
+    "cogsym.commands": 9,
     "cogsym.demo": 9,
     "cogsym.info": 9,
     "cogsym.training": 4,

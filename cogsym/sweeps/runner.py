@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
-from cogsym.errors import CogsymError, RunStopped
+from cogsym.errors import CogsymError, RunStopped, SettingError
 from cogsym.memory import free_bytes, out_of_memory
 from cogsym.models.loading import load_tokenizer
 from cogsym.models.paths import own_forwards
@@ -136,9 +136,10 @@ def _chosen(
         return list(search.planned()), 0, search
     for name, value in (("remove", settings.remove), ("width", settings.width)):
         if value is not None:
-            raise CogsymError(
-                f"{name} is {value} and only a search takes it; name one in the place of the configurations: "
-                f"{', '.join(SEARCHES)}."
+            raise SettingError(
+                name,
+                f"is {value} and only a search takes it; name one in the place of the configurations: "
+                f"{', '.join(SEARCHES)}.",
             )
     once, merged = distinct(configurations(configs, layers, settings.action))
     return [Round(once, 1)], merged, None

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from cogsym.records import (
     write_record,
 )
 from cogsym.training import checkpoint
-from cogsym.training.settings import FREE_TO_CHANGE
+from cogsym.training.settings import FREE_TO_CHANGE, TrainSettings
 
 _KEPT = 2  # checkpoints: where the last one is damaged there is one before it
 _LOCK = "train.lock"
@@ -277,6 +278,7 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _fixed(record: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run may not change."""
-    settings = {name: value for name, value in record["settings"].items() if name not in FREE_TO_CHANGE}
+    """What a resumed run may not change; what a run of an earlier version did not know had its default."""
+    settings = asdict(TrainSettings()) | record["settings"]
+    settings = {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
     return {**record, "settings": settings}
