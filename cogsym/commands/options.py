@@ -18,8 +18,9 @@ class Schedule(enum.StrEnum):
 
 
 class Dtype(enum.StrEnum):
-    """Precision of the computation."""
+    """What weights are stored in and products computed in."""
 
+    auto = "auto"
     bf16 = "bf16"
     fp32 = "fp32"
 

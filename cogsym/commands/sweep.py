@@ -53,7 +53,13 @@ def sweep(
     separator: Annotated[
         str | None, option("The token before each document; the tokenizer's bos or eos where it is left out.")
     ] = None,
-    dtype: Annotated[Dtype | None, option("Precision; the checkpoint's own where it is left out.", panel="Run")] = None,
+    dtype: Annotated[
+        Dtype,
+        option(
+            "Precision; auto keeps the checkpoint's weights and computes in what the processor is fastest in.",
+            panel="Run",
+        ),
+    ] = Dtype.auto,
     memory: Annotated[
         str | None, option("What states and caches may take, such as 4GB; half of what is free.", panel="Run")
     ] = None,
@@ -91,7 +97,7 @@ def sweep(
         memory_budget=None if memory is None else parse_bytes(memory),
         strict_memory=strict_memory,
         stream=stream,
-        dtype=None if dtype is None else {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}[dtype],
+        dtype={Dtype.auto: None, Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}[dtype],
     )
     found = run(model, configs, task, out, base=base, settings=settings, resume=resume, dry_run=dry_run)
     if found is not None:

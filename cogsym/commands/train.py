@@ -67,7 +67,13 @@ def train(
     accumulation: Annotated[int, option("Forward passes an optimizer step.", panel="Optimisation")] = 1,
     epochs: Annotated[float, option("Passes over the text.", panel="Optimisation")] = 1.0,
     steps: Annotated[int | None, option("Optimizer steps, instead of epochs.", panel="Optimisation")] = None,
-    dtype: Annotated[Dtype, option("Precision of the computation.", panel="Optimisation")] = Dtype.bf16,
+    dtype: Annotated[
+        Dtype,
+        option(
+            "Precision; auto stores frozen weights in 16 bits and computes in what the processor is fastest in.",
+            panel="Optimisation",
+        ),
+    ] = Dtype.auto,
     seed: Annotated[int, option("Of the shuffle and of LoRA's first weights.", panel="Optimisation")] = 0,
     keep: Annotated[
         str,

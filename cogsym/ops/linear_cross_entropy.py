@@ -42,6 +42,7 @@ from torch.nn import functional as F
 from cogsym.ops import logit_blocks
 from cogsym.ops.checks import check_floating, check_like, check_rows, check_shape
 from cogsym.ops.counted_rows import counted
+from cogsym.ops.linear import linear_reference
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 Reduction = Literal["mean", "sum", "none"]
@@ -77,7 +78,7 @@ def linear_cross_entropy(
     Args:
         hidden: [..., D], floating point; several sets of states may share targets along leading dimensions.
         weight: [V, D]. Under torch.autocast, hidden and weight are cast as torch.nn.functional.linear casts them;
-            otherwise their dtypes are the same.
+            otherwise their dtypes are the same, or the weight's is one that hidden's holds exactly.
         targets: [...], int64, broadcast to the shape of hidden without its D.
         ignore_index: a target that counts for nothing.
         soft_cap: c of the soft cap, or None.
@@ -145,7 +146,7 @@ def linear_cross_entropy_reference(
     label_smoothing: float,
 ) -> Tensor:
     """Each token's loss in plain PyTorch, with all logits at once; `soft_cap` 0 is none."""
-    logits = logit_blocks.capped(logit_blocks.compute_dtype(F.linear(hidden, weight)), scale, soft_cap)
+    logits = logit_blocks.capped(logit_blocks.compute_dtype(linear_reference(hidden, weight, None)), scale, soft_cap)
     targets = targets.expand(hidden.shape[:-1])
     return F.cross_entropy(
         logits.flatten(0, -2),
@@ -187,9 +188,11 @@ def _check(name: str, hidden: Tensor, weight: Tensor, targets: Tensor, *_: Any) 
     _check_targets(name, targets)
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"{name}: targets have shape {tuple(targets.shape)}, expected {tuple(hidden.shape[:-1])}.")
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"{name}: hidden is {hidden.dtype} and weight {weight.dtype}, expected the same dtype.")
-    check_floating(name, "hidden", hidden)
+    if hidden.dtype != weight.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
+        raise ValueError(
+            f"{name}: hidden is {hidden.dtype} and weight {weight.dtype}, expected the same dtype or a narrower one."
+        )
+    check_floating(name, "weight", weight)
 
 
 def _check_targets(name: str, targets: Tensor) -> None:

@@ -16,6 +16,7 @@ from cogsym.errors import CogsymError, RunStopped, SettingError
 from cogsym.memory import free_bytes, out_of_memory
 from cogsym.models.loading import load_tokenizer
 from cogsym.models.paths import own_forwards
+from cogsym.models.precision import stream_dtype
 from cogsym.signals import as_interrupts, exit_status
 from cogsym.sweeps.engine.agreement import check_agreement
 from cogsym.sweeps.engine.budget import PassMemory, TokenBytes, largest
@@ -35,7 +36,7 @@ from cogsym.sweeps.layers.schedule import schedule
 from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
-from cogsym.sweeps.results.store import Results, Row, check_started, summary, values
+from cogsym.sweeps.results.store import Results, Row, check_started, read_key, summary, values
 from cogsym.sweeps.settings import SweepSettings
 from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import METRICS
@@ -100,7 +101,11 @@ def sweep(
     if not dry_run:
         check_started(out, resume)
     needs_base = any(ACTIONS[name].needs_base for asked in rounds for c in asked.configurations for name in c.actions)
-    layers = load_layers(model, base, tokenizer, settings.stream, settings.dtype, needs_base, partial(_say, console))
+    # A resumed sweep keeps the arithmetic that it began with, on whichever machine.
+    widened = read_key(out).get("products") is not None if resume and not dry_run else None
+    layers = load_layers(
+        model, base, tokenizer, settings.stream, settings.dtype, widened, needs_base, partial(_say, console)
+    )
     try:
         running = _Sweep(layers, tokenizer, rounds, loaded_tasks, settings, console)
         running.check_memory()
@@ -228,6 +233,7 @@ class _Sweep:
             "tokenizer": hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "sampling": sampling if sampling["temperature"] else {"temperature": 0.0},
             "truncate": self._settings.truncate,
+            "products": "float32" if self._layers.widened else None,  # None: of the weights' own type
             "tasks": {task.name: {"data": task.digest} for task in self._tasks},
         }
 
@@ -241,7 +247,7 @@ class _Sweep:
         self._say(f"{at_most}{number}{rounds}{duplicates}")
         for note in (note for task in self._tasks for note in task.notes):
             self._say(note)
-        dtype = self._layers.model.get_input_embeddings().weight.dtype
+        dtype = stream_dtype(self._layers.model)
         for line in own_forwards(self._layers.blocks, self._layers.reasons, self._layers.device, dtype):
             self._say(line)
         self._say(

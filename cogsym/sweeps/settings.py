@@ -26,7 +26,8 @@ class SweepSettings:
             is taken, with a warning.
         strict_memory: refuse documents that take more than the budget by themselves.
         stream: read the layers one at a time from the checkpoint; None does so where the model does not fit.
-        dtype: of the weights; None takes the checkpoint's own.
+        dtype: of the weights and of what is computed; None takes the checkpoint's own for the weights, and multiplies
+            them in float32 where a processor is faster with that.
     """
 
     action: str = SKIP

@@ -13,6 +13,7 @@ from cogsym.models import UnknownLayerError, read_block
 from cogsym.models.attachment import attached, attachment
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.paths import OWN, by_spans, half_path, in_one_word, norm_reasons, routes
+from cogsym.models.precision import computed_dtype
 from cogsym.plan import Part
 from cogsym.training.keep import Memory, cost
 from cogsym.training.layer import How, PreparedLayer, possible, why_whole
@@ -111,8 +112,8 @@ def _head(model: nn.Module) -> str:
         reason = "another library has replaced the model's forward"
     if reason:
         return f"logits by its own forward ({reason})"
-    weight = head.model.lm_head.weight
-    route = ops.route("linear_cross_entropy", weight.device, weight.dtype)
+    device, dtype = head.model.lm_head.weight.device, computed_dtype(head.model.lm_head)
+    route = ops.route("linear_cross_entropy", device, dtype)
     return f"loss without logits, {route.backend}{f' ({route.reason})' if route.reason else ''}"
 
 
@@ -152,8 +153,7 @@ def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
         reasons.append(f"but the model's own attention: {foreign}")
     if how.frozen and (reason := why_whole(block, {}, training=True)):
         return own(foreign or reason, how)
-    weight = next(layer.parameters())
-    found = routes(block, weight.device, weight.dtype)
+    found = routes(block, next(layer.parameters()).device, computed_dtype(layer))
     attention, mlp = map(half_path, found)
     reasons += [
         f"{name} on {route.backend}: {route.reason}" for each in found for name, route in each.items() if route.reason
@@ -175,7 +175,7 @@ def _with_memory(report: LayerReport, layer: nn.Module, memory: Memory, gradient
     keep = possible(layer, chosen)
     first = keep != "nothing" or report.index - 1 not in memory.blocks
     length = memory.shape[1] if memory.shape else 1
-    it = cost(block, keep, length, next(layer.parameters()).element_size(), first)
+    it = cost(block, keep, length, computed_dtype(layer).itemsize, first)
     repeated = it.repeated / max(it.flops - it.repeated, 1)
     reason = "" if keep == chosen else f"not {chosen}: it is sharded by itself"
     return replace(report, keep=keep, keep_reason=reason, bytes_per_token=it.bytes_per_token, repeated=repeated)

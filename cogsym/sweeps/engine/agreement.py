@@ -13,6 +13,7 @@ from torch import Tensor
 from cogsym.errors import CogsymError
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.calls import own_logits
+from cogsym.models.precision import stream_dtype
 from cogsym.sweeps.engine.fallback import FallbackRun
 from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.prefixes import Batch
@@ -60,7 +61,7 @@ def check_agreement(engine: Engine, head: SweepHead, tokens: tuple[int, ...], do
     theirs = own.gather(-1, targets[:, None])[:, 0] - own.logsumexp(-1)
     alike = (ours[0] == theirs) | (ours[0].isnan() & theirs.isnan())
     difference = torch.where(alike, 0, ours[0] - theirs).square().mean().sqrt().item()
-    dtype = engine.layers.model.get_input_embeddings().weight.dtype
+    dtype = stream_dtype(engine.layers.model)
     bound = ROUNDING.get(dtype, ROUNDING[torch.float32])
     if not difference <= bound:
         raise CogsymError(
