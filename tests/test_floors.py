@@ -31,6 +31,7 @@ FLOORS = {
     "cogsym.decoder": 1,
     "cogsym.plan": 1,
     "cogsym.errors": 0,
+    "cogsym.heartbeat": 1,
     "cogsym.memory": 1,
     "cogsym.plotting": 1,
     "cogsym.records": 1,

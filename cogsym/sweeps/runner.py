@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -150,6 +151,10 @@ def _chosen(
     return [Round(once, 1)], merged, None
 
 
+_PIECE_SECONDS = 30.0  # that a piece should take: results are there by then
+_FIRST_PIECE, _GROWTH = 8, 4  # documents of the first, whose speed is not known, and how much more the next may have
+
+
 class _Sweep:
     """What `sweep` does once everything is loaded."""
 
@@ -165,6 +170,7 @@ class _Sweep:
         self._layers, self._tokenizer, self._tasks, self._settings = layers, tokenizer, tasks, settings
         self._say, self._console = partial(_say, console), console
         self._streamed = isinstance(layers, StreamedLayers)
+        self._at_once: dict[int, int] = {}  # documents that a piece of so many configurations may have
         self._check_actions({name for asked in rounds for c in asked.configurations for name in c.actions})
         self._engine, self._head = Engine(layers), SweepHead(layers.model)
         self._rounds = [(Trie(asked.configurations, self._engine.topology), asked.times) for asked in rounds]
@@ -311,10 +317,16 @@ class _Sweep:
     def _ask(
         self, task: Task, documents: list[TaskDocument], trie: Trie, results: Results, progress: SweepProgress
     ) -> None:
-        """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved."""
+        """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved.
+
+        Pieces are so large that results come once in `_PIECE_SECONDS`, but for layers that are streamed: there a piece
+        takes a pass over the checkpoint.
+        """
         memory, most = PassMemory(self._sizes, trie), len(documents)
+        at_once = most if self._streamed else self._at_once.get(len(trie.configurations), _FIRST_PIECE)
         while documents:
-            piece = documents[: min(most, memory.piece(documents, self._budget, self._streamed))]
+            piece = documents[: min(most, at_once, memory.piece(documents, self._budget, self._streamed))]
+            began = time.monotonic()
             try:
                 rows = list(self._rows(task, piece, trie))
             except (RuntimeError, MemoryError) as error:
@@ -323,6 +335,10 @@ class _Sweep:
                 rows = []
             if rows:
                 results.append(rows)
+                if not self._streamed:
+                    within = _PIECE_SECONDS / max(time.monotonic() - began, 1e-3) * len(piece)
+                    at_once = max(1, min(int(within), _GROWTH * len(piece)))
+                    self._at_once[len(trie.configurations)] = at_once
                 progress.documents(task.name, len(piece), computed=True)
                 documents = documents[len(piece) :]
             elif len(piece) > 1:

@@ -279,7 +279,8 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _fixed(record: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run may not change; what a run of an earlier version did not know had its default."""
+    """What a resumed run may not change; what a run of an earlier version did not know is as it was there."""
     settings = asdict(TrainSettings()) | record["settings"]
+    products = "float32" if settings["dtype"] == "fp32" else "bfloat16"
     settings = {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
-    return {**record, "settings": settings}
+    return {"products": products, **record, "settings": settings}
