@@ -1,4 +1,4 @@
-"""The command line: `cogsym train`, `cogsym sweep`, `cogsym plot`, `cogsym demo`, `cogsym bench`, `cogsym info`.
+"""The command line: `cogsym train`, `sweep`, `generate`, `plot`, `demo`, `bench` and `info`.
 
 Each command checks its arguments, calls the function of the same name in Python and prints the outcome. torch and
 transformers are imported inside the commands, so that help appears at once.
@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from cogsym.commands.generate import generate
 from cogsym.commands.options import option, option_of, quiet_transformers
 from cogsym.commands.sweep import sweep
 from cogsym.commands.train import train
@@ -40,6 +41,9 @@ app.command(
     epilog="Example: `cogsym sweep smollm2-sw/model --task xcopa-sw:sw.test.jsonl --task text:dev.jsonl#sw,language=sw "
     "--out smollm2-sweep`"
 )(sweep)
+
+
+app.command(epilog="Example: `cogsym generate smollm2-sw/model --prompt 'Habari za'`")(generate)
 
 
 @app.command(epilog="Example: `cogsym plot smollm2-sweep --metric margin`")

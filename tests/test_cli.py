@@ -20,9 +20,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sweeps.plain import greedy_tokens
 from transformers import AutoModelForCausalLM
 
 from cogsym import cli
+from cogsym.data import separator_id
+from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.sweeps.results.store import frame
 
 # In the repository's root Python would take the source tree for the package.
@@ -82,8 +85,8 @@ def command(*args: str | Path) -> list[str]:
 
 
 def test_help_of_each_command_has_an_example(cogsym: Callable[..., Done]) -> None:
-    assert {"train", "sweep", "plot", "demo", "bench", "info"} <= set(cogsym("--help").stdout.split())
-    for command in ("train", "sweep", "plot", "demo", "bench", "info"):
+    assert {"train", "sweep", "generate", "plot", "demo", "bench", "info"} <= set(cogsym("--help").stdout.split())
+    for command in ("train", "sweep", "generate", "plot", "demo", "bench", "info"):
         done = cogsym(command, "--help")
         assert done.returncode == 0
         assert "Example" in done.stdout
@@ -108,6 +111,21 @@ def test_info(cogsym: Callable[..., Done]) -> None:
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     assert rows["torch"].strip() == torch.__version__
     assert {"rms_norm", "rotary", "gated_activation", "extension", "processor", "gpu"} <= rows.keys()
+
+
+def test_generate(cogsym: Callable[..., Done], complaint: Callable[..., str], model_folder: Path) -> None:
+    """Greedily, as transformers writes from the same tokens."""
+    done = cogsym("generate", model_folder, "--prompt", "habari za", "--prompt", "mimi", "--tokens", "5")
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+    wanted = []
+    for text in ("habari za", "mimi"):
+        ids = [separator_id(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids += greedy_tokens(model, tuple(ids), 5, tokenizer.eos_token_id)
+        wanted.append(tokenizer.decode(ids, skip_special_tokens=True))
+    assert done.stdout.split() == " ".join(wanted).split()
+    assert "--tokens is 0, expected" in complaint("generate", model_folder, "--prompt", "x", "--tokens", "0")
+    assert "--top-p is 3.0, expected" in complaint("generate", model_folder, "--prompt", "x", "--top-p", "3")
 
 
 def test_train_and_resume(

@@ -37,7 +37,13 @@ def train(
             panel="Text",
         ),
     ] = None,
-    length: Annotated[int, option("Tokens a row; documents are packed into rows.", panel="Text")] = 512,
+    length: Annotated[
+        int | None,
+        option(
+            "Tokens a row, into which documents are packed; 512, or the model's context where that is less.",
+            panel="Text",
+        ),
+    ] = None,
     separator: Annotated[
         str | None,
         option("The token between documents; the tokenizer's bos or eos where it is left out.", panel="Text"),
@@ -117,6 +123,9 @@ def train(
     from cogsym.training.finetune import train as run
 
     held_out_share, evaluate = _share(evaluate or [])
+    config = load_config(model).get_text_config()
+    if length is None:
+        length = min(TrainSettings.length, getattr(config, "max_position_embeddings", None) or TrainSettings.length)
     settings = TrainSettings(
         length=length,
         batch_size=batch_size,
@@ -139,7 +148,7 @@ def train(
         seed=seed,
     )
     strategy, options = _strategy(everything, layers, {"fraction": fraction, "front": front, "back": back})
-    num_layers = load_config(model).get_text_config().num_hidden_layers
+    num_layers = config.num_hidden_layers
     parts = {"embeddings": embeddings, "head": head, "final_norm": final_norm}
     plan = LayerPlan.all(num_layers) if everything else LayerPlan.choose(num_layers, strategy, options, **parts)
 

@@ -25,6 +25,7 @@ from cogsym.data import Document, Source, held_out, pack, read_documents, separa
 from cogsym.models.loading import load_tokenizer
 from cogsym.training.evaluate import bits_per_byte
 from cogsym.training.finetune import dry_run
+from cogsym.training.notices import risen
 from cogsym.training.run_folder import RunFolder
 from cogsym.training.trainer import OuterTrainer
 
@@ -366,9 +367,15 @@ def test_what_is_taken_and_may_not_be_meant_is_warned_of(model_folder: Path, tex
     assert "Warning" not in said("plain")
     warned = said("little", memory_budget=1000)
     assert "Warning: the memory budget (--memory) is 0.0 MiB and frozen layers hold" in warned
-    risen = said("risen", learning_rate=3.0, warmup=0)
-    assert "Warning: the loss rose from 5." in risen and "lower learning rate (--learning-rate) than 3." in risen
     assert "the best of four were" in said("default", learning_rate=TrainSettings().learning_rate)
+
+
+def test_a_loss_that_has_risen_is_warned_of() -> None:
+    history = [{"loss": 3.1}, {"loss": 9.75}, {"eval_sw_bits_per_byte": 4.0}]
+    warned = risen(3.0, history, 1e9)
+    assert warned and warned.startswith("Warning: the loss rose from 3 to 9.75, so the model has learned nothing")
+    assert "lower learning rate (--learning-rate) than 1e+09." in warned
+    assert risen(9.5, history, 1e9) is None and risen(3.0, [], 1e9) is None
 
 
 def test_a_dry_run_says_what_a_run_costs(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
