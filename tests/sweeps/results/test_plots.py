@@ -156,6 +156,24 @@ def test_a_grid_of_every_other_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tasks", [TASKS, {LONG: TASKS[LONG]}, {"t": ("production", "cut"), "choice": TASKS["choice"]}])
+def test_a_search_has_its_curve_and_one_cell_is_no_map(tmp_path: Path) -> None:
+    """As greedy leaves them: every set that was tried, of which the best of each number is joined."""
+    codes = ["......", "s.....", ".s....", "..s...", ".ss...", "..ss..", ".s.s..", ".sss..", "s.ss.."]
+    letters = {".": "keep", "s": "skip"}
+    chosen = [Configuration(tuple(letters[letter] for letter in code)) for code in codes]
+    write(tmp_path / "greedy", chosen)
+    found = summary(tmp_path / "greedy")
+    pictures = dict(figures(found))
+    assert set(pictures) == {"directions", "layers", "blocks", "removed"}
+    accuracy = found[found["metric"] == "accuracy"]
+    _, curve = pictures["removed"].axes[0].lines[:2]
+    assert curve.get_xdata().tolist() == [0, 1, 2, 3]  # type: ignore[union-attr]
+    assert curve.get_ydata().tolist() == accuracy.groupby("k")["value"].max().tolist()  # type: ignore[union-attr]
+    write(tmp_path / "one", [chosen[0], chosen[4], Configuration(("skip", *["keep"] * 4, "skip"))])
+    with pytest.raises(CogsymError, match="so there is no picture of them"):
+        plot(tmp_path / "one")
+
+
 def test_nothing_is_cut_off_or_overlaps(tmp_path: Path, tasks: dict[str, tuple[Side, str]]) -> None:
     write(tmp_path, everything(), tasks)
     told = summary(tmp_path)
