@@ -147,15 +147,6 @@ def test_layers_show_the_numbers(folder: Path, drawn: dict[str, Figure]) -> None
     np.testing.assert_allclose(ends, lines.loc[codes, ["low", "high"]].to_numpy())
 
 
-def test_a_grid_of_every_other_layer(tmp_path: Path) -> None:
-    chosen = [c for c in configurations("grid", LAYERS) if c.front % 2 == c.back % 2 == 0]
-    write(tmp_path, chosen, {"news": TASKS["news"]})
-    image = dict(figures(summary(tmp_path)))["grid"].axes[0].images[0]
-    assert image.get_array().shape == (4, 4)
-    assert np.ma.count(np.ma.masked_invalid(image.get_array())) == 10  # 0, 2, 4, 6: the pairs that fit in six
-
-
-@pytest.mark.parametrize("tasks", [TASKS, {LONG: TASKS[LONG]}, {"t": ("production", "cut"), "choice": TASKS["choice"]}])
 def test_a_search_has_its_curve_and_one_cell_is_no_map(tmp_path: Path) -> None:
     """As greedy leaves them: every set that was tried, of which the best of each number is joined."""
     codes = ["......", "s.....", ".s....", "..s...", ".ss...", "..ss..", ".s.s..", ".sss..", "s.ss.."]
@@ -174,6 +165,15 @@ def test_a_search_has_its_curve_and_one_cell_is_no_map(tmp_path: Path) -> None:
         plot(tmp_path / "one")
 
 
+def test_a_grid_of_every_other_layer(tmp_path: Path) -> None:
+    chosen = [c for c in configurations("grid", LAYERS) if c.front % 2 == c.back % 2 == 0]
+    write(tmp_path, chosen, {"news": TASKS["news"]})
+    image = dict(figures(summary(tmp_path)))["grid"].axes[0].images[0]
+    assert image.get_array().shape == (4, 4)
+    assert np.ma.count(np.ma.masked_invalid(image.get_array())) == 10  # 0, 2, 4, 6: the pairs that fit in six
+
+
+@pytest.mark.parametrize("tasks", [TASKS, {LONG: TASKS[LONG]}, {"t": ("production", "cut"), "choice": TASKS["choice"]}])
 def test_nothing_is_cut_off_or_overlaps(tmp_path: Path, tasks: dict[str, tuple[Side, str]]) -> None:
     write(tmp_path, everything(), tasks)
     told = summary(tmp_path)
