@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cogsym.ops import AttentionOptions, attention, attention_gradients, backend, operations
-from cogsym.ops.attention import starts_from_cu_seqlens
+from cogsym.ops.attention_inputs import starts_from_cu_seqlens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # B, T, H, KV, D: odd lengths, head sizes that no register divides, all kinds of groups

@@ -305,6 +305,26 @@ def test_trainable_tokens_stay_trained() -> None:
     assert any("trainable_tokens_delta" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
+def test_adapters_that_are_switched_between_two_calls() -> None:
+    """The second call trains those that are active then, and `restore` leaves them so."""
+
+    def needed() -> set[tuple[str, str]]:
+        trained = [n.split(".") for n, p in model.named_parameters() if p.requires_grad]
+        return {(n[n.index("layers") + 1], n[-2]) for n in trained}
+
+    model, plan = get_peft_model(tiny_model("llama"), LoraConfig(r=2)), LayerPlan.outer(4, front=1, back=1)
+    model.add_adapter("other", LoraConfig(r=2))
+    cogsym.prepare(model, plan)
+    assert needed() == {("0", "default"), ("3", "default")}
+    model.set_adapter("other")
+    cogsym.prepare(model, plan)
+    assert needed() == {("0", "other"), ("3", "other")}
+    loss_of(model).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    cogsym.restore(model)
+    assert needed() == {(str(i), "other") for i in range(4)}
+
+
 @pytest.mark.parametrize("tuner", [LNTuningConfig(target_modules=["input_layernorm"]), IA3Config(
     target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
 )], ids=["ln-tuning", "ia3"])  # fmt: skip
