@@ -20,6 +20,10 @@ from transformers import PreTrainedTokenizerFast
 import cogsym
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, default=0.4, help="how long tests/faults tries")
+
+
 def pytest_report_header() -> str:
     from cogsym.ops import backend
 
