@@ -21,7 +21,7 @@ import cogsym
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, default=0.4, help="how long tests/faults tries")
+    parser.addoption("--minutes", type=float, default=0, help="how long tests/faults tries; else each fault once")
 
 
 def pytest_report_header() -> str:

@@ -255,6 +255,28 @@ def test_a_disk_that_fills_up(cogsym: Callable[..., Done], model_folder: Path, t
     assert cogsym(*args, "--resume").returncode == 0
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_memory_that_runs_out(
+    cogsym: Callable[..., Done],
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    for name, command in (("training.finetune.pack", "train"), ("sweeps.runner.load_layers", "sweep")):
+        monkeypatch.setattr(f"cogsym.{name}", full)
+        data = ["--data" if command == "train" else "--task", f"{'' if command == 'train' else 'text:'}{text_file}#sw"]
+        done = cogsym(command, model_folder, *data, "--out", tmp_path / command)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("cogsym: memory ran out; what was written is whole, go on with --resume")
+
+
 def test_a_missing_model_folder(complaint: Callable[..., str], text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "nowhere" / "model"
     line = complaint("train", folder, "--data", text_file, "--out", tmp_path / "out")

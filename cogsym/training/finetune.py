@@ -284,10 +284,11 @@ def _save(network: Any, tokenizer: Any, history: list[dict[str, float]], folder:
 
     folder.check_held()
     try:
-        with replacing(folder.model) as new:
+        with replacing(folder.model, folder.check_held) as new:
             network.save_pretrained(new)
             tokenizer.save_pretrained(new)
             folder.check_model(new)
+        folder.check_held()
         plot_curves(history, folder.picture)
     except (OSError, SafetensorError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)

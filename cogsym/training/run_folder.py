@@ -111,7 +111,7 @@ class RunFolder:
                     "and run again with --resume."
                 )
         self.checkpoints.mkdir(exist_ok=True)
-        with replacing(folder) as new:
+        with replacing(folder, self.check_held) as new:
             new.mkdir()
             yield new
             write_record(new / checkpoint.SETTINGS, self.record)
@@ -119,6 +119,7 @@ class RunFolder:
         self._damaged.discard(folder)
         oldest = self.complete_checkpoints()[-_KEPT:][0]
         every = self._checkpoint_folders()
+        self.check_held()
         for old in every[: every.index(oldest)]:
             with suppress(OSError):  # the next one will try again
                 checkpoint.remove(old)
@@ -252,7 +253,7 @@ def open_run_folder(out: Path, record: dict[str, Any], resume: bool) -> Iterator
                 raise CogsymError(
                     f"The run in {out} was started with {different}; resume it with the same, or choose another --out."
                 )
-            write_record(folder.settings, record)
+            write_record(folder.settings, record, folder.check_held)
             folder.record = record
             folder.remove_unfinished()
         except Timeout as error:

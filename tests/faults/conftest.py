@@ -34,7 +34,7 @@ def told(request: pytest.FixtureRequest, fault: str, name: str) -> Counter[str]:
 def turns(request: pytest.FixtureRequest, workloads: dict[str, Workload]) -> Iterator[int]:
     """Numbers of trials, one at least, for as long as this test may take."""
     tests = sum(_HERE in item.path.parents for item in request.session.items)
-    until = time.monotonic() + 60 * request.config.getoption("--minutes") / tests
+    until = time.monotonic() + 60 * request.config.getoption("minutes") / tests
     return takewhile(lambda n: n == 0 or time.monotonic() < until, count())
 
 

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from cogsym.errors import CogsymError
 
 SAID, CRASHED = 7, 70  # exit statuses of a child: it ended with a sentence, with a traceback
-_LONGEST = 60  # seconds
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_LONGEST = 300  # seconds; a busy machine is slow
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,14 @@ class Process:
     def __init__(self, work: Callable[[], None], words: Path) -> None:
         self._words = words
         words.touch()
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # else one ends the child as pytest, not as a run
         self.pid = os.fork()
-        if not self.pid:
+        if self.pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        else:
             status = CRASHED
             try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, signals)
                 sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
                 tqdm.set_lock(threading.RLock())  # else one for all processes, which a killed one holds for ever
                 note = os.open(words, os.O_WRONLY)  # before a limit forbids it
@@ -92,8 +97,8 @@ class Process:
 class Trial:
     """One disturbed run of a workload, in a folder of its own."""
 
-    def __init__(self, workload: Workload, folder: Path, chance: random.Random) -> None:
-        self.workload, self.folder, self.chance = workload, folder, chance
+    def __init__(self, workload: Workload, folder: Path) -> None:
+        self.workload, self.folder, self.chance = workload, folder, random.Random()
         self.out = folder / "out"
         self.events: list[str] = []
         self._number = 0
@@ -121,7 +126,9 @@ class Trial:
 
     def moment(self) -> None:
         """Wait until somewhere in the run."""
-        time.sleep(self.chance.uniform(0, 1.1) * self.workload.seconds)
+        seconds = self.chance.uniform(0, 1.1) * self.workload.seconds
+        self.note(f"after {seconds:.3f} s")
+        time.sleep(seconds)
 
     def note(self, what: str | Ended) -> None:
         """Write down what happened, for whoever looks into a failure."""
