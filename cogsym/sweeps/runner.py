@@ -34,6 +34,7 @@ from cogsym.sweeps.layers.schedule import schedule
 from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
+from cogsym.sweeps.results.bootstrap import FEW
 from cogsym.sweeps.results.store import Results, Row, check_started, summary, values
 from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import METRICS
@@ -262,6 +263,10 @@ class _Sweep:
         self._say(f"{at_most}{number}{rounds}{duplicates}")
         for note in (note for task in self._tasks for note in task.notes):
             self._say(note)
+        for task, documents in zip(self._tasks, self._documents, strict=True):
+            if len(documents) < FEW:
+                number = counted(len(documents), "document")
+                self._say(f"Warning: the task {task.name} has {number}; intervals from fewer than {FEW} mean little.")
         if self._layers.reasons:
             self._say(f"layers run their own forward, a state at a time: {'; '.join(self._layers.reasons)}")
         self._say(

@@ -22,7 +22,7 @@ from cogsym.data import Document, PackedDataset, Source, content_digest, pack, s
 from cogsym.decoder import layers_name_of, layers_of
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.memory import out_of_memory
-from cogsym.models.loading import load_model, load_tokenizer
+from cogsym.models.loading import checkpoint_dtype, load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.records import reason, replacing
 from cogsym.training.explain import explain
@@ -40,7 +40,7 @@ class TrainResult:
     """What a run gives back.
 
     Attributes:
-        model: the trained model in its original dtype, on the CPU or GPU it trained on; adapters are merged into it.
+        model: the trained model in the dtype of its base, on the CPU or GPU it trained on; adapters are merged into it.
         folder: where it was saved, for plain `from_pretrained`.
         steps: optimizer steps in all.
         trained_parameters: how many were trained.
@@ -103,7 +103,7 @@ def train(
     model_folder = Path(model).expanduser() if isinstance(model, (str, Path)) else None
     check_inputs(out, model_folder if model_folder and model_folder.exists() else None, sources)
     RunFolder(out).check_ours(resume)  # before the model is loaded, which may take long
-    network, tokenizer = _loaded(model, tokenizer, settings.dtype)
+    network, tokenizer, stored = _loaded(model, tokenizer, settings.dtype)
     separator = separator_id(tokenizer, settings.separator)
 
     def tokenized(text: Text, loss: Literal["all", "target"]) -> Any:
@@ -124,6 +124,8 @@ def train(
     }
     with open_run_folder(out, record, resume) as folder:
         network, callback, steps, trained = _trained(network, plan, settings, rows, held_out, folder, console)
+        for n, p in network.named_parameters():
+            p.data = p.data.to(stored[n])
         _save(network, tokenizer, callback.history, folder)
     rate = callback.history[-1].get("tokens_per_second", 0.0) if callback.history else 0.0
     return TrainResult(network, folder.model, steps, trained, callback.seconds, rate, callback.history)
@@ -138,8 +140,7 @@ def _trained(
     folder: RunFolder,
     console: Console,
 ) -> tuple[Any, RunCallback, int, int]:
-    """(The trained model in its original dtype, what the callback saw, optimizer steps, parameters trained)."""
-    original = {n: p.dtype for n, p in network.named_parameters()}
+    """(The trained model, what the callback saw, optimizer steps, parameters trained)."""
     use_cache = network.config.use_cache  # Trainer switches it off, for good
     set_seed(settings.seed)
     adapted: Any = _with_adapters(network, plan, settings.lora_rank) if settings.lora_rank else network
@@ -196,8 +197,6 @@ def _trained(
     restore(adapted)
     if settings.lora_rank:
         network = adapted.merge_and_unload()
-    for n, p in network.named_parameters():
-        p.data = p.data.to(original[n])
     return network, callback, trainer.state.global_step, trained
 
 
@@ -213,13 +212,17 @@ def _tells_documents_apart(model: Any) -> bool:
     return bool((packed - alone).norm() < 0.1 * alone.norm())
 
 
-def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str) -> tuple[Any, Any]:
-    """The model and its tokenizer, from a name or as they are."""
+def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str) -> tuple[Any, Any, dict[str, torch.dtype]]:
+    """The model and its tokenizer, from a name or as they are, and the dtypes that its parameters are saved in."""
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise CogsymError("train was given a loaded model without its tokenizer; pass tokenizer=.")
-        return model, tokenizer
-    return load_model(model, torch.float32 if dtype == "fp32" else torch.bfloat16), tokenizer or load_tokenizer(model)
+        return model, tokenizer, {n: p.dtype for n, p in model.named_parameters()}
+    computed, stored = torch.float32 if dtype == "fp32" else torch.bfloat16, checkpoint_dtype(model)
+    network = load_model(model, computed)
+    # Where transformers keeps a parameter in another precision than asked, it does so in the base too.
+    dtypes = {n: stored if p.dtype == computed else p.dtype for n, p in network.named_parameters()}
+    return network, tokenizer or load_tokenizer(model), dtypes
 
 
 def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bool) -> TrainingArguments:

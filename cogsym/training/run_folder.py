@@ -172,6 +172,27 @@ class RunFolder:
                     "or choose another --out."
                 )
 
+    def check_same(self, record: dict[str, Any]) -> None:
+        """Raise where a run may not go on, as it was asked something else than `record`; but for `FREE_TO_CHANGE`.
+
+        Raises:
+            CogsymError: that.
+        """
+        before, now = _fixed(self.read_record()), _fixed(record)
+        different = differences(before, now)
+        for name in ("steps", "epochs"):
+            before["settings"].pop(name), now["settings"].pop(name)
+        if different and before == now:
+            raise CogsymError(
+                f"The run in {self.path} was started with {different}, and its learning rate ends at 0 there; resume "
+                f"it with the same, and to train longer, give {self.model} as the model and another --out."
+            )
+        if different:
+            raise CogsymError(
+                f"The run in {self.path} was started with {different}; resume it with the same, or choose another "
+                "--out."
+            )
+
     def check_model(self, new: Path) -> None:
         """Raise where the model's folder holds what is not in the `new` one, which is to take its place.
 
@@ -249,10 +270,8 @@ def open_run_folder(out: Path, record: dict[str, Any], resume: bool) -> Iterator
             lock.acquire()
             folder.check_ours(resume)  # again: another run may have been here meanwhile
             record = json.loads(json.dumps(record))
-            if resume and (different := differences(_fixed(folder.read_record()), _fixed(record))):
-                raise CogsymError(
-                    f"The run in {out} was started with {different}; resume it with the same, or choose another --out."
-                )
+            if resume:
+                folder.check_same(record)
             write_record(folder.settings, record, folder.check_held)
             folder.record = record
             folder.remove_unfinished()

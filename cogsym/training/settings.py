@@ -28,7 +28,8 @@ class TrainSettings:
         weight_decay: of AdamW, norms and biases left out.
         max_grad_norm: gradients are scaled down to this norm.
         dtype: "bf16" keeps frozen weights and computes in bfloat16, with trained weights and their optimizer state in
-            float32; "fp32" is float32 throughout. Frozen weights of a model passed in as an object stay as they are.
+            float32; "fp32" is float32 throughout. The model is saved in the dtype of its base. Frozen weights of a
+            model passed in as an object stay as they are.
         lora_rank: train LoRA adapters of this rank on the planned layers' projections, not their weights; None for
             full weights. The scale is 2, alpha = 2 · rank.
         keep: what frozen layers hold for the backward pass, as in `cogsym.prepare`; it changes time and memory, not the
