@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM
 from cogsym import cli
 from cogsym.sweeps.results.store import frame
 
+pytestmark = pytest.mark.usefixtures("heeded_signals")
+
 # In the repository's root Python would take the source tree for the package.
 FOLDER = Path(__file__).parent
 BIG = ["--length", "64", "--batch-size", "2", "--dtype", "fp32", "--learning-rate", "1e-3"]

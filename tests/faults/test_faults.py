@@ -174,6 +174,7 @@ FAULTS: dict[str, Callable[[Trial], Ended]] = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("name", ["train", "sweep"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_nothing_is_lost_and_nothing_different(

@@ -117,6 +117,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(model_folder: Path, text_fil
     )
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_ctrl_c_saves_and_says_how_to_go_on(
     model_folder: Path,
     text_file: Path,
