@@ -193,7 +193,7 @@ def _grouped(x: Tensor, kv: int) -> Tensor:
 
 
 def _probabilities(logits: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
-    """e^(x - lse), as the keys' softmax times what sinks leave to them: lse is rounded, and their sum would not be 1."""
+    """e^(x - lse), as the keys' softmax times what sinks leave to them: lse is rounded, and the sum would not be 1."""
     left = (logits.logsumexp(-1) - lse.to(logits.dtype)).exp().unsqueeze(-1)
     return (logits.softmax(-1) * left).masked_fill(~visible, 0)
 
