@@ -275,6 +275,7 @@ def open_run_folder(out: Path, record: dict[str, Any], resume: bool) -> Iterator
             write_record(folder.settings, record, folder.check_held)
             folder.record = record
             folder.remove_unfinished()
+            folder.checkpoints.mkdir(exist_ok=True)  # else Trainer makes it, and fails with a traceback
         except Timeout as error:
             raise CogsymError(f"Another run is writing to {out}; wait for it, or choose another --out.") from error
         except OSError as error:

@@ -12,15 +12,14 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from children import own_progress
 from faults.workloads import Workload
-from tqdm import tqdm
 
 from cogsym.errors import CogsymError
 
@@ -61,12 +60,12 @@ class Process:
         else:
             status = CRASHED
             try:
-                signal.pthread_sigmask(signal.SIG_SETMASK, signals)
                 sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
-                tqdm.set_lock(threading.RLock())  # else one for all processes, which a killed one holds for ever
+                own_progress()
                 note = os.open(words, os.O_WRONLY)  # before a limit forbids it
                 faulthandler.dump_traceback_later(_LONGEST - 5, file=note)
                 try:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, signals)
                     work()
                     status = 0
                 except CogsymError as error:
