@@ -170,7 +170,7 @@ def test_a_folder_that_vanishes(
 def test_checkpoints_whose_folder_cannot_be_made(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder became read-only while the model was loaded."""
+    """The folder became read-only behind the first file that was written there."""
     mkdir = os.mkdir
 
     def refused(path: Any, *args: Any, **more: Any) -> None:
