@@ -178,7 +178,8 @@ class RunFolder:
         Raises:
             CogsymError: that.
         """
-        before, now = _fixed(self.read_record()), _fixed(record)
+        # An earlier version wrote no "products".
+        before, now = _fixed({"products": record["products"], **self.read_record()}), _fixed(record)
         different = differences(before, now)
         for name in ("steps", "epochs"):
             before["settings"].pop(name, None), now["settings"].pop(name, None)
