@@ -146,6 +146,16 @@ def main() -> None:
         _end(f"{option_of(error.name)} {error.problem}", error.exit_status)
     except CogsymError as error:
         _end(str(error), error.exit_status)
+    except (MemoryError, RuntimeError) as error:
+        from cogsym.memory import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        _end(
+            "memory ran out; what was written is whole, go on with --resume where there is more of it, or ask for less "
+            "at a time.",
+            1,
+        )
     except KeyboardInterrupt:
         _end("stopped at once; nothing after the last checkpoint was saved.", 130)
 

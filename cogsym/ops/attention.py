@@ -131,12 +131,13 @@ def attention_backward_reference(
     check_starts(starts)
     kv = k.shape[2]
     logits, visible = _logits(q, k, starts, scale, window, soft_cap)
-    do, out, queries = (_grouped(x, kv) for x in (dout, o, q))
+    do, queries = (_grouped(x, kv) for x in (dout, q))
     keys, values = (_grouped(x, kv) for x in (k, v))  # [B, KV, 1, T, D]
     p = _probabilities(logits, lse.unflatten(1, (kv, -1)), visible)
-    delta = (do * out).sum(-1, keepdim=True)
+    dp = (do @ values.mT).masked_fill(~visible, 0)
+    delta = (p * dp).sum(-1, keepdim=True)  # do · o, which is rounded: what cancels here comes from the same numbers
     p = p.masked_fill(visible & ~delta.isfinite(), torch.nan)
-    dx = p * (do @ values.mT - delta)
+    dx = p * (dp - delta)
     if soft_cap is not None:
         dx = dx * (1 - (logits / soft_cap).square())
     dx = dx.masked_fill(~visible, 0)  # 0 · NaN
@@ -152,7 +153,9 @@ def _grouped(x: Tensor, kv: int) -> Tensor:
 
 
 def _probabilities(logits: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
-    return (logits - lse.to(logits.dtype).unsqueeze(-1)).exp().masked_fill(~visible, 0)
+    """e^(x - lse), as the keys' softmax times what sinks leave to them: lse is rounded, and the sum would not be 1."""
+    left = (logits.logsumexp(-1) - lse.to(logits.dtype)).exp().unsqueeze(-1)
+    return (logits.softmax(-1) * left).masked_fill(~visible, 0)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -142,6 +142,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(model_folder: Path, text_fil
     )
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_ctrl_c_saves_and_says_how_to_go_on(
     model_folder: Path,
     text_file: Path,
@@ -255,6 +256,11 @@ def test_a_run_that_is_there_is_not_overwritten(model_folder: Path, text_file: P
         CogsymError, match=r"was started with steps 1 \(now 2\), seed 0 \(now 5\); resume it with the same"
     ):
         run(model_folder, text_file, tmp_path / "out", steps=2, seed=5, resume=True)
+    with pytest.raises(
+        CogsymError,
+        match=r"was started with steps 1 \(now 2\), .* ends at 0 there; .* to train longer, give .*out/model",
+    ):
+        run(model_folder, text_file, tmp_path / "out", steps=2, resume=True)
     text_file.write_text(text_file.read_text() + '{"sw": "jambo"}\n')
     with pytest.raises(CogsymError, match="was started with other data"):
         run(model_folder, text_file, tmp_path / "out", steps=1, resume=True)
@@ -262,9 +268,11 @@ def test_a_run_that_is_there_is_not_overwritten(model_folder: Path, text_file: P
         run(model_folder, text_file, tmp_path / "new", resume=True)
 
 
-def test_bf16_keeps_trained_weights_in_float32_and_saves_the_original_dtype(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_bf16_keeps_trained_weights_in_float32_and_saves_the_dtype_of_the_base(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: torch.dtype
 ) -> None:
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=base).save_pretrained(model_folder)
     seen = []
     step = OuterTrainer.check_gradients
 
@@ -275,9 +283,27 @@ def test_bf16_keeps_trained_weights_in_float32_and_saves_the_original_dtype(
     monkeypatch.setattr(OuterTrainer, "check_gradients", look)
     result = run(model_folder, text_file, tmp_path / "out", dtype="bf16")
     assert seen[0] == {True: torch.float32, False: torch.bfloat16}
-    assert {w.dtype for w in weights(result).values()} == {torch.bfloat16}
+    assert_of_the_base_s_dtype_and_size(result, model_folder, base)
     before, after = result.bits_per_byte("sw")
     assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_float32_saves_the_dtype_of_the_base(
+    model_folder: Path, text_file: Path, tmp_path: Path, lora_rank: int | None
+) -> None:
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(model_folder)
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "dtype": None}))  # as older versions wrote
+    result = run(model_folder, text_file, tmp_path / "out", steps=2, lora_rank=lora_rank)
+    assert_of_the_base_s_dtype_and_size(result, model_folder, torch.bfloat16)
+
+
+def assert_of_the_base_s_dtype_and_size(result: cogsym.TrainResult, base: Path, dtype: torch.dtype) -> None:
+    assert {w.dtype for w in (*weights(result).values(), *result.model.parameters())} == {dtype}
+    name = "model.safetensors"
+    assert abs((result.folder / name).stat().st_size - (base / name).stat().st_size) < 100
+    assert AutoModelForCausalLM.from_pretrained(result.folder, dtype="auto").dtype == dtype
 
 
 def test_full_fine_tuning_and_lora(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
