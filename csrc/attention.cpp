@@ -74,7 +74,7 @@ void softmax_block(const Attention& a, const ForwardThread<C>& at, int64_t b, in
         for (int64_t i = begin; i < end; i += panel) {
             V p[panel / step];
             for (int64_t j = 0; j < panel / step; ++j) {
-                p[j] = exponential2((load<V>(x + i + j * step) * scale - shift) * C(log2_e));
+                p[j] = exponential2((rounded(load<V>(x + i + j * step) * scale) - shift) * C(log2_e));
                 sums[j % 2] += p[j];
             }
             store_panel(to + i / panel * stride, p);

@@ -30,37 +30,46 @@ struct BackwardThread {
     C* dquery_rows;                // dq, [query_block, D]
 };
 
-// pᵀ = e^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on, two at a time.
+// pᵀ = e^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on, two at a time. `only`: these are all
+// the keys that the queries see, and o is rounded so much that delta is better summed here.
 template <class E, class C>
 void gradient_block(const Attention& a, const BackwardThread<C>& at, const QueryBlock<C>& of, E* probabilities,
-                    E* left, int64_t query, int64_t padded, int64_t key, int64_t width, bool whole) {
+                    E* left, int64_t query, int64_t padded, int64_t key, int64_t width, bool whole, bool only) {
     using V = vector_t<C>;
     E* right = static_cast<E*>(at.right);
     const C scale = C(a.soft_cap != 0 ? a.scale / a.soft_cap : a.scale), cap = C(a.soft_cap);
     for (int64_t i = 0; i < padded; i += lanes<C>) {
-        const V lse = load<V>(of.lse + i), delta = load<V>(of.delta + i), first = load<V>(of.first + i);
+        const V lse = load<V>(of.lse + i), first = load<V>(of.first + i);
         const V place = counting<C>() + C(query + i);
         // No query of this panel sees a key behind its last one.
         const int64_t end = whole ? width : smaller(round_up(query + i + lanes<C> - key, 2), width);
         const int64_t row = i / panel * backward_keys * panel + i % panel;
+        const auto seen = [&](int64_t r, V x) {
+            const C s = C(key + r);
+            return whole ? x : place < s ? V{} : s < first ? V{} : x;
+        };
+        const auto product = [&](int64_t r) { return load<V>(at.dlogits + r * query_block + i); };
+        const auto probability = [&](int64_t r, V& slope) {
+            // Rounded as the forward pass rounded the largest, so that the p of a query's only key is 1.
+            const V x = rounded(load<V>(at.logits + r * query_block + i) * scale);
+            // The difference first: it is small where p is not.
+            if (cap == 0) return exponential2((x - lse) * C(log2_e));
+            const V t = hyperbolic_tangent(x);
+            slope = C(1) - t * t;
+            return exponential2((rounded(t * cap) - lse) * C(log2_e));
+        };
+        V delta = load<V>(of.delta + i), slope = V{} + C(1);
+        if (only) {  // Σ p dp, which is do · o without o's rounding
+            V sum = {};
+            for (int64_t r = 0; r < end; ++r) sum += seen(r, probability(r, slope) * product(r));
+            delta = sum;
+        }
         for (int64_t r = 0; r < end; r += 2) {
             V p[2], ds[2];
             for (int n = 0; n < 2; ++n) {
-                const V x = load<V>(at.logits + (r + n) * query_block + i) * scale;
-                const V dp = load<V>(at.dlogits + (r + n) * query_block + i);
-                if (cap != 0) {
-                    const V t = hyperbolic_tangent(x);
-                    p[n] = exponential2((t * cap - lse) * C(log2_e));
-                    ds[n] = p[n] * (dp - delta) * (C(1) - t * t);
-                } else {
-                    p[n] = exponential2((x - lse) * C(log2_e));  // the difference first: it is small where p is not
-                    ds[n] = p[n] * (dp - delta);
-                }
-                if (!whole) {
-                    const C s = C(key + r + n);
-                    p[n] = place < s ? V{} : s < first ? V{} : p[n];
-                    ds[n] = place < s ? V{} : s < first ? V{} : ds[n];
-                }
+                p[n] = probability(r + n, slope);
+                ds[n] = p[n] * (product(r + n) - delta) * slope;
+                p[n] = seen(r + n, p[n]), ds[n] = seen(r + n, ds[n]);
                 store_operand(probabilities + row + (r + n) * panel, p[n]);
                 store_operand(left + row + (r + n) * panel, ds[n]);
             }
@@ -169,6 +178,8 @@ int64_t backward(const Attention& a) {
         for (int64_t h = 0; h < heads; ++h) prepare(at, h, b, head + h, query, end);
         E *probabilities = static_cast<E*>(at.probabilities), *lefts = static_cast<E*>(at.left);
         const int64_t begin = first_key(a, b, query) / panel * panel, last_key = query + padded;
+        // In full precision lse is rounded as much as o is.
+        const bool only = sizeof(T) == 2 && last_key - begin <= backward_keys;
         for (int64_t key = begin; key < last_key; key += backward_keys) {
             const int64_t width = smaller(last_key - key, backward_keys), base = place * length * D;
             const bool whole = key + width - 1 <= query && first_key(a, b, end - 1) <= key;
@@ -180,7 +191,7 @@ int64_t backward(const Attention& a) {
                          static_cast<const E*>(of.dout_columns), D, width, padded, D, false);
                 E* left = lefts + packed(backward_keys, 0, h * padded);
                 gradient_block(a, at, of, probabilities + packed(backward_keys, 0, h * padded), left, query, padded,
-                               key, width, whole);
+                               key, width, whole, only);
                 if (a.dq)
                     multiply(of.dquery, query_block, key_columns + base + packed(D, 0, key), D,
                              interleaved<E> == 2 ? static_cast<const E*>(at.right) : left, backward_keys, D, padded,

@@ -290,7 +290,7 @@ inline void exponentials(E* to, const C* x, int64_t width, C scale, vector_t<C> 
     V sums[2] = {total, V{}};
     const auto probability = [&](int64_t key) {
         if (key >= width) return V{};
-        const V p = exponential2((load<V>(x + key * step) * scale - shift) * C(log2_e));
+        const V p = exponential2((rounded(load<V>(x + key * step) * scale) - shift) * C(log2_e));
         sums[key % 2] += p;
         return p;
     };

@@ -43,6 +43,19 @@ inline void store(T* to, V x) {
     __builtin_memcpy(to, &x, sizeof x);
 }
 
+// A product as it is rounded: no multiply-add takes it in.
+template <class V>
+inline V rounded(V x) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(x));
+#elif defined(__FMA__)
+    __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#endif
+    return x;
+}
+
 // 0, 1, 2, ...
 template <class C>
 inline vector_t<C> counting() {
@@ -111,7 +124,8 @@ inline floats hyperbolic_tangent(floats x) {
     p = p * square + 1.33314422036e-1f;
     p = p * square - 3.33332819422e-1f;
     const floats small = p * square * x + x;
-    const floats power = exponential2(magnitude * -2.88539008f), large = (1.0f - power) / (1.0f + power);
+    // 1 - 2 e^-2x / (1 + e^-2x): what is rounded on the way matters less, the nearer the result is to 1.
+    const floats power = exponential2(magnitude * -2.88539008f), large = 1.0f - (power + power) / (1.0f + power);
     return magnitude < 0.625f ? small : x < 0.0f ? -large : large;
 }
 inline doubles hyperbolic_tangent(doubles x) {
