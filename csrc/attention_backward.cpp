@@ -32,7 +32,7 @@ struct BackwardThread {
 
 // pᵀ = e^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on, two at a time. `only`: these are all
 // the keys that the queries see, and o is rounded so much that delta is better summed here.
-template <class E, class C>
+template <class T, class E, class C>
 void gradient_block(const Attention& a, const BackwardThread<C>& at, const QueryBlock<C>& of, E* probabilities,
                     E* left, int64_t query, int64_t padded, int64_t key, int64_t width, bool whole, bool only) {
     using V = vector_t<C>;
@@ -45,32 +45,42 @@ void gradient_block(const Attention& a, const BackwardThread<C>& at, const Query
         const int64_t end = whole ? width : smaller(round_up(query + i + lanes<C> - key, 2), width);
         const int64_t row = i / panel * backward_keys * panel + i % panel;
         const auto seen = [&](int64_t r, V x) {
+            if (whole) return x;
             const C s = C(key + r);
-            return whole ? x : place < s ? V{} : s < first ? V{} : x;
+            return place < s ? V{} : s < first ? V{} : x;
+        };
+        const auto probability = [&](int64_t r, V& slope) {
+            V x = load<V>(at.logits + r * query_block + i) * scale;
+            // Rounded as lse is where it is one logit: the p of a query's only key is 1. Operands of two bytes round p.
+            if constexpr (interleaved<E> == 1) x = rounded(x);
+            if (cap != 0) {
+                const V t = hyperbolic_tangent(x);
+                x = t * cap;
+                if constexpr (interleaved<E> == 1) x = rounded(x);
+                slope = C(1) - t * t;
+            }
+            x -= lse;  // the difference first: it is small where p is not
+            const V p = seen(r, sizeof(T) == 2 ? exponential2(x * C(log2_e)) : exponential(x));
+            store_operand(probabilities + row + r * panel, p);
+            return p;
         };
         const auto product = [&](int64_t r) { return load<V>(at.dlogits + r * query_block + i); };
-        const auto probability = [&](int64_t r, V& slope) {
-            // Rounded as the forward pass rounded the largest, so that the p of a query's only key is 1.
-            const V x = rounded(load<V>(at.logits + r * query_block + i) * scale);
-            // The difference first: it is small where p is not.
-            if (cap == 0) return exponential2((x - lse) * C(log2_e));
-            const V t = hyperbolic_tangent(x);
-            slope = C(1) - t * t;
-            return exponential2((rounded(t * cap) - lse) * C(log2_e));
-        };
         V delta = load<V>(of.delta + i), slope = V{} + C(1);
-        if (only) {  // Σ p dp, which is do · o without o's rounding
-            V sum = {};
-            for (int64_t r = 0; r < end; ++r) sum += seen(r, probability(r, slope) * product(r));
+        if (only) {
+            V sum = {};  // Σ p dp: do · o without the rounding of o
+            for (int64_t r = 0; r < end; ++r) {
+                const V p = probability(r, slope);
+                sum += seen(r, p * product(r));
+                store(at.logits + r * query_block + i, p * slope);
+            }
             delta = sum;
         }
         for (int64_t r = 0; r < end; r += 2) {
-            V p[2], ds[2];
+            V ds[2];
             for (int n = 0; n < 2; ++n) {
-                p[n] = probability(r + n, slope);
-                ds[n] = p[n] * (product(r + n) - delta) * slope;
-                p[n] = seen(r + n, p[n]), ds[n] = seen(r + n, ds[n]);
-                store_operand(probabilities + row + (r + n) * panel, p[n]);
+                const V dp = product(r + n) - delta;
+                const V weight = only ? load<V>(at.logits + (r + n) * query_block + i) : probability(r + n, slope) * slope;
+                ds[n] = seen(r + n, weight * dp);
                 store_operand(left + row + (r + n) * panel, ds[n]);
             }
             store_operands(right + packed(backward_keys, r, i / panel * panel) + i % panel * 2, ds[0], ds[1]);
@@ -190,8 +200,8 @@ int64_t backward(const Attention& a) {
                 multiply(at.dlogits, query_block, values + base + packed(length, key, 0), length,
                          static_cast<const E*>(of.dout_columns), D, width, padded, D, false);
                 E* left = lefts + packed(backward_keys, 0, h * padded);
-                gradient_block(a, at, of, probabilities + packed(backward_keys, 0, h * padded), left, query, padded,
-                               key, width, whole, only);
+                gradient_block<T>(a, at, of, probabilities + packed(backward_keys, 0, h * padded), left, query,
+                                  padded, key, width, whole, only);
                 if (a.dq)
                     multiply(of.dquery, query_block, key_columns + base + packed(D, 0, key), D,
                              interleaved<E> == 2 ? static_cast<const E*>(at.right) : left, backward_keys, D, padded,

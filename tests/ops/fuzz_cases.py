@@ -239,8 +239,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float,
     return eager(q, k, v, seen, scale, soft_cap, sinks)
 
 
-def probabilities(t: Tensors, seen: Tensor, scale: float, soft_cap: Any) -> tuple[Tensor, ...]:
-    """p, q, k and v, by query head; heads are dimension 1."""
+def weights(t: Tensors, seen: Tensor, scale: float, soft_cap: Any) -> tuple[Tensor, ...]:
+    """p · (1 + |x|), q, k and v, by query head; heads are dimension 1."""
     groups = t["q"].shape[1] // t["k"].shape[1]
     q, k, v = t["q"], t["k"].repeat_interleave(groups, 1), t["v"].repeat_interleave(groups, 1)
     x = q @ k.mT * scale
@@ -248,8 +248,9 @@ def probabilities(t: Tensors, seen: Tensor, scale: float, soft_cap: Any) -> tupl
         x = torch.tanh(x / soft_cap) * soft_cap
     x = x.masked_fill(~seen, -torch.inf)
     sinks = t["sinks"].view(-1, 1, 1).expand(*x.shape[:-1], 1) if "sinks" in t else x[..., :0]
-    p = torch.cat((x, sinks), -1).softmax(-1)[..., : k.shape[-2]]
-    return p, q, k, v
+    p = torch.cat((x, sinks), -1).softmax(-1)[..., : k.shape[-2]].nan_to_num()
+    # A logit's rounding, absolute, is e^x's, relative.
+    return p * (1 + x.masked_fill(~seen, 0).abs()), q, k, v
 
 
 @st.composite
@@ -280,7 +281,7 @@ def attentions(draw: Any) -> Case:
     def terms(t: Tensors, results: Tensors) -> Tensors:
         t = {name: x.transpose(1, 2) if x.dim() == 4 else x for name, x in t.items()}
         o, do = results["o"].transpose(1, 2), t["do"]
-        p, q, k, v = probabilities(t, seen, scale, soft_cap)
+        p, q, k, v = weights(t, seen, scale, soft_cap)
         delta = (do * o).abs().sum(-1, keepdim=True)
         dx = scale * p * (do.abs() @ v.abs().mT + delta)
         of = {"o": p @ v.abs(), "dq": dx @ k.abs(), "dk": dx.mT @ q.abs(), "dv": p.mT @ do.abs()}
@@ -317,8 +318,8 @@ def decodings(draw: Any) -> Case:
 
     def terms(t: Tensors, results: Tensors) -> Tensors:
         t = {name: x.transpose(0, 1)[None] if x.dim() == 3 else x for name, x in t.items()}
-        p, _, _, v = probabilities(t, seen, scale, soft_cap)
-        return {"o": (p.nan_to_num() @ v.abs())[0].transpose(0, 1)}
+        p, _, _, v = weights(t, seen, scale, soft_cap)
+        return {"o": (p @ v.abs())[0].transpose(0, 1)}
 
     return Case(tensors, ours, plain, ("o",), (), terms)
 
