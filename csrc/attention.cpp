@@ -82,6 +82,14 @@ void softmax_block(const Attention& a, const ForwardThread<C>& at, int64_t b, in
     }
 }
 
+// Of one key, from its product with the query; 0 or not is what counts, where the value is infinite.
+template <class T, class C = compute_t<T>>
+C probability(const Attention& a, C product, C lse) {
+    const C x = product * C(a.scale);
+    const C logit = a.soft_cap == 0 ? x : C(a.soft_cap * __builtin_tanh(x / a.soft_cap));
+    return exponential(logit > lse ? C(0) : logit - lse);  // a NaN stays one
+}
+
 template <class T>
 int64_t forward(const Attention& a) {
     using C = compute_t<T>;
@@ -132,17 +140,20 @@ int64_t forward(const Attention& a) {
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t t = query + r;
             C* sums = at.sums + r * D;
-            if (spoilt) {
-                const Rows<T> v = head_rows<T>(a.v, a.v_strides, b, kv, 0, t + 1, a.D);
-                for (int64_t s = first_key(a, b, t); s <= t; ++s)
-                    for (int64_t d = 0; d < a.D; ++d)
-                        if (const T x = v.data[s * v.stride + d]; !is_finite(x)) sums[d] += widen(x);
-            }
             const C total = sum_of<C>(load<vector_t<C>>(at.total + r * lanes<C>));
             const C top = at.top[r] * C(unit_of(a));
             Sunk<C> result = {C(1) / total, C(top + __builtin_log(total))};
             if (a.sinks) result = with_sink(top, total, static_cast<const C*>(a.sinks)[head]);
             const C factor = result.factor;
+            if (spoilt) {
+                const Rows<T> q = head_rows<T>(a.q, a.q_strides, b, head, t, t + 1, a.D);
+                const Rows<T> k = head_rows<T>(a.k, a.k_strides, b, kv, 0, t + 1, a.D);
+                const Rows<T> v = head_rows<T>(a.v, a.v_strides, b, kv, 0, t + 1, a.D);
+                for (int64_t s = first_key(a, b, t); s <= t; ++s)
+                    for (int64_t d = 0; d < a.D; ++d)
+                        if (const T x = v.data[s * v.stride + d]; !is_finite(x))
+                            sums[d] += probability<T>(a, dot(q.data, k.data + s * k.stride, a.D), result.lse) * widen(x);
+            }
             write(static_cast<T*>(a.o) + ((b * a.T + t) * a.H + head) * a.D, a.D,
                   [=](int64_t d) { return sums[d] * factor; });
             static_cast<C*>(a.lse)[(b * a.H + head) * a.T + t] = result.lse;

@@ -97,6 +97,19 @@ inline int64_t first_key(const Attention& a, int64_t b, int64_t t) {
     return first < 0 ? 0 : smaller(first, t);
 }
 
+template <class T, class C = compute_t<T>>
+C dot(const T* x, const T* y, int64_t n) {
+    C parts[panel] = {};
+    int64_t i = 0;
+    for (; i + panel <= n; i += panel)
+#pragma omp simd
+        for (int64_t j = 0; j < panel; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
+    for (int64_t j = 0; i + j < n; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
+    vector_t<C> sum = {};
+    for (int64_t j = 0; j < panel; j += lanes<C>) sum += load<vector_t<C>>(parts + j);
+    return sum_of<C>(sum);
+}
+
 template <class C>
 constexpr C infinity = C(__builtin_inf());
 

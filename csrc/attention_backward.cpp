@@ -102,19 +102,6 @@ inline int64_t chunks_of(const Attention& a) {
     return larger(smaller(wanted, a.T * (a.H / a.KV) / rows), 1);
 }
 
-template <class T, class C = compute_t<T>>
-C dot(const T* x, const T* y, int64_t n) {
-    C parts[panel] = {};
-    int64_t i = 0;
-    for (; i + panel <= n; i += panel)
-#pragma omp simd
-        for (int64_t j = 0; j < panel; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
-    for (int64_t j = 0; i + j < n; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
-    vector_t<C> sum = {};
-    for (int64_t j = 0; j < panel; j += lanes<C>) sum += load<vector_t<C>>(parts + j);
-    return sum_of<C>(sum);
-}
-
 template <class T>
 int64_t backward(const Attention& a) {
     using C = compute_t<T>;
@@ -165,7 +152,12 @@ int64_t backward(const Attention& a) {
             const C lse = static_cast<const C*>(a.lse)[(b * a.H + head) * a.T + query + i];
             const C delta = dot(o, dout.data + i * dout.stride, a.D);
             // A gradient that is not finite was packed as 0: it spreads to the keys seen through p.
-            of.lse[i] = is_finite(delta) ? lse : C(__builtin_nan(""));
+            bool finite = is_finite(delta);
+            if (!finite) {
+                finite = true;
+                for (int64_t d = 0; d < a.D; ++d) finite &= is_finite(dout.data[i * dout.stride + d]);
+            }
+            of.lse[i] = finite ? lse : C(__builtin_nan(""));
             of.delta[i] = delta, of.first[i] = C(first_key(a, b, query + i));
         }
     };

@@ -43,19 +43,6 @@ inline void store(T* to, V x) {
     __builtin_memcpy(to, &x, sizeof x);
 }
 
-// A product as it is rounded: no multiply-add takes it in.
-template <class V>
-inline V rounded(V x) {
-#if defined(__AVX512F__)
-    __asm__("" : "+v"(x));
-#elif defined(__FMA__)
-    __asm__("" : "+x"(x));
-#elif defined(__aarch64__)
-    __asm__("" : "+w"(x));
-#endif
-    return x;
-}
-
 // 0, 1, 2, ...
 template <class C>
 inline vector_t<C> counting() {

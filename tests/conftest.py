@@ -20,6 +20,13 @@ from transformers import PreTrainedTokenizerFast
 import cogsym
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-examples", type=int, help="cases of each operation and dtype in tests/ops/test_fuzz.py")
+    parser.addoption(
+        "--huge", action="store_true", help="run the tests of tensors beyond 2**31 elements, gigabytes each"
+    )
+
+
 def pytest_report_header() -> str:
     from cogsym.ops import backend
 

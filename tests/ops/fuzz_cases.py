@@ -24,7 +24,6 @@ from cogsym.ops import (
     gated_activation,
     layer_norm,
     linear_cross_entropy,
-    logit_blocks,
     rms_norm,
     rotary,
     token_scores,
@@ -100,7 +99,7 @@ def norms(draw: Any, own: Callable[..., Any], plain: Callable[..., Tensor], bias
         drawn = {"x": make(rows, D), "residual": make(rows, D), "weight": make_weight(D), "bias": make_weight(D)}
         return {**{k: drawn[k] for k in names}, **{f"d{o}": make_dout(rows, D) for o in outputs}}
 
-    def ours(x: Tensor, residual: Tensor | None = None, weight: Any = None, bias: Any = None) -> tuple[Tensor, ...]:
+    def ours(weight: Tensor, x: Tensor, residual: Tensor | None = None, bias: Any = None) -> tuple[Tensor, ...]:
         more = (bias,) if biased else ()
         y = own(x, weight, *more, eps, residual=residual, offset=offset)
         return y if residual is not None else (y,)
@@ -118,8 +117,7 @@ def norms(draw: Any, own: Callable[..., Any], plain: Callable[..., Tensor], bias
         h = h - h.mean(-1, keepdim=True) if biased else h
         r = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
         dx = ((t["weight"].abs() + offset) * t["dy"].abs() * r).amax(-1, keepdim=True) + t.get("dh", 0)
-        of = {"dx": dx, "dresidual": dx, "dweight": (t["dy"] * h * r).abs().sum(0), "dbias": t["dy"].abs().sum(0)}
-        return of
+        return {"dx": dx, "dresidual": dx, "dweight": (t["dy"] * h * r).abs().sum(0), "dbias": t["dy"].abs().sum(0)}
 
     names = ["x", *["residual"] * residual, "weight", *["bias"] * bias]
     outputs = ("y", "h") if residual else ("y",)
@@ -142,7 +140,8 @@ def rotations(draw: Any) -> Case:
     B, T, H, D = draw(sizes(3)), draw(sizes(40)), draw(sizes(5)), 2 * draw(sizes(50))
     half, interleaved, inverse = draw(st.integers(1, D // 2)), draw(st.booleans()), draw(st.booleans())
     make, make_dout = values(draw), values(draw)
-    angles = torch.arange(T)[:, None] * 10000.0 ** -torch.linspace(0, 1, half, dtype=torch.float64)
+    angles = torch.arange(T)[None, :, None] * 10000.0 ** -torch.linspace(0, 1, half, dtype=torch.float64)
+    cos, sin = angles.cos(), angles.sin()
 
     def plain(x: Tensor, cos: Tensor, sin: Tensor, stored: Any) -> tuple[Tensor, ...]:  # as transformers does it
         c, s = (t[:, :, None] for t in (cos, -sin if inverse else sin))
@@ -153,12 +152,12 @@ def rotations(draw: Any) -> Case:
         return (torch.cat((turned, rest), -1),)
 
     return Case(
-        lambda: {"x": make(B, T, H, D), "cos": angles.cos()[None], "sin": angles.sin()[None], "dy": make_dout(B, T, H, D)},
+        lambda: {"x": make(B, T, H, D), "cos": cos, "sin": sin, "dy": make_dout(B, T, H, D)},
         lambda x, cos, sin: (rotary(x, cos, sin, interleaved=interleaved, inverse=inverse),),
         plain,
         ("y",),
         ("x",),
-    )  # fmt: skip
+    )
 
 
 PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -172,7 +171,12 @@ PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @st.composite
 def activations(draw: Any) -> Case:
-    rows, N, kind, gated = draw(sizes(20)), draw(sizes(600)), draw(st.sampled_from(sorted(PLAIN_ACTIVATIONS))), draw(st.booleans())
+    rows, N, kind, gated = (
+        draw(sizes(20)),
+        draw(sizes(600)),
+        draw(st.sampled_from(sorted(PLAIN_ACTIVATIONS))),
+        draw(st.booleans()),
+    )
     make, make_up, make_dout = values(draw), values(draw), values(draw)
     act, names = PLAIN_ACTIVATIONS[kind], ("gate", "up")[: 1 + gated]
 
@@ -345,7 +349,11 @@ def heads(draw: Any, scored: bool) -> Case:
     kept = (targets != -100).double()
 
     def tensors() -> Tensors:
-        return {"hidden": make(N, D), "weight": make_weight(V, D) / D**0.5, **({} if scored else {"dloss": make_dout(N)})}
+        return {
+            "hidden": make(N, D),
+            "weight": make_weight(V, D) / D**0.5,
+            **({} if scored else {"dloss": make_dout(N)}),
+        }
 
     def ours(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
@@ -359,7 +367,9 @@ def heads(draw: Any, scored: bool) -> Case:
         logits = plain_logits(hidden, weight, scale, soft_cap)
         loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
         of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-        return (of_target * kept.to(loss.dtype), logits.logsumexp(-1) * kept.to(loss.dtype), loss) if scored else (loss,)
+        return (
+            (of_target * kept.to(loss.dtype), logits.logsumexp(-1) * kept.to(loss.dtype), loss) if scored else (loss,)
+        )
 
     def terms(t: Tensors, results: Tensors) -> Tensors:
         size = scale * (t["hidden"].abs() @ t["weight"].abs().mT).amax(-1)
