@@ -159,6 +159,23 @@ def layer_norm_backward(
     num_threads: int,
     /,
 ) -> bool: ...
+def linear(
+    x: int,
+    weight: int,
+    bias: int,
+    y: int,
+    x_stride: int,
+    weight_stride: int,
+    M: int,
+    N: int,
+    K: int,
+    transposed: bool,
+    dtype: int,
+    weight_dtype: int,
+    bias_dtype: int,
+    num_threads: int,
+    /,
+) -> bool: ...
 def logits_gradient(
     logits: int,
     targets: int,

@@ -38,8 +38,9 @@ class Schedule(enum.StrEnum):
 
 
 class Dtype(enum.StrEnum):
-    """Precision of the computation."""
+    """What weights are stored in and products computed in."""
 
+    auto = "auto"
     bf16 = "bf16"
     fp32 = "fp32"
 
@@ -114,7 +115,13 @@ def train(
     accumulation: Annotated[int, _option("Forward passes an optimizer step.", panel="Optimisation")] = 1,
     epochs: Annotated[float, _option("Passes over the text.", panel="Optimisation")] = 1.0,
     steps: Annotated[int | None, _option("Optimizer steps, instead of epochs.", panel="Optimisation")] = None,
-    dtype: Annotated[Dtype, _option("Precision of the computation.", panel="Optimisation")] = Dtype.bf16,
+    dtype: Annotated[
+        Dtype,
+        _option(
+            "Precision; auto stores frozen weights in 16 bits and computes in what the processor is fastest in.",
+            panel="Optimisation",
+        ),
+    ] = Dtype.auto,
     seed: Annotated[int, _option("Of the shuffle and of LoRA's first weights.", panel="Optimisation")] = 0,
     keep: Annotated[
         str,
@@ -252,8 +259,12 @@ def sweep(
         str | None, _option("The token before each document; the tokenizer's bos or eos where it is left out.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, _option("Precision; the checkpoint's own where it is left out.", panel="Run")
-    ] = None,
+        Dtype,
+        _option(
+            "Precision; auto keeps the checkpoint's weights and computes in what the processor is fastest in.",
+            panel="Run",
+        ),
+    ] = Dtype.auto,
     memory: Annotated[
         str | None, _option("What states and caches may take, such as 4GB; half of what is free.", panel="Run")
     ] = None,
@@ -291,7 +302,7 @@ def sweep(
         memory_budget=None if memory is None else parse_bytes(memory),
         strict_memory=strict_memory,
         stream=stream,
-        dtype=None if dtype is None else {Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}[dtype],
+        dtype={Dtype.auto: None, Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}[dtype],
     )
     found = run(model, configs, task, out, base=base, settings=settings, resume=resume, dry_run=dry_run)
     if found is not None:

@@ -9,9 +9,10 @@ import platform
 import torch
 
 from cogsym import ops
-from cogsym.ops import backend, cpp
+from cogsym.ops import backend, cpp, products
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = (*_HALF_DTYPES, torch.float32)
 _PACKAGES = ("cogsym", "torch", "triton", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
@@ -22,6 +23,7 @@ def describe() -> list[tuple[str, str]]:
     rows.append(("processor", _processor()))
     rows.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
     rows.append(("extension", _extension()))
+    rows.append(("products", ", ".join(map(_products, _HALF_DTYPES))))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
@@ -47,6 +49,11 @@ def _routes(operation: ops.Operation, device: torch.device) -> str:
         + (f" ({route.reason})" if route.reason else "")
         for route, dtypes in found.items()
     )
+
+
+def _products(dtype: torch.dtype) -> str:
+    used = "" if products.native(dtype) else " (with --dtype auto computed in float32)"
+    return f"{str(dtype).removeprefix('torch.')} at {products.relative_speed(dtype):.2g} times float32's speed{used}"
 
 
 def _version(package: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch and transformers are imported. Tiny models are fastest on one thread; tests of threads set their own.
@@ -13,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
 from texts import sentences
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -85,3 +88,25 @@ def data_folder() -> Path:
     if not root.is_dir():
         pytest.skip("no test data: COGSYM_TEST_DATA is not set and ../shared/data does not exist")
     return root
+
+
+@pytest.fixture
+def bf16_checkpoint(model_folder: Path) -> Path:
+    """The tiny model with weights in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(model_folder)
+    return model_folder
+
+
+@pytest.fixture
+def slow_halves(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Whether the processor multiplies 16 bits slowly; it does."""
+
+    def say(slow: bool) -> None:
+        halves = (torch.bfloat16, torch.float16)
+        for name in ("cogsym.models.precision", "cogsym.ops.linear"):
+            monkeypatch.setattr(importlib.import_module(name), "native", lambda dtype: dtype not in halves or not slow)
+
+    say(True)
+    return say

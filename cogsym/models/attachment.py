@@ -40,6 +40,12 @@ def attachment(module: nn.Module) -> Any:
     return vars(module).get(_ATTACHED)
 
 
+def foreign_forward(module: nn.Module) -> bool:
+    """Whether the module has a forward that is neither its class's nor ours."""
+    forward = vars(module).get("forward")
+    return forward is not None and (attachment(module) is None or getattr(forward, "args", None) != (module,))
+
+
 def attached(module: nn.Module, forward: Any) -> bool:
     """Whether the module's forward is this one, also inside what accelerate's hooks have put around it."""
     return any(getattr(vars(module).get(name), "func", None) is forward for name in ("forward", "_old_forward"))

@@ -27,6 +27,7 @@ import transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from cogsym.models.attachment import foreign_forward
 from cogsym.models.block import Block
 from cogsym.models.half import Half, OwnHalf
 from cogsym.models.hooks import HOOKS, hook_on
@@ -58,7 +59,7 @@ def guarded(block: Block, weights_follow: bool = False) -> Block:
 def why_own(module: Any, weights_follow: bool = False) -> str | None:
     """Why a module that our operations stand in for must run its own forward, or None; see `guarded`."""
     name = type(module).__name__
-    if "forward" in vars(module):
+    if foreign_forward(module):
         return f"another library has replaced the forward of {name}"
     if not is_native(type(module)):
         return f"the forward of {name} is not the one that it was defined with"

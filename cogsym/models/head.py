@@ -14,6 +14,7 @@ from transformers.modeling_outputs import (
 )
 
 from cogsym import ops
+from cogsym.models.attachment import foreign_forward
 from cogsym.models.families import logits_of
 from cogsym.models.hooks import hook_on
 
@@ -42,7 +43,7 @@ class Head:
             return f"its head is a {type(head).__qualname__}, expected a Linear"
         if head.bias is not None:
             return "its head has a bias"
-        if "forward" in vars(head):
+        if foreign_forward(head):
             return "another library has replaced the forward of its head"
         if getattr(self.model.config, "output_router_logits", False):
             return "its loss depends on what its routers say"

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from cogsym import ops
+from cogsym.models.attachment import foreign_forward
 from cogsym.models.hooks import hook_on
 
 # Up to so many rows oneDNN's own layout of the weights pays: the time is that of reading them.
@@ -66,7 +67,9 @@ class Projections:
                 return False
             attributes = vars(module)
             weight = attributes["_parameters"]["weight"]
-            if type(weight) is not nn.Parameter or weight.is_meta or "forward" in attributes or hook_on(module):
+            if type(weight) is not nn.Parameter or weight.is_meta or hook_on(module):
+                return False
+            if "forward" in attributes and foreign_forward(module):
                 return False
         return True
 
@@ -76,11 +79,11 @@ class Projections:
         return len(self.names) == len(self.sizes)
 
     def product(self, x: Tensor, dtype: torch.dtype, outputs: slice = slice(None)) -> Tensor:
-        """The outputs side by side, [..., Σ sizes], computed in `dtype` from the weights themselves.
+        """The outputs side by side, [..., Σ sizes] of `dtype`, computed from the weights themselves.
 
         Args:
             x: [..., features].
-            dtype: of the product.
+            dtype: what the input is cast to, and weights of wider types.
             outputs: which of the outputs, such as slice(1, 3) for keys and values.
         """
         weights, biases = self._parameters()
@@ -94,18 +97,20 @@ class Projections:
             chosen = range(len(self.sizes))[outputs]
             rows = slice(ends[chosen.start], ends[chosen.stop])
             bias = None if biases is None else torch.cat(biases)[rows].to(dtype)
-            return F.linear(x, weight[rows].to(dtype), bias)
+            return ops.linear(x, _no_wider(weight[rows], dtype), bias)
         weights, biases = weights[outputs], biases and biases[outputs]
         pieces = zip(weights, biases or [None] * len(weights), strict=True)
-        return torch.cat([F.linear(x, w.to(dtype), None if b is None else b.to(dtype)) for w, b in pieces], dim=-1)
+        made = [ops.linear(x, _no_wider(w, dtype), None if b is None else b.to(dtype)) for w, b in pieces]
+        return torch.cat(made, dim=-1)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """The gradient of `product` for its input, in the dtype of `dy`, [..., Σ sizes]."""
         weights, _ = self._parameters()
         weight = _joined(weights)
         if weight is not None:
-            return dy @ weight.to(dy.dtype)
-        total, *others = [piece @ w.to(dy.dtype) for piece, w in zip(dy.split(self._rows(), -1), weights, strict=True)]
+            return ops.linear_input_gradient(dy, _no_wider(weight, dy.dtype))
+        pieces = zip(dy.split(self._rows(), -1), weights, strict=True)
+        total, *others = [ops.linear_input_gradient(piece, _no_wider(w, dy.dtype)) for piece, w in pieces]
         for other in others:
             total += other
         return total
@@ -154,10 +159,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def pack_linear(weight: Tensor) -> Tensor | None:
-    """A weight, [out, in], in oneDNN's own layout, for `packed_linear`; None where it has none for it."""
-    known = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    bfloat16 = weight.dtype == torch.bfloat16 and known and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not bfloat16 and not (known and weight.dtype == torch.float32):
+    """A weight, [out, in], in oneDNN's own layout, for `packed_linear`; None where it has none for it, or
+    `cogsym.ops.linear` is faster with the weight as it lies."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    route = ops.route("linear", weight.device, weight.dtype, weight_dtype=weight.dtype, rows=2)
+    if weight.dtype not in (torch.float32, torch.bfloat16) or route.backend != "reference":
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32)
     return packed
@@ -167,6 +176,13 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
     """As `torch.nn.functional.linear` with the weight that was packed, bit for bit."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return y
+
+
+def _no_wider(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight, cast where its type is not among those that `dtype` holds exactly."""
+    if weight.dtype == dtype or torch.promote_types(weight.dtype, dtype) == dtype:
+        return weight
+    return weight.to(dtype)
 
 
 def _joined(weights: list[Tensor]) -> Tensor | None:

@@ -12,6 +12,7 @@ from cogsym.ops.activation import activation, activation_gradient, gated_activat
 from cogsym.ops.attention import AttentionOptions, attention, attention_gradients
 from cogsym.ops.decode_attention import decode_attention
 from cogsym.ops.layer_norm import layer_norm, layer_norm_input_gradient
+from cogsym.ops.linear import linear, linear_input_gradient
 from cogsym.ops.linear_cross_entropy import linear_cross_entropy, token_scores
 from cogsym.ops.operation import Operation, Route, operations, register_operation, route
 from cogsym.ops.rms_norm import rms_norm, rms_norm_input_gradient
@@ -31,7 +32,9 @@ __all__ = [
     "gated_activation_gradients",
     "layer_norm",
     "layer_norm_input_gradient",
+    "linear",
     "linear_cross_entropy",
+    "linear_input_gradient",
     "operations",
     "register_operation",
     "rms_norm",

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import logit_blocks
+from cogsym.ops.linear import linear_reference
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 Reduction = Literal["mean", "sum", "none"]
@@ -74,7 +75,7 @@ def linear_cross_entropy(
     Args:
         hidden: [..., D], floating point; several sets of states may share targets along leading dimensions.
         weight: [V, D]. Under torch.autocast, hidden and weight are cast as torch.nn.functional.linear casts them;
-            otherwise their dtypes are the same.
+            otherwise their dtypes are the same, or the weight's is one that hidden's holds exactly.
         targets: [...], int64, broadcast to the shape of hidden without its D.
         ignore_index: a target that counts for nothing.
         soft_cap: c of the soft cap, or None.
@@ -139,7 +140,7 @@ def linear_cross_entropy_reference(
     label_smoothing: float,
 ) -> Tensor:
     """Each token's loss in plain PyTorch, with all logits at once; `soft_cap` 0 is none."""
-    logits = logit_blocks.capped(logit_blocks.compute_dtype(F.linear(hidden, weight)), scale, soft_cap)
+    logits = logit_blocks.capped(logit_blocks.compute_dtype(linear_reference(hidden, weight, None)), scale, soft_cap)
     targets = targets.expand(hidden.shape[:-1])
     return F.cross_entropy(
         logits.flatten(0, -2),
@@ -169,8 +170,10 @@ def _checked(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"{name}: hidden is {hidden.dtype} and weight {weight.dtype}, expected the same dtype.")
+    if hidden.dtype != weight.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
+        raise ValueError(
+            f"{name}: hidden is {hidden.dtype} and weight {weight.dtype}, expected the same dtype or a narrower one."
+        )
     shape = hidden.shape[:-1]
     fits = targets.dim() <= len(shape) and all(
         t in (1, s) for t, s in zip(reversed(targets.shape), reversed(shape), strict=False)

@@ -1,6 +1,6 @@
 """The blocks of logits that `cogsym.ops.linear_cross_entropy` passes over, and the two passes.
 
-A block is `width` columns of the vocabulary from `first` on, for some of the rows. It comes from torch.mm as products
+A block is `width` columns of the vocabulary from `first` on, for some of the rows. It comes from a product as
 hidden·weightᵀ, [rows, width] contiguous, and is overwritten by what the next product needs: three functions here are
 the plain form of what the kernels do to it.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cogsym.ops import backend, cpp
 from cogsym.ops.backend import Kernel
+from cogsym.ops.linear import multiply_into
 
 # (rows, columns) of a block at most. On a CPU: 8 MiB in bfloat16, which its cache keeps from one product to the other.
 # On a GPU: so many columns that adding up the products, which is bound by memory, takes a few per cent.
@@ -271,10 +272,10 @@ def forward_pass(
             total, product = torch.zeros(h.shape, dtype=dtype, device=h.device), torch.empty_like(h)
         for first in range(0, V, block_columns):
             w = weight[first : first + block_columns]
-            logits = torch.mm(h, w.t(), out=buffer[: len(h) * len(w)].view(len(h), len(w)))
+            logits = multiply_into(buffer[: len(h) * len(w)].view(len(h), len(w)), h, w, True)
             softmax(logits, first, t, part, rescale, scale, soft_cap, dhidden)
             if gradient is not None:
-                add(total, torch.mm(logits, w, out=product), rescale)
+                add(total, multiply_into(product, logits, w, False), rescale)
         if gradient is not None:
             p = torch.exp(part.target_logit - capped(part.maximum, scale, soft_cap)) / part.total
             of_target = (p - 1) * _slope(part.target_logit, scale, soft_cap)
@@ -311,13 +312,13 @@ def backward_pass(
             dw = torch.zeros(w.shape, dtype=dtype, device=w.device)
         for begin, end in row_pieces(N, hidden.device):
             h, t = hidden[begin:end], targets[begin:end]
-            logits = torch.mm(h, w.t(), out=buffer[: len(h) * len(w)].view(len(h), len(w)))
+            logits = multiply_into(buffer[: len(h) * len(w)].view(len(h), len(w)), h, w, True)
             gradient(
                 logits, first, t, logsumexp[begin:end], dloss[begin:end],
                 scale, soft_cap, 1 - label_smoothing, label_smoothing / V,
             )  # fmt: skip
             if dhidden is not None:
-                add(dhidden[begin:end], torch.mm(logits, w, out=product[: len(h)]), one[begin:end])
+                add(dhidden[begin:end], multiply_into(product[: len(h)], logits, w, False), one[begin:end])
             if dweight is not None:
                 dw += torch.mm(logits.t(), h)
         if dweight is not None:

@@ -34,7 +34,7 @@ from cogsym.sweeps.layers.schedule import schedule
 from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
-from cogsym.sweeps.results.store import Results, Row, check_started, summary, values
+from cogsym.sweeps.results.store import Results, Row, check_started, read_key, summary, values
 from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import METRICS
 from cogsym.sweeps.tasks.task import Task, load_task
@@ -59,7 +59,8 @@ class SweepSettings:
             is taken, with a warning.
         strict_memory: refuse documents that take more than the budget by themselves.
         stream: read the layers one at a time from the checkpoint; None does so where the model does not fit.
-        dtype: of the weights; None takes the checkpoint's own.
+        dtype: of the weights and of what is computed; None takes the checkpoint's own for the weights, and multiplies
+            them in float32 where a processor is faster with that.
     """
 
     action: str = SKIP
@@ -129,7 +130,11 @@ def sweep(
     if not dry_run:
         check_started(out, resume)
     needs_base = any(ACTIONS[name].needs_base for asked in rounds for c in asked.configurations for name in c.actions)
-    layers = load_layers(model, base, tokenizer, settings.stream, settings.dtype, needs_base, partial(_say, console))
+    # A resumed sweep keeps the arithmetic that it began with, on whichever machine.
+    widened = read_key(out).get("products") is not None if resume and not dry_run else None
+    layers = load_layers(
+        model, base, tokenizer, settings.stream, settings.dtype, widened, needs_base, partial(_say, console)
+    )
     try:
         running = _Sweep(layers, tokenizer, rounds, loaded_tasks, settings, console)
         running.check_memory()
@@ -249,6 +254,7 @@ class _Sweep:
             "tokenizer": hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "sampling": sampling if sampling["temperature"] else {"temperature": 0.0},
             "truncate": self._settings.truncate,
+            "products": "float32" if self._layers.widened else None,  # None: of the weights' own type
             "tasks": {task.name: {"data": task.digest} for task in self._tasks},
         }
 

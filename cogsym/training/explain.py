@@ -13,6 +13,7 @@ from cogsym.models import Block, UnknownLayerError, read_block
 from cogsym.models.attachment import attached, attachment
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.norm import ModuleNorm
+from cogsym.models.precision import computed_dtype
 from cogsym.plan import Part
 from cogsym.training.keep import Memory, cost
 from cogsym.training.layer import How, PreparedLayer, possible, why_whole
@@ -118,8 +119,8 @@ def _head(model: nn.Module) -> str:
         reason = "another library has replaced the model's forward"
     if reason:
         return f"logits by its own forward ({reason})"
-    weight = head.model.lm_head.weight
-    route = ops.route("linear_cross_entropy", weight.device, weight.dtype)
+    device, dtype = head.model.lm_head.weight.device, computed_dtype(head.model.lm_head)
+    route = ops.route("linear_cross_entropy", device, dtype)
     return f"loss without logits, {route.backend}{f' ({route.reason})' if route.reason else ''}"
 
 
@@ -159,9 +160,9 @@ def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
         reasons.append(f"but the model's own attention: {foreign}")
     if how.frozen and (reason := why_whole(block, {}, training=True)):
         return own(foreign or reason, how)
-    weight = next(layer.parameters())
+    device, dtype = next(layer.parameters()).device, computed_dtype(layer)
     routes = [
-        {name: ops.route(name, weight.device, weight.dtype, **facts) for name, facts in half.operations().items()}
+        {name: ops.route(name, device, dtype, **facts) for name, facts in half.operations().items()}
         for half in block.halves
     ]
     attention, mlp = (next((route.backend for route in each.values()), OWN) for each in routes)
@@ -192,7 +193,7 @@ def _with_memory(report: LayerReport, layer: nn.Module, memory: Memory, gradient
     keep = possible(layer, chosen)
     first = keep != "nothing" or report.index - 1 not in memory.blocks
     length = memory.shape[1] if memory.shape else 1
-    it = cost(block, keep, length, next(layer.parameters()).element_size(), first)
+    it = cost(block, keep, length, computed_dtype(layer).itemsize, first)
     repeated = it.repeated / max(it.flops - it.repeated, 1)
     reason = "" if keep == chosen else f"not {chosen}: it is sharded by itself"
     return replace(report, keep=keep, keep_reason=reason, bytes_per_token=it.bytes_per_token, repeated=repeated)

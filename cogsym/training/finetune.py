@@ -22,6 +22,7 @@ from cogsym.data import Document, PackedDataset, Source, content_digest, pack, s
 from cogsym.decoder import layers_name_of, layers_of
 from cogsym.errors import CogsymError, RunStopped
 from cogsym.memory import out_of_memory
+from cogsym.models import precision
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.records import reason, replacing
@@ -103,7 +104,10 @@ def train(
     model_folder = Path(model).expanduser() if isinstance(model, (str, Path)) else None
     check_inputs(out, model_folder if model_folder and model_folder.exists() else None, sources)
     RunFolder(out).check_ours(resume)  # before the model is loaded, which may take long
-    network, tokenizer = _loaded(model, tokenizer, settings.dtype)
+    products = _products(settings.dtype)
+    if resume:  # the arithmetic that it began with, on whichever machine
+        products = RunFolder(out).read_record().get("products", products)
+    network, tokenizer = _loaded(model, tokenizer, settings.dtype, products)
     separator = separator_id(tokenizer, settings.separator)
 
     def tokenized(text: Text, loss: Literal["all", "target"]) -> Any:
@@ -120,10 +124,11 @@ def train(
         "model": str(model) if isinstance(model, (str, Path)) else "a loaded model",
         "plan": dataclasses.asdict(plan),
         "settings": dataclasses.asdict(settings),
+        "products": products,
         "data": [_digest(text) for text in data],
     }
     with open_run_folder(out, record, resume) as folder:
-        network, callback, steps, trained = _trained(network, plan, settings, rows, held_out, folder, console)
+        network, callback, steps, trained = _trained(network, plan, settings, products, rows, held_out, folder, console)
         _save(network, tokenizer, callback.history, folder)
     rate = callback.history[-1].get("tokens_per_second", 0.0) if callback.history else 0.0
     return TrainResult(network, folder.model, steps, trained, callback.seconds, rate, callback.history)
@@ -133,6 +138,7 @@ def _trained(
     network: Any,
     plan: LayerPlan,
     settings: TrainSettings,
+    products: str,
     rows: PackedDataset,
     held_out: dict[str, PackedDataset],
     folder: RunFolder,
@@ -148,6 +154,10 @@ def _trained(
         if p.requires_grad:
             # Steps of AdamW are often smaller than bfloat16's spacing and would be lost.
             p.data = p.data.float()
+    if settings.dtype == "auto" and products == "float32":
+        precision.widen(adapted)
+    if sentence := precision.products_sentence(network, _device()):
+        console.print(sentence, highlight=False)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     console.print(str(explain(adapted)), highlight=False)
     console.print(
@@ -168,7 +178,7 @@ def _trained(
         train_dataset=rows,
         eval_dataset=held_out,
         callbacks=[callback],
-        bf16=settings.dtype == "bf16",
+        bf16=products == "bfloat16",
         folder=folder,
         history=callback.history,
     )
@@ -196,6 +206,7 @@ def _trained(
     restore(adapted)
     if settings.lora_rank:
         network = adapted.merge_and_unload()
+    precision.narrow(network)
     for n, p in network.named_parameters():
         p.data = p.data.to(original[n])
     return network, callback, trainer.state.global_step, trained
@@ -213,13 +224,25 @@ def _tells_documents_apart(model: Any) -> bool:
     return bool((packed - alone).norm() < 0.1 * alone.norm())
 
 
-def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str) -> tuple[Any, Any]:
+def _products(dtype: str) -> str:
+    """What products are computed in, where a run begins."""
+    wide = dtype == "fp32" or (dtype == "auto" and precision.should_widen(torch.bfloat16, _device()))
+    return "float32" if wide else "bfloat16"
+
+
+def _device() -> torch.device:
+    """Where the Trainer will put the model."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str, products: str) -> tuple[Any, Any]:
     """The model and its tokenizer, from a name or as they are."""
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise CogsymError("train was given a loaded model without its tokenizer; pass tokenizer=.")
         return model, tokenizer
-    return load_model(model, torch.float32 if dtype == "fp32" else torch.bfloat16), tokenizer or load_tokenizer(model)
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": None if products == "float32" else torch.bfloat16}
+    return load_model(model, stored[dtype]), tokenizer or load_tokenizer(model)
 
 
 def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bool) -> TrainingArguments:

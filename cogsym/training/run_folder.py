@@ -34,7 +34,7 @@ from cogsym.training.settings import FREE_TO_CHANGE
 
 _KEPT = 2  # checkpoints: where the last one is damaged there is one before it
 _LOCK = "train.lock"
-_RECORD = {"model", "plan", "settings", "data"}  # what settings.json says
+_RECORD = {"model", "plan", "settings", "products", "data"}  # what settings.json says
 
 
 class RunFolder:
@@ -232,7 +232,8 @@ def open_run_folder(out: Path, record: dict[str, Any], resume: bool) -> Iterator
 
     Args:
         out: OUT, made where it is missing.
-        record: what is asked of the run, which settings.json will hold: "model", "plan", "settings", "data".
+        record: what is asked of the run, which settings.json will hold: "model", "plan", "settings", "products" (the
+            type that they are computed in), "data".
         resume: go on with the run that is there, which was asked the same but for `FREE_TO_CHANGE`.
 
     Raises:
@@ -273,7 +274,7 @@ def _record(path: Path) -> dict[str, Any] | None:
             record = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.keys() == _RECORD else None
+    return record if isinstance(record, dict) and record.keys() | {"products"} == _RECORD else None
 
 
 def _fixed(record: dict[str, Any]) -> dict[str, Any]:

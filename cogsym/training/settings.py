@@ -28,7 +28,9 @@ class TrainSettings:
         weight_decay: of AdamW, norms and biases left out.
         max_grad_norm: gradients are scaled down to this norm.
         dtype: "bf16" keeps frozen weights and computes in bfloat16, with trained weights and their optimizer state in
-            float32; "fp32" is float32 throughout. Frozen weights of a model passed in as an object stay as they are.
+            float32; "fp32" is float32 throughout; "auto" is "bf16" on GPUs and on processors that multiply bfloat16
+            fast, and else keeps frozen weights as the checkpoint has them and computes in float32. Frozen weights of a
+            model passed in as an object stay as they are.
         lora_rank: train LoRA adapters of this rank on the planned layers' projections, not their weights; None for
             full weights. The scale is 2, alpha = 2 · rank.
         keep: what frozen layers hold for the backward pass, as in `cogsym.prepare`; it changes time and memory, not the
@@ -52,7 +54,7 @@ class TrainSettings:
     warmup: float = 0.05
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
     lora_rank: int | None = None
     keep: str = "auto"
     memory_budget: int | None = None
@@ -81,9 +83,10 @@ class TrainSettings:
                 raise CogsymError(f"The setting {name} is {getattr(self, name)}, expected a whole number above 0.")
         for name, choices in (
             ("schedule", ("cosine", "linear")),
-            ("dtype", ("bf16", "fp32")),
+            ("dtype", ("auto", "bf16", "fp32")),
             ("loss", ("all", "target")),
         ):
             if getattr(self, name) not in choices:
-                raise CogsymError(f"The setting {name} is {getattr(self, name)!r}, expected {' or '.join(choices)}.")
+                expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise CogsymError(f"The setting {name} is {getattr(self, name)!r}, expected {expected}.")
         Memory(self.keep, self.memory_budget)  # raises

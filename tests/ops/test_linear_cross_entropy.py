@@ -326,13 +326,14 @@ class Largest(TorchDispatchMode):
 def test_products_and_largest_tensor(best_backend: str, small_blocks: None, part: str) -> None:
     """The FLOPs of the products, and no tensor larger than the weight's gradient, a block or the hidden states."""
     N, D, V = 40, 6, 1000
-    hidden, weight, targets = torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,))
+    # In float64 the products are PyTorch's, and counted.
+    hidden, weight, targets = torch.randn(N, D).double(), torch.randn(V, D).double(), torch.randint(V, (N,))
     product = 2 * N * D * V
     needs = {"forward": [False, True], "scores": [False], "backward": [(True, False), (False, True), (True, True)]}
     for need in needs[part]:
         with Largest() as made, FlopCounterMode(display=False) as counter:
             if part == "backward":
-                rows = torch.ones(len(targets))
+                rows = torch.ones(len(targets)).double()
                 logit_blocks.backward_pass(hidden, targets, weight, rows, rows, 0.0, 1.0, 0.0, *need)
             else:
                 scores = part == "scores"
@@ -346,7 +347,7 @@ def test_products_and_largest_tensor(best_backend: str, small_blocks: None, part
 @pytest.mark.parametrize("trained", TRAINED)
 def test_ignored_rows_cost_nothing(best_backend: str, small_blocks: None, trained: tuple[bool, bool]) -> None:
     hidden, weight = (
-        t.requires_grad_(w) for t, w in zip((torch.randn(50, 6), torch.randn(300, 6)), trained, strict=True)
+        t.double().requires_grad_(w) for t, w in zip((torch.randn(50, 6), torch.randn(300, 6)), trained, strict=True)
     )
     targets = torch.randint(300, (50,))
     targets[::5] = -100

@@ -299,7 +299,7 @@ def test_a_loaded_model_and_documents_at_hand(model_folder: Path, tmp_path: Path
         ({"learning_rate": float("nan")}, "learning_rate is nan, expected a number above 0"),
         ({"steps": 0}, "steps is 0, expected a whole number above 0"),
         ({"lora_rank": -1}, "lora_rank is -1, expected a whole number above 0"),
-        ({"dtype": "fp8"}, "dtype is 'fp8', expected bf16 or fp32"),
+        ({"dtype": "fp8"}, "dtype is 'fp8', expected auto, bf16 or fp32"),
         ({"keep": "half"}, "keep is 'half', expected one of auto, all,"),
         ({"memory_budget": 0}, "memory_budget is 0 with keep='auto', expected a positive number of bytes"),
     ],

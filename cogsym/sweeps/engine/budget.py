@@ -11,6 +11,7 @@ import torch
 from cogsym.decoder import layers_of
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.calls import layer_calls
+from cogsym.models.precision import stream_dtype
 from cogsym.sweeps.engine.forward import TOKENS_AT_ONCE
 from cogsym.sweeps.engine.requests import Generate, Score, TaskDocument
 from cogsym.sweeps.engine.weights import LayerSource
@@ -40,7 +41,7 @@ class TokenBytes:
     @classmethod
     def of(cls, layers: LayerSource) -> TokenBytes:
         """Read off the first layer; guessed from the shapes of weights where it is not known."""
-        element = layers.model.get_input_embeddings().weight.element_size()
+        element = stream_dtype(layers.model).itemsize
         block = layers.block
         if block is not None and isinstance(block.attention, AttentionHalf):
             cached = sum(block.attention.qkv.sizes[1:])

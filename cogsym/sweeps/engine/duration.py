@@ -9,6 +9,7 @@ import torch
 
 from cogsym.models import Block
 from cogsym.models.attention import AttentionHalf
+from cogsym.models.precision import stream_dtype
 from cogsym.sweeps.engine.budget import ROWS_A_PIECE
 from cogsym.sweeps.engine.forward import TOKENS_AT_ONCE
 from cogsym.sweeps.engine.requests import Generate, Score, TaskDocument
@@ -63,7 +64,7 @@ class DurationEstimate:
 
     def _states(self, tokens: int) -> torch.Tensor:
         weight = self._layers.model.get_input_embeddings().weight
-        return torch.randn(1, tokens, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        return torch.randn(1, tokens, weight.shape[1], device=weight.device, dtype=stream_dtype(self._layers.model))
 
 
 def _run(block: Block, x: torch.Tensor, angles: torch.Tensor) -> None:

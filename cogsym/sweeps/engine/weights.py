@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cogsym.decoder import decoder_of, layers_of
 from cogsym.errors import CogsymError
-from cogsym.models import Block, UnknownLayerError, read_block
+from cogsym.models import Block, UnknownLayerError, precision, read_block
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.guard import why_own
 from cogsym.models.loading import build_model, check_model_folder, load_config
@@ -48,16 +48,21 @@ class LayerSource(Protocol):
         reasons: why layers run their own forward, one sentence each; where there is one, all of them do.
         block: a description of the first layer; None where layers run their own forward.
         has_base: a base checkpoint is at hand.
+        widened: weights of 16 bits are multiplied in float32.
     """
 
     model: Any
     device: torch.device
     reasons: list[str]
     has_base: bool
+    widened: bool
 
     @property
     def block(self) -> Block | None:
         """See above."""
+
+    def widen(self) -> None:
+        """Multiply weights of 16 bits in float32, as `cogsym.models.precision.widen` does it."""
 
     def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
         """Layers in the order they are needed, each there until the next is asked for."""
@@ -89,6 +94,7 @@ class ResidentLayers:
         layers_of(model)
         self.model, self.device, self.has_base = model, model.device, base is not None
         self.reasons: list[str] = []
+        self.widened = False
         self.packs = self.device.type == "cpu"
         self._models: dict[Weights, Any] = {"model": model}
         if base is not None:
@@ -105,6 +111,12 @@ class ResidentLayers:
     def block(self) -> Block | None:
         """See `LayerSource`."""
         return None if self.reasons else self._layers["model"][0].block
+
+    def widen(self) -> None:
+        """See `LayerSource`; `close` undoes it."""
+        self.widened, self.packs = True, False  # what is packed is multiplied in the weights' own type
+        for model in self._models.values():
+            precision.widen(model)
 
     def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
         """See `LayerSource`."""
@@ -123,14 +135,21 @@ class ResidentLayers:
 
     def revisions(self) -> dict[Weights, str]:
         """See `LayerSource`."""
-        named = {which: dict(model.named_parameters()) for which, model in self._models.items()}
-        return {which: _digest(weights, partial(_held, weights)) for which, weights in named.items()}
+        result: dict[Weights, str] = {}
+        for which, model in self._models.items():
+            weights, widened = dict(model.named_parameters()), precision.stored_dtypes(model)
+            dtypes = {name: widened.get(name, t.dtype) for name, t in weights.items()}
+            result[which] = _digest(weights, partial(_held, weights), dtypes)
+        return result
 
     def close(self) -> None:
         """Give the weights storage of their own again, and modules that were in training mode that mode."""
         for projections in self._plain():
             projections.unpack()
             projections.part()
+        if self.widened:
+            for model in self._models.values():
+                precision.narrow(model)
         for module in self._training:
             module.training = True
 
@@ -161,6 +180,7 @@ class StreamedLayers:
         """
         self.device, self.has_base = torch.device(device), base is not None
         self.reasons: list[str] = []
+        self.widened = False
         config = load_config(folder)
         self._dtype = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
@@ -181,6 +201,11 @@ class StreamedLayers:
     def pack(self) -> None:
         """See `LayerSource`. Each layer is there too shortly for it."""
 
+    def widen(self) -> None:
+        """See `LayerSource`; each layer as it is read."""
+        self.widened = True
+        precision.widen(self.model)  # of the layers, only the forwards of their empty modules
+
     def walk(self, needed: Sequence[tuple[int, set[Weights]]]) -> Iterator[dict[Weights, Loaded]]:
         """See `LayerSource`. The next layer is read while one computes."""
         with ThreadPoolExecutor(max_workers=1) as reader:
@@ -194,7 +219,9 @@ class StreamedLayers:
         """See `LayerSource`."""
         names = [name for name, _ in self.model.named_parameters()]
 
-        return {which: _digest(names, file.mapped, self._dtype) for which, file in self._files.items()}
+        return {
+            which: _digest(names, file.mapped, dict.fromkeys(names, self._dtype)) for which, file in self._files.items()
+        }
 
     def _load(self, layer: int, weights: set[Weights]) -> dict[Weights, Loaded]:
         """A layer of its own with these weights, so that nothing holds them once it is dropped."""
@@ -203,6 +230,8 @@ class StreamedLayers:
             tensors = self._files[which].read(f"{self._prefix}{layer}.", names)
             module = copy.deepcopy(self._untouched[layer], {id(config): config})
             module.load_state_dict({n: t.to(self.device, self._dtype) for n, t in tensors.items()}, assign=True)
+            if self.widened:
+                precision.widen(module)
             loaded[which] = Loaded(module, block := _block(module, []))
             for projections in block.projections() if block else ():
                 if projections.plain():
@@ -322,13 +351,15 @@ def _held(weights: dict[str, Tensor], name: str) -> AbstractContextManager[Tenso
 
 
 def _digest(
-    names: Iterable[str], tensor: Callable[[str], AbstractContextManager[Tensor]], dtype: torch.dtype | None = None
+    names: Iterable[str],
+    tensor: Callable[[str], AbstractContextManager[Tensor]],
+    dtypes: Mapping[str, torch.dtype],
 ) -> str:
-    """Of tensors by name, as they are in `dtype` if that is given."""
+    """Of tensors by name, each as it is in a dtype."""
     digest = hashlib.sha256()
     for name in sorted(names):
         with tensor(name) as weight:
-            weight = weight.detach().to(dtype or weight.dtype)
+            weight = weight.detach().to(dtypes[name])
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
             del weight  # before the file is closed

@@ -1,0 +1,62 @@
+"""A sweep of weights of 16 bits with arithmetic in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import cogsym
+from cogsym.models.loading import load_tokenizer
+from cogsym.sweeps.results.store import read_key
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_sweep_by_default_is_that_in_float32(
+    sweep: Callable[..., Any],
+    tasks: list[dict[str, Any]],
+    bf16_checkpoint: Path,
+    tmp_path: Path,
+    slow_halves: Callable[[bool], None],
+    stream: bool,
+) -> None:
+    """Values, resumed on another machine too, and the weights' digest is that of the file."""
+    base = bf16_checkpoint
+    settings = cogsym.SweepSettings(stream=stream)
+    sweep("input", tasks[:2], base, tmp_path / "auto", settings=settings)
+    assert "bfloat16 weights, float32 products: " in sweep.said
+    wide = tmp_path / "wide"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).save_pretrained(wide)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (wide / name).write_bytes((base / name).read_bytes())
+    sweep("input", tasks[:2], wide, tmp_path / "fp32")
+    values = [
+        pd.concat(map(pd.read_parquet, sorted((tmp_path / name / "results").rglob("*.parquet"))))["value"].to_numpy()
+        for name in ("auto", "fp32")
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-5)
+    key = read_key(tmp_path / "auto")
+    assert key["products"] == "float32"
+    slow_halves(False)
+    sweep("input", tasks, base, tmp_path / "auto", settings=settings, resume=True)
+    assert read_key(tmp_path / "auto")["products"] == "float32"
+    sweep("input", tasks[:1], base, tmp_path / "native", settings=settings)
+    assert read_key(tmp_path / "native")["revision"] == key["revision"]
+    assert read_key(tmp_path / "native")["products"] is None
+
+
+@pytest.mark.usefixtures("slow_halves")
+def test_a_sweep_leaves_a_model_in_memory_as_it_was(
+    sweep: Callable[..., Any], tasks: list[dict[str, Any]], bf16_checkpoint: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bf16_checkpoint, dtype="auto")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    sweep("input", tasks[:1], model, tokenizer=load_tokenizer(bf16_checkpoint))
+    for name, t in model.state_dict().items():
+        assert t.dtype == before[name].dtype and torch.equal(t, before[name])
+    assert not any("forward" in vars(module) for module in model.modules())
