@@ -23,6 +23,8 @@ template <class C>
 struct vector {
     typedef C type __attribute__((vector_size(vector_bytes)));
 };
+template <>
+struct vector<bfloat16> {};  // there is none, and an overload that names it is no candidate
 template <class C>
 using vector_t = typename vector<C>::type;
 template <class C>
