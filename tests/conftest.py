@@ -35,6 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each, in an order")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-examples", type=int, help="cases of each operation and dtype in tests/ops/test_fuzz.py")
+    parser.addoption(
+        "--huge", action="store_true", help="run the tests of tensors beyond 2**31 elements, gigabytes each"
+    )
+
+
 def pytest_report_header() -> str:
     why = "COGSYM_BACKEND" if (tested := backend.forced()) else backend.unavailable("cpp")
     name = tested or ("reference" if why else "cpp")

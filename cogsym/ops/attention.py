@@ -106,9 +106,11 @@ def attention_reference(
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(k.shape[2], -1, 1))
     values = _grouped(v, k.shape[2])
-    o = _probabilities(logits, lse, visible) @ _finite(values)
-    if not (known := values.isfinite()).all():
-        o = o.masked_fill(visible.to(o.dtype) @ (~known).to(o.dtype) > 0, torch.nan)
+    p = _probabilities(logits, lse, visible)
+    o = p @ _finite(values)
+    if not values.isfinite().all():  # 0 · NaN, but of a key that is not seen
+        spoilt = torch.where(visible.unsqueeze(-1), p.unsqueeze(-1) * (values - _finite(values)).unsqueeze(-3), 0)
+        o = o + spoilt.sum(-2)
     return o.flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous(), lse.flatten(1, 2).contiguous()
 
 
@@ -136,7 +138,7 @@ def attention_backward_reference(
     p = _probabilities(logits, lse.unflatten(1, (kv, -1)), visible)
     dp = (do @ values.mT).masked_fill(~visible, 0)
     delta = (p * dp).sum(-1, keepdim=True)  # do · o, which is rounded: what cancels here comes from the same numbers
-    p = p.masked_fill(visible & ~delta.isfinite(), torch.nan)
+    p = p.masked_fill(visible & ~do.isfinite().all(-1, keepdim=True), torch.nan)
     dx = p * (dp - delta)
     if soft_cap is not None:
         dx = dx * (1 - (logits / soft_cap).square())
