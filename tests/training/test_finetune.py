@@ -17,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 import cogsym
@@ -321,6 +322,30 @@ def test_full_fine_tuning_and_lora(model_folder: Path, text_file: Path, tmp_path
             model_folder, [source], tmp_path / "no", plan=LayerPlan.outer(4, final_norm=True),
             settings=TrainSettings(**SETTINGS, lora_rank=2),
         )  # fmt: skip
+
+
+def test_trained_embeddings_are_recorded_saved_and_resumed(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """With the head that is tied to them; in bfloat16, where their optimizer and they themselves are float32."""
+    tiny_model("llama", vocab_size=300, tie_word_embeddings=True).save_pretrained(model_folder)
+    plan = LayerPlan.outer(4, embeddings=True, head=True)
+    settings = TrainSettings(**{**SETTINGS, "steps": 4, "save_every": 2, "dtype": "bf16"})
+
+    def trained(resume: bool) -> cogsym.TrainResult:
+        source = Source(text_file, field="sw")
+        return cogsym.train(model_folder, [source], tmp_path / "out", plan=plan, settings=settings, resume=resume)
+
+    whole = trained(resume=False)
+    record = json.loads((tmp_path / "out" / "settings.json").read_text("utf-8"))["plan"]
+    assert record["embeddings"] and record["head"] and record["trained"] == [0, 3]
+    want, base = weights(whole), load_file(model_folder / "model.safetensors")
+    moved = {name for name, w in want.items() if not torch.equal(w.bfloat16(), base[name].bfloat16())}
+    assert "model.embed_tokens.weight" in moved and not any(".layers.1." in name for name in moved)
+    tied = AutoModelForCausalLM.from_pretrained(whole.folder)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(whole.folder)
+    resumed = weights(trained(resume=True))
+    assert resumed.keys() == want.keys() and all(torch.equal(resumed[name], w) for name, w in want.items())
 
 
 def test_pairs_with_the_loss_on_the_target(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
