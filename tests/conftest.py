@@ -33,6 +33,10 @@ if "site-packages" not in (home := Path(cogsym.__file__).parents[1]).parts:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--minutes", type=float, default=0, help="how long tests/faults tries; else each fault once")
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each, in an order")
+    parser.addoption("--fuzz-examples", type=int, help="cases of each operation and dtype in tests/ops/test_fuzz.py")
+    parser.addoption(
+        "--huge", action="store_true", help="run the tests of tensors beyond 2**31 elements, gigabytes each"
+    )
 
 
 def pytest_report_header() -> str:

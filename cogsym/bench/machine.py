@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -15,10 +16,41 @@ import transformers
 import cogsym
 from cogsym.ops import backend
 
+# Lines of processors by a word of their names, the more special one first.
+_LINES = ("xeon", "epyc", "threadripper", "ryzen", "core", "apple", "neoverse", "graviton")
+# What products run on, by the widest of a processor's features; the first that it has.
+_UNITS = {
+    "amx_bf16": "amx",
+    "avx512_bf16": "avx512bf16",
+    "avx512": "avx512",
+    "avx2": "avx2",
+    "bf16": "bf16",
+    "neon": "neon",
+}
 # Whom the suite sets ours beside, as far as they are packages of their own.
 ALTERNATIVES = (
     "cut-cross-entropy", "flash-attn", "liger-kernel", "quack-kernels", "transformer-lens", "unsloth",
 )  # fmt: skip
+
+
+def machine_class(machine: Mapping[str, str]) -> str:
+    """The class of a machine, whose results lie in one folder and are never mixed with another's.
+
+    A GPU's is its model, such as "h100". A processor's is its line and what its products run on, such as "xeon-amx",
+    "epyc-avx2" or "neoverse-bf16": two of a class differ in clocks and cores, of two classes each has other kernels.
+
+    Args:
+        machine: as `describe` has it.
+    """
+    if machine["gpu"] != "none":
+        words = machine["gpu"].partition(",")[0].lower().split()
+        return next((word for word in words if any(map(str.isdigit, word))), words[-1])
+    name, _, features = machine["processor"].rpartition(" (")
+    if not features.endswith(")"):  # no extension, which tells them
+        name, features = machine["processor"], ""
+    line = next((line for line in _LINES if line in name.lower()), "processor")
+    has = features.removesuffix(")").split(", ")
+    return f"{line}-{next((unit for feature, unit in _UNITS.items() if feature in has), 'plain')}"
 
 
 def describe() -> dict[str, str]:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from cogsym.records import (
     write_record,
 )
 from cogsym.training import checkpoint
-from cogsym.training.settings import FREE_TO_CHANGE
+from cogsym.training.settings import FREE_TO_CHANGE, TrainSettings
 
 _KEPT = 2  # checkpoints: where the last one is damaged there is one before it
 _LOCK = "train.lock"
@@ -300,6 +301,8 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _fixed(record: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run may not change."""
-    settings = {name: value for name, value in record["settings"].items() if name not in FREE_TO_CHANGE}
-    return {**record, "settings": settings}
+    """What a resumed run may not change; what a run of an earlier version did not know is as it was there."""
+    settings = asdict(TrainSettings()) | record["settings"]
+    products = "float32" if settings["dtype"] == "fp32" else "bfloat16"
+    settings = {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
+    return {"products": products, **record, "settings": settings}

@@ -260,8 +260,8 @@ def test_explain_names_what_computes_and_why_nothing_faster_does(monkeypatch: py
     ("dtype", "cap", "backend_of_attention", "reason"),
     [
         (torch.bfloat16, None, "flash", ""),
-        (torch.float32, None, "reference", "flash"),
-        (torch.bfloat16, 30.0, "reference", "flash"),
+        (torch.float32, None, "triton", "flash"),
+        (torch.bfloat16, 30.0, "triton", "flash"),
     ],
 )
 def test_explain_on_a_gpu_does_not_claim_a_kernel_that_is_not_taken(
@@ -278,7 +278,7 @@ def test_explain_on_a_gpu_does_not_claim_a_kernel_that_is_not_taken(
     )
     report = cogsym.explain(model).layers[0]
     assert report.attention == backend_of_attention
-    assert reason in report.reason and bool(reason) == ("attention on reference" in report.reason)
+    assert reason in report.reason and bool(reason) == ("attention on triton" in report.reason)
 
 
 def test_explain_says_how_the_head_runs() -> None:
@@ -304,6 +304,26 @@ def test_trainable_tokens_stay_trained() -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 5]})
     model = cogsym.prepare(get_peft_model(tiny_model("llama"), config), LayerPlan.outer(4, front=1, back=1))
     assert any("trainable_tokens_delta" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_adapters_that_are_switched_between_two_calls() -> None:
+    """The second call trains those that are active then, and `restore` leaves them so."""
+
+    def needed() -> set[tuple[str, str]]:
+        trained = [n.split(".") for n, p in model.named_parameters() if p.requires_grad]
+        return {(n[n.index("layers") + 1], n[-2]) for n in trained}
+
+    model, plan = get_peft_model(tiny_model("llama"), LoraConfig(r=2)), LayerPlan.outer(4, front=1, back=1)
+    model.add_adapter("other", LoraConfig(r=2))
+    cogsym.prepare(model, plan)
+    assert needed() == {("0", "default"), ("3", "default")}
+    model.set_adapter("other")
+    cogsym.prepare(model, plan)
+    assert needed() == {("0", "other"), ("3", "other")}
+    loss_of(model).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    cogsym.restore(model)
+    assert needed() == {(str(i), "other") for i in range(4)}
 
 
 @pytest.mark.parametrize("tuner", [LNTuningConfig(target_modules=["input_layernorm"]), IA3Config(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _KEY = "sweep.json"
+_OF_A_RUN = ("train.lock", "settings.json", "checkpoints")  # in the folder of a training run
 _DESCRIBED = ["task", "language", "side", "metric", "configuration", "direction", "k"]
 
 
@@ -173,6 +174,8 @@ def check_started(folder: str | Path, resume: bool) -> None:
     """
     folder = Path(folder)
     parts = list_parts(_part_folder(folder))
+    if not (folder / _KEY).exists() and any((folder / name).exists() for name in _OF_A_RUN):
+        raise CogsymError(f"{folder} holds a training run, expected a folder of the sweep's own; choose another --out.")
     if resume and not (parts or (folder / _KEY).exists()):
         raise CogsymError(f"There is no sweep in {folder} to resume; leave --resume out to start one.")
     if not resume and parts:
