@@ -39,7 +39,7 @@ def turns(request: pytest.FixtureRequest, workloads: dict[str, Workload]) -> Ite
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    told = config.stash.get(_TOLD, {})
+    told = {of: counts for of, counts in config.stash.get(_TOLD, {}).items() if counts}
     if not told:
         return
     terminalreporter.section("faults")
