@@ -29,7 +29,7 @@ struct Attention {
     int64_t k_strides[3];
     const void* v;  // [B, T, KV, D]
     int64_t v_strides[3];
-    const int32_t* starts;  // [B, T] contiguous: the first key that each query sees, or null: 0
+    const int32_t* starts;  // [B, T] contiguous, non-decreasing: the first key that each query sees, or null: 0
     int64_t B, T, H, KV, D;
     double scale;
     int64_t window;   // 0 is none
@@ -90,11 +90,35 @@ inline Rows<T> head_rows(const void* x, const int64_t (&strides)[3], int64_t b, 
     return {static_cast<const T*>(x) + b * strides[0] + row * strides[1] + head * strides[2], strides[1], end - row, D};
 }
 
+// Whether each query sees itself, and no query keys that one before it did not.
+inline bool starts_fit(const Attention& a) {
+    if (!a.starts) return true;
+    bool fit = true;
+    for (int64_t b = 0; b < a.B; ++b) {
+        const int32_t* starts = a.starts + b * a.T;
+        for (int64_t t = 0; t < a.T; ++t) fit &= starts[t] <= t && starts[t] >= (t ? starts[t - 1] : 0);
+    }
+    return fit;
+}
+
 // The first key that query t of sequence b sees; it never decreases with t, and the last one is t.
 inline int64_t first_key(const Attention& a, int64_t b, int64_t t) {
     int64_t first = a.starts ? a.starts[b * a.T + t] : 0;
     if (a.window && t - a.window + 1 > first) first = t - a.window + 1;
-    return first < 0 ? 0 : smaller(first, t);
+    return first;
+}
+
+template <class T, class C = compute_t<T>>
+C dot(const T* x, const T* y, int64_t n) {
+    C parts[panel] = {};
+    int64_t i = 0;
+    for (; i + panel <= n; i += panel)
+#pragma omp simd
+        for (int64_t j = 0; j < panel; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
+    for (int64_t j = 0; i + j < n; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
+    vector_t<C> sum = {};
+    for (int64_t j = 0; j < panel; j += lanes<C>) sum += load<vector_t<C>>(parts + j);
+    return sum_of<C>(sum);
 }
 
 template <class C>
@@ -102,6 +126,17 @@ constexpr C infinity = C(__builtin_inf());
 
 // e^x is 2^(x log2 e), of a difference of logits: it is small where e^x is not, and so is its rounding.
 constexpr double log2_e = 1.4426950408889634;
+
+// Where logits are products times a positive scale, the largest is kept as the product that it is, and the scale goes into
+// the exponent. Where not, it is kept as the logit: in units of 1.
+template <class A>
+inline bool in_products(const A& a) {
+    return a.soft_cap == 0 && a.scale > 0;
+}
+template <class A>
+inline double unit_of(const A& a) {
+    return in_products(a) ? a.scale : 1.0;
+}
 
 // A query's sink, the logit of a key whose value is 0, into its softmax so far: sums of values, Σ e^(logit - top), and
 // the largest logit. Returns what the sums are multiplied by, and lse.
@@ -113,7 +148,7 @@ template <class C>
 inline Sunk<C> with_sink(C top, C total, C sink) {
     const C largest = sink > top ? sink : top;
     const C share = C(__builtin_exp(top - largest)), sum = total * share + C(__builtin_exp(sink - largest));
-    return {share / sum, largest + C(__builtin_log(sum))};
+    return {share / sum, C(largest + __builtin_log(sum))};
 }
 
 }  // namespace COGSYM_ISA

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cogsym.errors import CogsymError
+from cogsym.errors import SettingError
 from cogsym.memory import free_bytes
 from cogsym.models.block import Block
 from cogsym.models.half import Dial
@@ -183,10 +183,10 @@ class Memory:
 
     def __init__(self, keep: str, budget: int | None) -> None:
         if keep != "auto" and keep not in KEEPS:
-            raise CogsymError(f"keep is {keep!r}, expected one of auto, {', '.join(KEEPS)}.")
+            raise SettingError("keep", f"is {keep!r}, expected one of auto, {', '.join(KEEPS)}.")
         if budget is not None and (keep != "auto" or budget <= 0):
-            raise CogsymError(
-                f"memory_budget is {budget} with keep={keep!r}, expected a positive number of bytes with keep='auto'."
+            raise SettingError(
+                "memory_budget", f"is {budget} where keep is {keep!r}, expected a positive number of bytes for 'auto'."
             )
         self.keep, self.budget = keep, budget
         self.blocks: dict[int, Block] = {}  # the frozen layers that decide, by index
@@ -197,9 +197,10 @@ class Memory:
     def check(self, device: str) -> None:
         """Raise a CogsymError where a model on this type of device cannot do what was chosen."""
         if self.keep == "offload" and device != "cuda":
-            raise CogsymError(
-                f"keep is 'offload' and the model is on {device}, expected a GPU, whose activations wait in the host's "
-                "memory; on a CPU use keep='input' or 'nothing'."
+            raise SettingError(
+                "keep",
+                f"is 'offload' and the model is on {device}, expected a GPU, whose activations wait in the host's "
+                "memory; on a CPU use 'input' or 'nothing'.",
             )
 
     def of(self, index: int, x: torch.Tensor) -> Keep:
@@ -218,6 +219,11 @@ class Memory:
                 graph, x.shape[0] * x.shape[1], x.shape[1], self.sizes[0], budget, stream_size=self.sizes[1]
             )
         return self._chosen[self.shape].get(index, "input")
+
+    def least(self, first: int, rows: int, length: int, element_size: int) -> int:
+        """Bytes that the frozen layers from `first` on hold of such a batch whatever is chosen: a run's input each."""
+        runs = [i for i in self.blocks if i >= first and (i - 1 not in self.blocks or i == first)]
+        return sum(rows * length * cost(self.blocks[i], "nothing", length, element_size).bytes_per_token for i in runs)
 
     def last(self, index: int) -> Keep | None:
         """What layer `index` keeps of batches like the last one; None where that is not decided yet."""

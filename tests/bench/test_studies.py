@@ -22,7 +22,7 @@ from cogsym.ops import operations
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NO_STUDIES = {"bench", "conftest", "gpu", "readme"}
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in NO_STUDIES)
-OF_TINY_SHAPE = ("attention", "decode_attention", "frozen", "linear_cross_entropy", "longest", "streamed")
+OF_TINY_SHAPE = ("attention", "decode_attention", "frozen", "linear", "linear_cross_entropy", "longest", "streamed")
 OF_A_FOLDER = ("swahili", "swahili_sweep", "train_speed")
 
 
