@@ -57,11 +57,16 @@ def norms(draw: Any, own: Callable[..., Any], plain: Callable[..., Tensor], bias
         return (y,) if residual is None else (y, h)
 
     def terms(t: Tensors, results: Tensors) -> Tensors:
-        h = t["x"] + t.get("residual", 0)
-        h = h - h.mean(-1, keepdim=True) if biased else h
+        stream = t["x"] + t.get("residual", 0)
+        h = stream - stream.mean(-1, keepdim=True) if biased else stream
         r = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
-        dx = ((t["weight"].abs() + offset) * t["dy"].abs() * r).amax(-1, keepdim=True) + t.get("dh", 0)
-        return {"dx": dx, "dresidual": dx, "dweight": (t["dy"] * h * r).abs().sum(0), "dbias": t["dy"].abs().sum(0)}
+        # The mean's rounding, in units of the row's deviation: large where a row's values are nearly equal.
+        mean = 1 + r * stream.abs() * biased
+        scale = t["weight"].abs() + offset
+        dx = (scale * t["dy"].abs() * r * mean).amax(-1, keepdim=True) + t.get("dh", 0)
+        dweight = (t["dy"] * (h.abs() + stream.abs() * biased) * r).abs().sum(0)
+        of = {"dx": dx, "dresidual": dx, "dweight": dweight, "dbias": t["dy"].abs().sum(0)}
+        return {**of, "y": scale * mean + results["y"].abs()} if biased else of
 
     names = ["x", *["residual"] * residual, "weight", *["bias"] * bias]
     outputs = ("y", "h") if residual else ("y",)
@@ -122,7 +127,15 @@ def activations(draw: Any) -> Case:
         draw(st.booleans()),
     )
     make, make_up, make_dout = values(draw), values(draw), values(draw)
-    act, names = PLAIN_ACTIVATIONS[kind], ("gate", "up")[: 1 + gated]
+    names = ("gate", "up")[: 1 + gated]
+
+    def act(x: Tensor) -> Tensor:
+        truth = x.dtype == torch.float64  # in which PyTorch's 1 + erf and 1 + tanh are 0 where the formula is not
+        if truth and kind == "gelu":
+            return x / 2 * torch.erfc(-x * 0.5**0.5)
+        if truth and kind == "gelu_tanh":
+            return x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+        return PLAIN_ACTIVATIONS[kind](x)
 
     def plain(gate: Tensor, up: Tensor | None = None, stored: Any = None) -> tuple[Tensor, ...]:
         return (act(gate) if up is None else act(gate) * up,)
