@@ -21,7 +21,7 @@ struct Linear {
 
 // Rows, columns and depth of the blocks: a panel of B of `depth` takes half of a first cache of 32 KiB, a block of A
 // most of half a second cache of 512 KiB. A weight is packed anew for every `span` rows.
-constexpr int64_t rows_block = 24 * 8 / lanes<float> * strip, columns_block = 1024, most_depth = 320;
+constexpr int64_t rows_block = 24 * 8 / lanes<float> * strip, columns_block = 2048, most_depth = 320;
 constexpr int64_t span = 8 * rows_block;
 
 inline int64_t blocks(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }

@@ -102,6 +102,36 @@ inline void transpose(floats (&rows)[lanes<float>]) {
 // Values beyond the last strip that packing it may write.
 constexpr int64_t strip_slack = lanes<float>;
 
+// A strip's part of as many columns as a vector has lanes, from its rows. A row of it is shorter than a vector: the next
+// one overwrites what is too much.
+inline void store_strip(float* to, floats (&rows)[lanes<float>], int64_t columns) {
+    transpose(rows);
+    for (int64_t j = 0; j < columns; ++j) store(to + j * strip, rows[j]);
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Four rows and two, each without what they do not have.
+inline void store_strip(float* to, const floats (&rows)[strip]) {
+    for (int half = 0; half < 2; ++half) {
+        const auto unpack = [&](int i, int j) {
+            return half ? _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[j])
+                        : _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[j]);
+        };
+        const __m256d low = (__m256d)unpack(0, 1), high = (__m256d)unpack(2, 3), last = (__m256d)unpack(4, 5);
+        const __m256 four[2] = {(__m256)_mm256_unpacklo_pd(low, high), (__m256)_mm256_unpackhi_pd(low, high)};
+        for (int odd = 0; odd < 2; ++odd)
+            for (int lane = 0; lane < 2; ++lane) {
+                float* const column = to + (4 * lane + 2 * half + odd) * strip;
+                const __m128d two = lane ? _mm256_extractf128_pd(last, 1) : _mm256_castpd256_pd128(last);
+                store(column, lane ? _mm256_extractf128_ps(four[odd], 1) : _mm256_castps256_ps128(four[odd]));
+                if (odd)
+                    _mm_storeh_pd(reinterpret_cast<double*>(column + 4), two);
+                else
+                    _mm_storel_pd(reinterpret_cast<double*>(column + 4), two);
+            }
+    }
+}
+#endif
+
 // Strips of a's rows [row, row + count) and columns [column, column + depth).
 template <class T>
 inline void pack_strips(float* to, const Rows<T>& a, int64_t row, int64_t count, int64_t column, int64_t depth) {
@@ -109,11 +139,18 @@ inline void pack_strips(float* to, const Rows<T>& a, int64_t row, int64_t count,
         const int64_t rows = smaller(strip, row + count - s);
         for (int64_t k = 0; k < depth; k += lanes<float>) {
             const int64_t columns = smaller(lanes<float>, depth - k);
+            const T* const from = a.data + s * a.stride + column + k;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+            if (rows == strip && columns == lanes<float>) {
+                floats whole[strip];
+                for (int64_t r = 0; r < strip; ++r) whole[r] = widened(from + r * a.stride);
+                store_strip(to + k * strip, whole);
+                continue;
+            }
+#endif
             floats square[lanes<float>] = {};
-            for (int64_t r = 0; r < rows; ++r) square[r] = widened(a.data + (s + r) * a.stride + column + k, columns);
-            transpose(square);
-            // A row of the strip is shorter than a vector: the next one overwrites what is too much.
-            for (int64_t j = 0; j < columns; ++j) store(to + (k + j) * strip, square[j]);
+            for (int64_t r = 0; r < rows; ++r) square[r] = widened(from + r * a.stride, columns);
+            store_strip(to + k * strip, square, columns);
         }
     }
 }
@@ -176,8 +213,10 @@ inline void pack_panels_transposed(float* to, const Rows<bfloat16>& b, int64_t r
 inline void multiply_tile(float* c, int64_t c_stride, int64_t rows, int64_t columns, const float* a, const float* b,
                           int64_t depth, bool add) {
     floats sums[strip][tile_vectors];
-    if (add)
-        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(c + r * c_stride), __builtin_prefetch(c + r * c_stride + width - 1);
+    for (int64_t r = 0; r < rows; ++r) {
+        __builtin_prefetch(c + r * c_stride, 1);
+        __builtin_prefetch(c + r * c_stride + columns - 1, 1);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < strip; ++r)
         for (int v = 0; v < tile_vectors; ++v) sums[r][v] = floats{};

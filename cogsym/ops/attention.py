@@ -251,6 +251,21 @@ def _cpp_inputs(
     )  # fmt: skip
 
 
+def _triton_refuses(
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int = 64,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sequences: flash.Sequences = "whole",
+    empty: bool = False,
+) -> str | None:
+    most = 256 if dtype.itemsize == 2 else 64
+    if head_dim <= most:
+        return None
+    return f"heads of more than {most} features of {str(dtype).removeprefix('torch.')} do not fit a GPU's registers"
+
+
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
@@ -321,7 +336,11 @@ _attention = register_operation(
         "attention",
         attention_reference,
         check=check,
-        backends=(backend.cpp(_cpp), flash.backend(flash.attention)),
+        backends=(
+            backend.cpp(_cpp),
+            flash.backend(flash.attention),
+            backend.triton("cogsym.kernels.attention:attention", _triton_refuses),
+        ),
         facts=lambda q, k, v, starts, sinks, scale, *rest: flash.facts(q, starts, *rest),
         fake=_fake,
         autograd=(_setup, _backward),
@@ -334,7 +353,11 @@ _attention_backward = register_operation(
         "attention_backward",
         attention_backward_reference,
         check=check_backward,
-        backends=(backend.cpp(_cpp_backward), flash.backend(flash.attention_backward)),
+        backends=(
+            backend.cpp(_cpp_backward),
+            flash.backend(flash.attention_backward),
+            backend.triton("cogsym.kernels.attention:attention_backward", _triton_refuses),
+        ),
         facts=lambda dout, q, k, v, o, lse, starts, scale, window, soft_cap, *_: flash.facts(
             q, starts, window, soft_cap
         ),

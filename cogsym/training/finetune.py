@@ -213,6 +213,7 @@ def _prepared(run: _Run, console: Console) -> Any:
     """The model, or peft's wrapper around it, as it is trained; what there is to know is told."""
     network, settings, rows = run.network, run.settings, run.rows
     set_seed(settings.seed)
+    network.to(_device())  # the Trainer would move each weight apart, after `prepare` has laid them beside each other
     adapted: Any = _with_adapters(network, run.plan, settings.lora_rank) if settings.lora_rank else network
     prepare(adapted, run.plan, keep=settings.keep, memory_budget=settings.memory_budget)
     for p in adapted.parameters():

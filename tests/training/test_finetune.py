@@ -17,11 +17,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 import cogsym
 from cogsym import CogsymError, LayerPlan, RunStopped, TrainSettings, heartbeat
 from cogsym.data import Document, Source, held_out, pack, read_documents, separator_id, tokenize
+from cogsym.models.attachment import RECORD
 from cogsym.models.loading import load_tokenizer
 from cogsym.training.evaluate import bits_per_byte
 from cogsym.training.finetune import dry_run
@@ -63,6 +64,22 @@ def test_it_learns_and_writes_what_it_promises(whole: cogsym.TrainResult) -> Non
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert lines == whole.history
     assert [p.name for p in RunFolder(out).complete_checkpoints()] == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_the_model_is_on_its_device_before_weights_are_laid_beside_each_other(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[tuple[Any, bool]] = []
+    to = PreTrainedModel.to
+
+    def recorded(model: Any, *args: Any, **kwargs: Any) -> Any:
+        moves.append((args, hasattr(model, RECORD)))
+        return to(model, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "to", recorded)
+    run(model_folder, text_file, tmp_path / "out", steps=1)
+    expected = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert moves[0] == ((expected,), False)
 
 
 def test_plain_transformers_loads_the_result_and_only_the_outer_layers_moved(

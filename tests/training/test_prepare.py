@@ -259,8 +259,8 @@ def test_explain_names_what_computes_and_why_nothing_faster_does(monkeypatch: py
     ("dtype", "cap", "backend_of_attention", "reason"),
     [
         (torch.bfloat16, None, "flash", ""),
-        (torch.float32, None, "reference", "flash"),
-        (torch.bfloat16, 30.0, "reference", "flash"),
+        (torch.float32, None, "triton", "flash"),
+        (torch.bfloat16, 30.0, "triton", "flash"),
     ],
 )
 def test_explain_on_a_gpu_does_not_claim_a_kernel_that_is_not_taken(
@@ -277,7 +277,7 @@ def test_explain_on_a_gpu_does_not_claim_a_kernel_that_is_not_taken(
     )
     report = cogsym.explain(model).layers[0]
     assert report.attention == backend_of_attention
-    assert reason in report.reason and bool(reason) == ("attention on reference" in report.reason)
+    assert reason in report.reason and bool(reason) == ("attention on triton" in report.reason)
 
 
 def test_explain_says_how_the_head_runs() -> None:

@@ -113,5 +113,7 @@ def test_margins_are_those_of_training(model_folder, xcopa):
 
 def test_a_language_that_is_no_code_is_told(pairs: Path) -> None:
     notes = load_task(f"text:{pairs}#sw,language=zz").notes
-    assert notes == ["The language 'zz' of task text:pairs.jsonl#sw is no code of ISO 639-1; results carry it as it is."]
+    assert notes == [
+        "The language 'zz' of task text:pairs.jsonl#sw is no code of ISO 639-1; results carry it as it is."
+    ]
     assert all(load_task(f"text:{pairs}#sw,language={code}").notes == [] for code in ("sw", "swh", "sw_Latn", "pt-BR"))
