@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Teach a language model a new language by training its outermost layers and freezing the middle.",
-    epilog="New here? `cogsym demo` shows the whole thing in two minutes, without network or files.",
+    epilog="New here? `cogsym demo` shows the whole thing in three minutes, without network or files.",
 )
 
 
@@ -73,8 +73,9 @@ def demo(
 ) -> None:
     """Watch a small model learn a small new language, with the outer layers and with all of them.
 
-    A base model that ships with cogsym knows one generated language; the demo teaches it a second one, twice, and
-    compares. It needs no network and no files, and about two minutes on a laptop.
+    A base model that ships with cogsym knows one generated language; the demo teaches it a second one three times, by
+    its outer layers, by those and its embeddings, and in full, and compares what it then understands (perception) and
+    what it writes (production). It needs no network and no files, and less than three minutes on a laptop.
     """
     quiet_transformers()
     from cogsym.demo.comparison import run_demo
@@ -102,8 +103,8 @@ def bench(
 ) -> None:
     """Measure what cogsym gains on this machine, beside the alternatives; or compare two measurements.
 
-    A quick run takes three minutes on two cores. `compare` exits with status 1 where B is slower than A by more than
-    the noise.
+    A quick run takes three minutes, and is sized by how fast the machine is. `compare` exits with status 1 where B is
+    slower than A by more than the noise.
     """
     quiet_transformers()
     from rich.console import Console
@@ -146,6 +147,16 @@ def main() -> None:
         _end(f"{option_of(error.name)} {error.problem}", error.exit_status)
     except CogsymError as error:
         _end(str(error), error.exit_status)
+    except (MemoryError, RuntimeError) as error:
+        from cogsym.memory import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        _end(
+            "memory ran out; what was written is whole, go on with --resume where there is more of it, or ask for less "
+            "at a time.",
+            1,
+        )
     except KeyboardInterrupt:
         _end("stopped at once; nothing after the last checkpoint was saved.", 130)
 

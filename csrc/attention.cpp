@@ -28,20 +28,19 @@ void softmax_block(const Attention& a, const ForwardThread<C>& at, int64_t b, in
     const bool capped = a.soft_cap != 0;
     const C factor = C(capped ? a.scale / a.soft_cap : a.scale), cap = C(a.soft_cap);
     const V place = counting<C>(), none = V{} - infinity<C>;
+    const bool scaled = in_products(a);
+    const C exponent = C(unit_of(a) * log2_e);
     for (int64_t r = 0; r < rows; ++r) {
         C* x = at.logits + r * logits_stride;
         const int64_t first = larger(first_key(a, b, query + r) - key, 0), last = query + r - key;
         // Panels in which this query sees a key; the others are zeros.
         const int64_t begin = smaller(first / panel * panel, width);
         const int64_t end = larger(smaller(round_up(last + 1), width), begin);
-        // Where the logits are only scaled, by a positive number, their maximum is scaled too, and the product is free.
-        const bool scaled = !capped && factor > 0;
         if (!scaled)
             for (int64_t i = begin; i < end; i += step) {
                 const V y = load<V>(x + i) * factor;
                 store(x + i, capped ? hyperbolic_tangent(y) * cap : y);
             }
-        const C scale = scaled ? factor : C(1);
         const auto mask = [&](int64_t edge) {
             for (int64_t i = edge; i < edge + panel; i += step) {
                 const V y = load<V>(x + i);
@@ -56,7 +55,7 @@ void softmax_block(const Attention& a, const ForwardThread<C>& at, int64_t b, in
                 const V y = load<V>(x + i + n * step);
                 tops[n] = y > tops[n] ? y : tops[n];
             }
-        const C block_top = largest<C>(tops[0] > tops[1] ? tops[0] : tops[1], -infinity<C>) * scale;
+        const C block_top = largest<C>(tops[0] > tops[1] ? tops[0] : tops[1], -infinity<C>);
         const C top = block_top > at.top[r] ? block_top : at.top[r];
         // No finite logit yet: the difference below must stay -inf, and a NaN a NaN.
         const C shift = top == -infinity<C> ? C(0) : top;
@@ -65,7 +64,7 @@ void softmax_block(const Attention& a, const ForwardThread<C>& at, int64_t b, in
         for (int64_t i = end; i < width; i += panel) __builtin_memset(to + i / panel * stride, 0, panel * sizeof(E));
         V sums[2] = {load<V>(at.total + r * step), V{}};
         if (top != at.top[r] && at.top[r] != -infinity<C>) {
-            const C shrink = exponential2(V{} + (at.top[r] - top) * C(log2_e))[0];
+            const C shrink = exponential2(V{} + (at.top[r] - top) * exponent)[0];
             sums[0] *= shrink;
             C* o = at.sums + r * padded_D;
             for (int64_t i = 0; i < padded_D; i += step) store(o + i, load<V>(o + i) * shrink);
@@ -74,13 +73,21 @@ void softmax_block(const Attention& a, const ForwardThread<C>& at, int64_t b, in
         for (int64_t i = begin; i < end; i += panel) {
             V p[panel / step];
             for (int64_t j = 0; j < panel / step; ++j) {
-                p[j] = exponential2((load<V>(x + i + j * step) * scale - shift) * C(log2_e));
+                p[j] = exponential2((load<V>(x + i + j * step) - shift) * exponent);
                 sums[j % 2] += p[j];
             }
             store_panel(to + i / panel * stride, p);
         }
         store(at.total + r * step, sums[0] + sums[1]);
     }
+}
+
+// Of one key, from its product with the query; 0 or not is what counts, where the value is infinite.
+template <class T, class C = compute_t<T>>
+C probability(const Attention& a, C product, C lse) {
+    const C x = product * C(a.scale);
+    const C logit = a.soft_cap == 0 ? x : C(a.soft_cap * __builtin_tanh(x / a.soft_cap));
+    return exponential(logit > lse ? C(0) : logit - lse);  // a NaN stays one
 }
 
 template <class T>
@@ -133,16 +140,20 @@ int64_t forward(const Attention& a) {
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t t = query + r;
             C* sums = at.sums + r * D;
+            const C total = sum_of<C>(load<vector_t<C>>(at.total + r * lanes<C>));
+            const C top = at.top[r] * C(unit_of(a));
+            Sunk<C> result = {C(1) / total, C(top + __builtin_log(total))};
+            if (a.sinks) result = with_sink(top, total, static_cast<const C*>(a.sinks)[head]);
+            const C factor = result.factor;
             if (spoilt) {
+                const Rows<T> q = head_rows<T>(a.q, a.q_strides, b, head, t, t + 1, a.D);
+                const Rows<T> k = head_rows<T>(a.k, a.k_strides, b, kv, 0, t + 1, a.D);
                 const Rows<T> v = head_rows<T>(a.v, a.v_strides, b, kv, 0, t + 1, a.D);
                 for (int64_t s = first_key(a, b, t); s <= t; ++s)
                     for (int64_t d = 0; d < a.D; ++d)
-                        if (const T x = v.data[s * v.stride + d]; !is_finite(x)) sums[d] += widen(x);
+                        if (const T x = v.data[s * v.stride + d]; !is_finite(x))
+                            sums[d] += probability<T>(a, dot(q.data, k.data + s * k.stride, a.D), result.lse) * widen(x);
             }
-            const C total = sum_of<C>(load<vector_t<C>>(at.total + r * lanes<C>));
-            Sunk<C> result = {C(1) / total, at.top[r] + C(__builtin_log(total))};
-            if (a.sinks) result = with_sink(at.top[r], total, static_cast<const C*>(a.sinks)[head]);
-            const C factor = result.factor;
             write(static_cast<T*>(a.o) + ((b * a.T + t) * a.H + head) * a.D, a.D,
                   [=](int64_t d) { return sums[d] * factor; });
             static_cast<C*>(a.lse)[(b * a.H + head) * a.T + t] = result.lse;

@@ -108,11 +108,35 @@ inline int64_t first_key(const Attention& a, int64_t b, int64_t t) {
     return first;
 }
 
+template <class T, class C = compute_t<T>>
+C dot(const T* x, const T* y, int64_t n) {
+    C parts[panel] = {};
+    int64_t i = 0;
+    for (; i + panel <= n; i += panel)
+#pragma omp simd
+        for (int64_t j = 0; j < panel; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
+    for (int64_t j = 0; i + j < n; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
+    vector_t<C> sum = {};
+    for (int64_t j = 0; j < panel; j += lanes<C>) sum += load<vector_t<C>>(parts + j);
+    return sum_of<C>(sum);
+}
+
 template <class C>
 constexpr C infinity = C(__builtin_inf());
 
 // e^x is 2^(x log2 e), of a difference of logits: it is small where e^x is not, and so is its rounding.
 constexpr double log2_e = 1.4426950408889634;
+
+// Where logits are products times a positive scale, the largest is kept as the product that it is, and the scale goes into
+// the exponent. Where not, it is kept as the logit: in units of 1.
+template <class A>
+inline bool in_products(const A& a) {
+    return a.soft_cap == 0 && a.scale > 0;
+}
+template <class A>
+inline double unit_of(const A& a) {
+    return in_products(a) ? a.scale : 1.0;
+}
 
 // A query's sink, the logit of a key whose value is 0, into its softmax so far: sums of values, Σ e^(logit - top), and
 // the largest logit. Returns what the sums are multiplied by, and lse.
@@ -124,7 +148,7 @@ template <class C>
 inline Sunk<C> with_sink(C top, C total, C sink) {
     const C largest = sink > top ? sink : top;
     const C share = C(__builtin_exp(top - largest)), sum = total * share + C(__builtin_exp(sink - largest));
-    return {share / sum, largest + C(__builtin_log(sum))};
+    return {share / sum, C(largest + __builtin_log(sum))};
 }
 
 }  // namespace COGSYM_ISA

@@ -30,38 +30,57 @@ struct BackwardThread {
     C* dquery_rows;                // dq, [query_block, D]
 };
 
-// pᵀ = e^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on, two at a time.
-template <class E, class C>
+// pᵀ = e^(sᵀ - lse) and dsᵀ = pᵀ (dpᵀ - delta), for the rows of keys from `key` on, two at a time. `only`: these are all
+// the keys that the queries see, and o is rounded so much that delta is better summed here.
+template <class T, class E, class C>
 void gradient_block(const Attention& a, const BackwardThread<C>& at, const QueryBlock<C>& of, E* probabilities,
-                    E* left, int64_t query, int64_t padded, int64_t key, int64_t width, bool whole) {
+                    E* left, int64_t query, int64_t padded, int64_t key, int64_t width, bool whole, bool only) {
     using V = vector_t<C>;
     E* right = static_cast<E*>(at.right);
     const C scale = C(a.soft_cap != 0 ? a.scale / a.soft_cap : a.scale), cap = C(a.soft_cap);
     for (int64_t i = 0; i < padded; i += lanes<C>) {
-        const V lse = load<V>(of.lse + i), delta = load<V>(of.delta + i), first = load<V>(of.first + i);
+        const V lse = load<V>(of.lse + i), first = load<V>(of.first + i);
         const V place = counting<C>() + C(query + i);
         // No query of this panel sees a key behind its last one.
         const int64_t end = whole ? width : smaller(round_up(query + i + lanes<C> - key, 2), width);
         const int64_t row = i / panel * backward_keys * panel + i % panel;
+        const auto seen = [&](int64_t r, V x) {
+            if (whole) return x;
+            const C s = C(key + r);
+            return place < s ? V{} : s < first ? V{} : x;
+        };
+        const auto probability = [&](int64_t r, V& slope) {
+            V x = load<V>(at.logits + r * query_block + i) * scale;
+            // Rounded as lse is where it is one logit: the p of a query's only key is 1. Operands of two bytes round p.
+            if constexpr (interleaved<E> == 1) x = rounded(x);
+            if (cap != 0) {
+                const V t = hyperbolic_tangent(x);
+                x = t * cap;
+                if constexpr (interleaved<E> == 1) x = rounded(x);
+                slope = C(1) - t * t;
+            }
+            x -= lse;  // the difference first: it is small where p is not
+            const V p = seen(r, sizeof(T) == 2 ? exponential2(x * C(log2_e)) : exponential(x));
+            store_operand(probabilities + row + r * panel, p);
+            return p;
+        };
+        const auto product = [&](int64_t r) { return load<V>(at.dlogits + r * query_block + i); };
+        V delta = load<V>(of.delta + i), slope = V{} + C(1);
+        if (only) {
+            V sum = {};  // Σ p dp: do · o without the rounding of o
+            for (int64_t r = 0; r < end; ++r) {
+                const V p = probability(r, slope);
+                sum += seen(r, p * product(r));
+                store(at.logits + r * query_block + i, p * slope);
+            }
+            delta = sum;
+        }
         for (int64_t r = 0; r < end; r += 2) {
-            V p[2], ds[2];
+            V ds[2];
             for (int n = 0; n < 2; ++n) {
-                const V x = load<V>(at.logits + (r + n) * query_block + i) * scale;
-                const V dp = load<V>(at.dlogits + (r + n) * query_block + i);
-                if (cap != 0) {
-                    const V t = hyperbolic_tangent(x);
-                    p[n] = exponential2((t * cap - lse) * C(log2_e));
-                    ds[n] = p[n] * (dp - delta) * (C(1) - t * t);
-                } else {
-                    p[n] = exponential2((x - lse) * C(log2_e));  // the difference first: it is small where p is not
-                    ds[n] = p[n] * (dp - delta);
-                }
-                if (!whole) {
-                    const C s = C(key + r + n);
-                    p[n] = place < s ? V{} : s < first ? V{} : p[n];
-                    ds[n] = place < s ? V{} : s < first ? V{} : ds[n];
-                }
-                store_operand(probabilities + row + (r + n) * panel, p[n]);
+                const V dp = product(r + n) - delta;
+                const V weight = only ? load<V>(at.logits + (r + n) * query_block + i) : probability(r + n, slope) * slope;
+                ds[n] = seen(r + n, weight * dp);
                 store_operand(left + row + (r + n) * panel, ds[n]);
             }
             store_operands(right + packed(backward_keys, r, i / panel * panel) + i % panel * 2, ds[0], ds[1]);
@@ -81,19 +100,6 @@ inline int64_t chunks_of(const Attention& a) {
     constexpr int64_t tasks = 16, rows = 512;
     const int64_t wanted = (tasks + a.B * a.KV - 1) / (a.B * a.KV);
     return larger(smaller(wanted, a.T * (a.H / a.KV) / rows), 1);
-}
-
-template <class T, class C = compute_t<T>>
-C dot(const T* x, const T* y, int64_t n) {
-    C parts[panel] = {};
-    int64_t i = 0;
-    for (; i + panel <= n; i += panel)
-#pragma omp simd
-        for (int64_t j = 0; j < panel; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
-    for (int64_t j = 0; i + j < n; ++j) parts[j] += widen(x[i + j]) * widen(y[i + j]);
-    vector_t<C> sum = {};
-    for (int64_t j = 0; j < panel; j += lanes<C>) sum += load<vector_t<C>>(parts + j);
-    return sum_of<C>(sum);
 }
 
 template <class T>
@@ -146,7 +152,12 @@ int64_t backward(const Attention& a) {
             const C lse = static_cast<const C*>(a.lse)[(b * a.H + head) * a.T + query + i];
             const C delta = dot(o, dout.data + i * dout.stride, a.D);
             // A gradient that is not finite was packed as 0: it spreads to the keys seen through p.
-            of.lse[i] = is_finite(delta) ? lse : C(__builtin_nan(""));
+            bool finite = is_finite(delta);
+            if (!finite) {
+                finite = true;
+                for (int64_t d = 0; d < a.D; ++d) finite &= is_finite(dout.data[i * dout.stride + d]);
+            }
+            of.lse[i] = finite ? lse : C(__builtin_nan(""));
             of.delta[i] = delta, of.first[i] = C(first_key(a, b, query + i));
         }
     };
@@ -169,6 +180,8 @@ int64_t backward(const Attention& a) {
         for (int64_t h = 0; h < heads; ++h) prepare(at, h, b, head + h, query, end);
         E *probabilities = static_cast<E*>(at.probabilities), *lefts = static_cast<E*>(at.left);
         const int64_t begin = first_key(a, b, query) / panel * panel, last_key = query + padded;
+        // In full precision lse is rounded as much as o is.
+        const bool only = sizeof(T) == 2 && last_key - begin <= backward_keys;
         for (int64_t key = begin; key < last_key; key += backward_keys) {
             const int64_t width = smaller(last_key - key, backward_keys), base = place * length * D;
             const bool whole = key + width - 1 <= query && first_key(a, b, end - 1) <= key;
@@ -179,8 +192,8 @@ int64_t backward(const Attention& a) {
                 multiply(at.dlogits, query_block, values + base + packed(length, key, 0), length,
                          static_cast<const E*>(of.dout_columns), D, width, padded, D, false);
                 E* left = lefts + packed(backward_keys, 0, h * padded);
-                gradient_block(a, at, of, probabilities + packed(backward_keys, 0, h * padded), left, query, padded,
-                               key, width, whole);
+                gradient_block<T>(a, at, of, probabilities + packed(backward_keys, 0, h * padded), left, query,
+                                  padded, key, width, whole, only);
                 if (a.dq)
                     multiply(of.dquery, query_block, key_columns + base + packed(D, 0, key), D,
                              interleaved<E> == 2 ? static_cast<const E*>(at.right) : left, backward_keys, D, padded,

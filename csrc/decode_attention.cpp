@@ -85,9 +85,7 @@ struct Decode {
         const bool capped = a.soft_cap != 0;
         const C factor = C(capped ? a.scale / a.soft_cap : a.scale), cap = C(a.soft_cap);
         const V none = V{} - infinity<C>;
-        // Where the logits are only scaled, by a positive number, their maximum is scaled too, and the product is free.
-        const bool scaled = !capped && factor > 0;
-        if (!scaled)
+        if (!in_products(a))
             for (int64_t key = 0; key < keys; ++key) {
                 const V y = load<V>(x + key * width) * factor;
                 store(x + key * width, capped ? hyperbolic_tangent(y) * cap : y);
@@ -112,14 +110,14 @@ struct Decode {
         }
         for (int i = 1; i < 4; ++i) tops[0] = tops[i] > tops[0] ? tops[i] : tops[0];
 
-        const C scale = scaled ? factor : C(1);
+        const C exponent = C(unit_of(a) * log2_e);
         const V before = load<V>(at.state.top + query), total_before = load<V>(at.state.total + query);
-        const V top = tops[0] * scale > before ? tops[0] * scale : before;
+        const V top = tops[0] > before ? tops[0] : before;
         // No finite logit yet: the difference below must stay -inf, and a NaN a NaN.
         const V shift = top == none ? V{} : top;
-        const V shrink = before == none ? V{} : exponential2((before - shift) * C(log2_e));
+        const V shrink = before == none ? V{} : exponential2((before - shift) * exponent);
         V total = total_before * shrink;
-        exponentials(p, x, keys, scale, shift, total);
+        exponentials(p, x, keys, exponent, shift, total);
         // The rest of the vector are queries of other rows.
         const V place = counting<C>(), in_use = V{} + C(count);
         store(at.state.top + query, place < in_use ? top : before);
@@ -226,7 +224,7 @@ struct Decode {
                 for (int64_t i = 0; i < count; ++i) {
                     const State<C>& state = states[i * step];
                     const C own = state.top[query];
-                    const C weight = own == -infinity<C> ? C(0) : exponential2(V{} + (own - top) * C(log2_e))[0];
+                    const C weight = own == -infinity<C> ? C(0) : exponential2(V{} + (own - top) * C(unit_of(a) * log2_e))[0];
                     total += state.total[query] * weight;
                     const C* from = state.sums + query * D;
                     for (int64_t d = 0; d < D; d += width) {
@@ -236,7 +234,7 @@ struct Decode {
                 }
             }
             const C *sinks = static_cast<const C*>(a.sinks);
-            const C factor = sinks ? with_sink(top, total, sinks[kv * G + query % G]).factor : C(1) / total;
+            const C factor = sinks ? with_sink(top * C(unit_of(a)), total, sinks[kv * G + query % G]).factor : C(1) / total;
             write(o, a.D, [=](int64_t d) { return sums[d] * factor; });
         }
     }

@@ -120,7 +120,7 @@ struct Part {
 template <class C>
 struct State {
     C* sums;         // o before its division, [queries, D]
-    C *top, *total;  // largest logit, and Σ e^(logit - top)
+    C *top, *total;  // largest logit, `unit_of` for its unit, and Σ e^(logit - top)
 };
 
 template <class E, class C>
@@ -282,15 +282,15 @@ inline void multiply_values(float* to, const bfloat16* p, const bfloat16* values
 }
 #endif
 
-// e^(x - shift) of `width` keys as a left operand, zeros up to a multiple of 32; adds them to `total`.
+// 2^((x - shift) exponent) of `width` keys as a left operand, zeros up to a multiple of 32; adds them to `total`.
 template <class E, class C>
-inline void exponentials(E* to, const C* x, int64_t width, C scale, vector_t<C> shift, vector_t<C>& total) {
+inline void exponentials(E* to, const C* x, int64_t width, C exponent, vector_t<C> shift, vector_t<C>& total) {
     using V = vector_t<C>;
     constexpr int64_t step = lanes<C>;
     V sums[2] = {total, V{}};
     const auto probability = [&](int64_t key) {
         if (key >= width) return V{};
-        const V p = exponential2((load<V>(x + key * step) * scale - shift) * C(log2_e));
+        const V p = exponential2((load<V>(x + key * step) - shift) * exponent);
         sums[key % 2] += p;
         return p;
     };

@@ -45,10 +45,12 @@ struct Statistics {
     C mean, r;
 };
 
-// The squares are those of the centred row: mean(h²) - mean(h)² would cancel.
+// The squares are those of the centred row: mean(h²) - mean(h)² would cancel. Nearly equal values are summed as their
+// differences from one of them; those of two bytes have digits to spare.
 template <class T, class C = compute_t<T>>
 Statistics<C> statistics(const T* h, int64_t D, double eps) {
-    const C mean = row_sum<C>(D, [=](int64_t i) { return widen(h[i]); }) / C(D);
+    const C one = sizeof(T) == 2 ? C(0) : C(widen(h[0]));
+    const C mean = one + row_sum<C>(D, [=](int64_t i) { return widen(h[i]) - one; }) / C(D);
     const C squares = row_sum<C>(D, [=](int64_t i) { return (widen(h[i]) - mean) * (widen(h[i]) - mean); });
     return {mean, C(1) / square_root(squares / C(D) + C(eps))};
 }

@@ -55,11 +55,11 @@ struct Logit {
     C value, slope;  // slope: d value / d product
 };
 
-// value = scale z
+// value = scale z, rounded as a logsumexp is: what is left of a difference of large ones is no part of a product.
 template <class C>
 struct Linear {
     C scale;
-    Logit<C> operator()(C z) const { return {scale * z, scale}; }
+    Logit<C> operator()(C z) const { return {rounded(scale * z), scale}; }
 };
 
 // value = cap tanh(scale z / cap). From e = exp(-2|u|): tanh |u| = (1 - e) / (1 + e), 1 - tanh² = 4e / (1 + e)², and
@@ -133,14 +133,15 @@ C largest_of(const T* z, int64_t n) {
     return result;
 }
 
-// The sum of e^(scale z - shift) without storing the terms: for scoring, and for the loss without a gradient.
+// The sum of e^(scale (z - shift)) without storing the terms: for scoring, and for the loss without a gradient.
 template <class T>
 float sum_of_exponentials(const T* z, int64_t n, float shift, float scale) {
     floats sums[2] = {};
-    const int64_t begin = for_vectors(
-        z, n, [&](int i, floats x) { sums[i] += exponential2((x * scale - shift) * 1.44269504f); });
+    const float exponent = float(double(scale) * 1.4426950408889634);
+    const int64_t begin =
+        for_vectors(z, n, [&](int i, floats x) { sums[i] += exponential2((x - shift) * exponent); });
     float result = sum_of<float>(sums[0] + sums[1]);
-    for (int64_t i = begin; i < n; ++i) result += exponential(scale * widen(z[i]) - shift);
+    for (int64_t i = begin; i < n; ++i) result += exponential((widen(z[i]) - shift) * scale);
     return result;
 }
 
@@ -191,7 +192,8 @@ void forward(const OnlineSoftmax& a, Value value) {
         if (shift == -C(__builtin_inf())) shift = 0;
         if constexpr (in_vectors<T> && std::is_same<Value, Linear<C>>::value)
             if (!a.exponentials && !a.logit_sum) {
-                total = total * rescale + sum_of_exponentials(z, a.width, shift, value.scale);
+                const C largest = maximum == -C(__builtin_inf()) ? C(0) : maximum;
+                total = total * rescale + sum_of_exponentials(z, a.width, largest, value.scale);
                 return;
             }
         C sum = 0, logit_sum = 0;

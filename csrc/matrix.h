@@ -23,6 +23,10 @@ inline vector_t<float> multiply_add(vector_t<float> sum, const bfloat16* a, cons
 }
 #endif
 
+// How many products are added up one by one; operands of two bytes are rounded far more than their sums.
+template <class E>
+constexpr int64_t longest_chain = sizeof(E) == 2 ? 1 << 20 : 4 * panel;
+
 // c[M, N] = (add ? c : 0) + a[M, K] b[K, N]. c is an ordinary matrix whose rows are c_stride apart; a and b are packed,
 // a_rows and b_rows the rows between their panels. M, N and K are multiples of 32.
 template <class E, class C>
@@ -31,30 +35,32 @@ inline void multiply(C* c, int64_t c_stride, const E* a, int64_t a_rows, const E
     constexpr int64_t width = 2 * lanes<C>, step = interleaved<E>;
     for (int64_t n = 0; n < N; n += width) {
         const E* right = b + packed(b_rows, 0, n) + n % panel * step;
-        for (int64_t m = 0; m < M; m += vector_rows) {
-            vector_t<C> sums[vector_rows][2];
+        for (int64_t m = 0; m < M; m += vector_rows)
+            for (int64_t begin = 0, end; begin < K; begin = end) {
+                end = K - begin > longest_chain<E> ? begin + longest_chain<E> : K;
+                vector_t<C> sums[vector_rows][2];
 #pragma GCC unroll 8
-            for (int r = 0; r < vector_rows; ++r)
-                for (int i = 0; i < 2; ++i) sums[r][i] = vector_t<C>{};
-            for (int64_t k = 0; k < K; k += panel) {
-                const E* left = a + packed(a_rows, m, k);
-                const E* below = right + k * panel;
-                for (int64_t i = 0; i < panel; i += step)
+                for (int r = 0; r < vector_rows; ++r)
+                    for (int i = 0; i < 2; ++i) sums[r][i] = vector_t<C>{};
+                for (int64_t k = begin; k < end; k += panel) {
+                    const E* left = a + packed(a_rows, m, k);
+                    const E* below = right + k * panel;
+                    for (int64_t i = 0; i < panel; i += step)
 #pragma GCC unroll 8
-                    for (int r = 0; r < vector_rows; ++r) {
-                        sums[r][0] = multiply_add(sums[r][0], left + r * panel + i, below + i * panel);
-                        sums[r][1] =
-                            multiply_add(sums[r][1], left + r * panel + i, below + i * panel + lanes<C> * step);
+                        for (int r = 0; r < vector_rows; ++r) {
+                            sums[r][0] = multiply_add(sums[r][0], left + r * panel + i, below + i * panel);
+                            sums[r][1] =
+                                multiply_add(sums[r][1], left + r * panel + i, below + i * panel + lanes<C> * step);
+                        }
+                }
+#pragma GCC unroll 8
+                for (int r = 0; r < vector_rows; ++r)
+                    for (int i = 0; i < 2; ++i) {
+                        // Added last: the error of a sum of sums is smaller than that of one long chain.
+                        C* out = c + (m + r) * c_stride + n + i * lanes<C>;
+                        store(out, add || begin ? load<vector_t<C>>(out) + sums[r][i] : sums[r][i]);
                     }
             }
-#pragma GCC unroll 8
-            for (int r = 0; r < vector_rows; ++r)
-                for (int i = 0; i < 2; ++i) {
-                    // Added last: the error of a sum of sums is smaller than that of one long chain.
-                    C* out = c + (m + r) * c_stride + n + i * lanes<C>;
-                    store(out, add ? load<vector_t<C>>(out) + sums[r][i] : sums[r][i]);
-                }
-        }
     }
 }
 

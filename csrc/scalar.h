@@ -98,6 +98,12 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return __builtin_exp(x); }
 
+// A product as it is rounded: a multiply-add takes the 0, and not what is added later.
+template <class V>
+inline V rounded(V product) {
+    return product + V{};
+}
+
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 inline double square_root(double x) { return __builtin_sqrt(x); }
 

@@ -23,6 +23,8 @@ template <class C>
 struct vector {
     typedef C type __attribute__((vector_size(vector_bytes)));
 };
+template <>
+struct vector<bfloat16> {};  // there is none, and an overload that names it is no candidate
 template <class C>
 using vector_t = typename vector<C>::type;
 template <class C>
@@ -103,6 +105,36 @@ inline doubles exponential2(doubles x) {
     return x;
 }
 
+// e^x for x <= 0 as `exponential` of scalar.h has it. Where 2^(x log2 e) would be taken of an x that is not small, the
+// product's rounding alone is more than an ulp of the result.
+inline floats exponential(floats x) {
+#ifdef __AVX512F__
+    const floats n = (floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const float shift = 0x1.8p23f;
+    const floats shifted = x * 1.44269504f + shift, n = shifted - shift;
+#endif
+    const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + r + 1.0f;
+#ifdef __AVX512F__
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+    return (floats)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+    using ints = vector_t<int32_t>;
+    const floats power = (floats)(((ints)shifted + 127) << 23);
+    return x < -87.0f ? floats{} : p * power;
+#endif
+}
+inline doubles exponential(doubles x) {
+    for (int64_t i = 0; i < lanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+    return x;
+}
+
 inline floats hyperbolic_tangent(floats x) {
     const floats magnitude = x < 0.0f ? -x : x, square = x * x;
     // 1 - e^-2x would cancel near 0 (Cephes tanhf).
@@ -111,7 +143,8 @@ inline floats hyperbolic_tangent(floats x) {
     p = p * square + 1.33314422036e-1f;
     p = p * square - 3.33332819422e-1f;
     const floats small = p * square * x + x;
-    const floats power = exponential2(magnitude * -2.88539008f), large = (1.0f - power) / (1.0f + power);
+    // 1 - 2 e^-2x / (1 + e^-2x): what is rounded on the way matters less, the nearer the result is to 1.
+    const floats power = exponential2(magnitude * -2.88539008f), large = 1.0f - (power + power) / (1.0f + power);
     return magnitude < 0.625f ? small : x < 0.0f ? -large : large;
 }
 inline doubles hyperbolic_tangent(doubles x) {

@@ -28,6 +28,8 @@ from cogsym.data import separator_id
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.sweeps.results.store import frame
 
+pytestmark = pytest.mark.usefixtures("heeded_signals")
+
 # In the repository's root Python would take the source tree for the package.
 FOLDER = Path(__file__).parent
 BIG = ["--length", "64", "--batch-size", "2", "--dtype", "fp32", "--learning-rate", "1e-3"]
@@ -271,6 +273,28 @@ def test_a_disk_that_fills_up(cogsym: Callable[..., Done], model_folder: Path, t
     assert "cogsym: The checkpoint at step 4 was not written" in done.stderr
     assert not list((out / "checkpoints").iterdir())
     assert cogsym(*args, "--resume").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_memory_that_runs_out(
+    cogsym: Callable[..., Done],
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    for name, command in (("training.finetune.pack", "train"), ("sweeps.runner.load_layers", "sweep")):
+        monkeypatch.setattr(f"cogsym.{name}", full)
+        data = ["--data" if command == "train" else "--task", f"{'' if command == 'train' else 'text:'}{text_file}#sw"]
+        done = cogsym(command, model_folder, *data, "--out", tmp_path / command)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("cogsym: memory ran out; what was written is whole, go on with --resume")
 
 
 def test_a_missing_model_folder(complaint: Callable[..., str], text_file: Path, tmp_path: Path) -> None:

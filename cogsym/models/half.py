@@ -143,7 +143,7 @@ class Half:
         raise NotImplementedError
 
     def kept_bytes(self, dial: Dial, element_size: int) -> int:
-        """Bytes that they take for a token, where an element of the stream and the products takes `element_size`."""
+        """Bytes that they take for a token, where an element of the products takes `element_size`."""
         return element_size * self.width if self.output_norm and dial != "input" else 0
 
     def products(self, rows: int) -> list[Product]:

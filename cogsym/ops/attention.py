@@ -106,9 +106,11 @@ def attention_reference(
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(k.shape[2], -1, 1))
     values = _grouped(v, k.shape[2])
-    o = _probabilities(logits, lse, visible) @ _finite(values)
-    if not (known := values.isfinite()).all():
-        o = o.masked_fill(visible.to(o.dtype) @ (~known).to(o.dtype) > 0, torch.nan)
+    p = _probabilities(logits, lse, visible)
+    o = p @ _finite(values)
+    if not values.isfinite().all():  # 0 · NaN, but of a key that is not seen
+        spoilt = torch.where(visible.unsqueeze(-1), p.unsqueeze(-1) * (values - _finite(values)).unsqueeze(-3), 0)
+        o = o + spoilt.sum(-2)
     return o.flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous(), lse.flatten(1, 2).contiguous()
 
 
@@ -131,12 +133,13 @@ def attention_backward_reference(
     check_starts(starts)
     kv = k.shape[2]
     logits, visible = _logits(q, k, starts, scale, window, soft_cap)
-    do, out, queries = (_grouped(x, kv) for x in (dout, o, q))
+    do, queries = (_grouped(x, kv) for x in (dout, q))
     keys, values = (_grouped(x, kv) for x in (k, v))  # [B, KV, 1, T, D]
     p = _probabilities(logits, lse.unflatten(1, (kv, -1)), visible)
-    delta = (do * out).sum(-1, keepdim=True)
-    p = p.masked_fill(visible & ~delta.isfinite(), torch.nan)
-    dx = p * (do @ values.mT - delta)
+    dp = (do @ values.mT).masked_fill(~visible, 0)
+    delta = (p * dp).sum(-1, keepdim=True)  # do · o, which is rounded: what cancels here comes from the same numbers
+    p = p.masked_fill(visible & ~do.isfinite().all(-1, keepdim=True), torch.nan)
+    dx = p * (dp - delta)
     if soft_cap is not None:
         dx = dx * (1 - (logits / soft_cap).square())
     dx = dx.masked_fill(~visible, 0)  # 0 · NaN
@@ -152,7 +155,9 @@ def _grouped(x: Tensor, kv: int) -> Tensor:
 
 
 def _probabilities(logits: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
-    return (logits - lse.to(logits.dtype).unsqueeze(-1)).exp().masked_fill(~visible, 0)
+    """e^(x - lse), as the keys' softmax times what sinks leave to them: lse is rounded, and the sum would not be 1."""
+    left = (logits.logsumexp(-1) - lse.to(logits.dtype)).exp().unsqueeze(-1)
+    return (logits.softmax(-1) * left).masked_fill(~visible, 0)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -163,11 +163,15 @@ class Operation(Kernel):
         if self._check is not None:
             self._check(*args)
         if not gradient:
-            return self.implementation(*args)(*args)
+            return self._compute(*args)
         return self.overload(*args) if self._function is None else self._function.apply(*args)
 
     def _compute(self, *args: Any) -> Any:
-        return self.implementation(*args)(*args)
+        function = self.implementation(*args)
+        if function is not self.reference or not torch.is_autocast_enabled(args[0].device.type):
+            return function(*args)
+        with torch.autocast(args[0].device.type, enabled=False):  # else it would round the reference's float32 products
+            return function(*args)
 
     def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, of arguments that fit."""

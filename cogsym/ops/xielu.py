@@ -79,8 +79,11 @@ def xielu_backward_reference(
         dx = d * (torch.where(h > 0, 2 * positive * h, negative * exponential) + beta)
         dx = dx.to(x.dtype).contiguous()
     if need_dalphas:
-        above = torch.where(h > 0, d * h.square(), 0).sum()
-        dalphas = torch.stack((above, torch.where(h > 0, 0, d * _bend(h, eps)).sum()))
+        # Each is one sum over all elements, most of which cancels; only Apple's GPUs have no float64.
+        wide = h.dtype if h.device.type == "mps" else torch.float64
+        d, z = d.to(wide), h.to(wide)
+        above = torch.where(z > 0, d * z.square(), 0).sum()
+        dalphas = torch.stack((above, torch.where(z > 0, 0, d * _bend(z, eps)).sum())).to(h.dtype)
     return dx, dalphas
 
 

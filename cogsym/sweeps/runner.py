@@ -37,6 +37,7 @@ from cogsym.sweeps.layers.schedule import schedule
 from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
+from cogsym.sweeps.results.bootstrap import FEW
 from cogsym.sweeps.results.store import Results, Row, check_started, read_key, summary, values
 from cogsym.sweeps.settings import SweepSettings
 from cogsym.sweeps.tasks.kinds import Side
@@ -256,6 +257,10 @@ class _Sweep:
         dtype = stream_dtype(self._layers.model)
         for line in own_forwards(self._layers.blocks, self._layers.reasons, self._layers.device, dtype):
             self._say(line)
+        for task, documents in zip(self._tasks, self._documents, strict=True):
+            if len(documents) < FEW:
+                number = counted(len(documents), "document")
+                self._say(f"Warning: the task {task.name} has {number}; intervals from fewer than {FEW} mean little.")
         self._say(
             f"layer-forwards: {at_most}{sum(c.layer_forwards * times for c, times in counts):,.0f}, where a loop over "
             f"the kept layers needs {sum(c.kept_layers * times for c, times in counts):,.0f} and one that computes and "

@@ -175,7 +175,9 @@ def _with_memory(report: LayerReport, layer: nn.Module, memory: Memory, gradient
     keep = possible(layer, chosen)
     first = keep != "nothing" or report.index - 1 not in memory.blocks
     length = memory.shape[1] if memory.shape else 1
-    it = cost(block, keep, length, computed_dtype(layer).itemsize, first)
+    element = computed_dtype(layer).itemsize
+    products, stream = memory.sizes or (element, element)
+    it = cost(block, keep, length, products, first, stream)
     repeated = it.repeated / max(it.flops - it.repeated, 1)
     reason = "" if keep == chosen else f"not {chosen}: it is sharded by itself"
     return replace(report, keep=keep, keep_reason=reason, bytes_per_token=it.bytes_per_token, repeated=repeated)

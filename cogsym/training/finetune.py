@@ -24,7 +24,7 @@ from cogsym.decoder import layers_name_of, layers_of
 from cogsym.errors import CogsymError, RunStopped, SettingError
 from cogsym.memory import out_of_memory
 from cogsym.models import precision
-from cogsym.models.loading import load_model, load_tokenizer
+from cogsym.models.loading import checkpoint_dtype, load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.records import reason, replacing
 from cogsym.training.estimate import estimate
@@ -44,7 +44,7 @@ class TrainResult:
     """What a run gives back.
 
     Attributes:
-        model: the trained model in its original dtype, on the CPU or GPU it trained on; adapters are merged into it.
+        model: the trained model in the dtype of its base, on the CPU or GPU it trained on; adapters are merged into it.
         folder: where it was saved, for plain `from_pretrained`.
         steps: optimizer steps in all.
         trained_parameters: how many were trained.
@@ -130,22 +130,22 @@ def dry_run(
     """
     console = console or Console(stderr=True)
     run = _read(model, data, Path(out), tokenizer, plan, evaluate, settings or TrainSettings(), False, cache_dir)
-    dtypes = {n: p.dtype for n, p in run.network.named_parameters()}
     adapted = _prepared(run, console)
-    stored = sum(p.numel() * dtypes.get(n, p.dtype).itemsize for n, p in run.network.named_parameters())
+    stored = sum(p.numel() * run.stored.get(n, p.dtype).itemsize for n, p in run.network.named_parameters())
     for line in estimate(
         adapted.to(_device()), run.rows, run.held_out, run.settings, run.products == "bfloat16", stored
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _undone(run, adapted, dtypes)
+    _undone(run, adapted)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run trains, and on what."""
+    """What a run trains, and on what; `stored` are the dtypes that the parameters are saved in."""
 
     network: Any
     tokenizer: Any
+    stored: dict[str, torch.dtype]
     plan: LayerPlan
     settings: TrainSettings
     products: str
@@ -176,7 +176,7 @@ def _read(
     products = _products(settings.dtype)
     if resume:  # the arithmetic that it began with, on whichever machine
         products = RunFolder(out).read_record().get("products", products)
-    network, tokenizer = _loaded(model, tokenizer, settings.dtype, products)
+    network, tokenizer, stored = _loaded(model, tokenizer, settings.dtype, products)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if context and settings.length > context:
         raise SettingError(
@@ -206,7 +206,7 @@ def _read(
         "products": products,
         "data": [_digest(text) for text in data],
     }
-    return _Run(network, tokenizer, plan, settings, products, rows, held_out, record)
+    return _Run(network, tokenizer, stored, plan, settings, products, rows, held_out, record)
 
 
 def _prepared(run: _Run, console: Console) -> Any:
@@ -234,20 +234,19 @@ def _prepared(run: _Run, console: Console) -> Any:
     return adapted
 
 
-def _undone(run: _Run, adapted: Any, dtypes: Mapping[str, torch.dtype]) -> Any:
-    """The model in its original dtypes, adapters merged."""
+def _undone(run: _Run, adapted: Any) -> Any:
+    """The model in the dtypes that its base has, adapters merged."""
     restore(adapted)
     network = adapted.merge_and_unload() if run.settings.lora_rank else run.network
     precision.narrow(network)
     for n, p in network.named_parameters():
-        p.data = p.data.to(dtypes[n])
+        p.data = p.data.to(run.stored[n])
     return network
 
 
 def _trained(run: _Run, folder: RunFolder, console: Console) -> tuple[Any, RunCallback, int, int]:
-    """(The trained model in its original dtype, what the callback saw, optimizer steps, parameters trained)."""
+    """(The trained model in its base's dtype, what the callback saw, optimizer steps, parameters trained)."""
     network, settings, rows, held_out = run.network, run.settings, run.rows, run.held_out
-    original = {n: p.dtype for n, p in network.named_parameters()}
     use_cache = network.config.use_cache  # Trainer switches it off, for good
     adapted = _prepared(run, console)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -286,7 +285,7 @@ def _trained(run: _Run, folder: RunFolder, console: Console) -> tuple[Any, RunCa
         )
     if sentence := risen(trainer.first_loss, callback.history, settings.learning_rate):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    return _undone(run, adapted, original), callback, trainer.state.global_step, trained
+    return _undone(run, adapted), callback, trainer.state.global_step, trained
 
 
 @torch.no_grad()
@@ -312,14 +311,20 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str, products: str) -> tuple[Any, Any]:
-    """The model and its tokenizer, from a name or as they are."""
+def _loaded(
+    model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str, products: str
+) -> tuple[Any, Any, dict[str, torch.dtype]]:
+    """The model and its tokenizer, from a name or as they are, and the dtypes that its parameters are saved in."""
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise CogsymError("train was given a loaded model without its tokenizer; pass tokenizer=.")
-        return model, tokenizer
-    stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": None if products == "float32" else torch.bfloat16}
-    return load_model(model, stored[dtype]), tokenizer or load_tokenizer(model)
+        return model, tokenizer, {n: p.dtype for n, p in model.named_parameters()}
+    half = None if dtype == "auto" and products == "float32" else torch.bfloat16
+    loaded, saved = torch.float32 if dtype == "fp32" else half, checkpoint_dtype(model)
+    network = load_model(model, loaded)
+    # Where transformers keeps a parameter in another precision than asked, it does so in the base too.
+    dtypes = {n: saved if p.dtype == loaded else p.dtype for n, p in network.named_parameters()}
+    return network, tokenizer or load_tokenizer(model), dtypes
 
 
 def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bool) -> TrainingArguments:
@@ -384,10 +389,11 @@ def _save(network: Any, tokenizer: Any, history: list[dict[str, float]], folder:
 
     folder.check_held()
     try:
-        with replacing(folder.model) as new:
+        with replacing(folder.model, folder.check_held) as new:
             network.save_pretrained(new)
             tokenizer.save_pretrained(new)
             folder.check_model(new)
+        folder.check_held()
         plot_curves(history, folder.picture)
     except (OSError, SafetensorError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)

@@ -224,7 +224,7 @@ def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
     if by_hand:
         if why_whole(block, kwargs, layer.training):
             return _run_own(layer, partial(own, **kwargs), x, args, known.memory)
-        keep = known.memory.of(known.index, x, x.element_size())
+        keep = known.memory.of(known.index, x)
         return run_frozen(block, x, inputs, possible(layer, keep))
     if _CHECKPOINTS_FORWARD and _checkpointed(layer) and inputs.cache is None:
         return layer._gradient_checkpointing_func(partial(block.forward, inputs=inputs), x)

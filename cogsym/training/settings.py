@@ -30,7 +30,7 @@ class TrainSettings:
         dtype: "bf16" keeps frozen weights and computes in bfloat16, with trained weights and their optimizer state in
             float32; "fp32" is float32 throughout; "auto" is "bf16" on GPUs and on processors that multiply bfloat16
             fast, and else keeps frozen weights as the checkpoint has them and computes in float32. Frozen weights of a
-            model passed in as an object stay as they are.
+            model passed in as an object stay as they are. The model is saved in the dtype of its base.
         lora_rank: train LoRA adapters of this rank on the planned layers' projections, not their weights; None for
             full weights. The scale is 2, alpha = 2 · rank.
         keep: what frozen layers hold for the backward pass, as in `cogsym.prepare`; it changes time and memory, not the

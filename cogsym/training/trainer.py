@@ -192,7 +192,12 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the lines up to the checkpoint that the run goes on from, and start the clock."""
         with self._writing_metrics():
-            _write_lines(self._folder.metrics, self.history)
+            _write_lines(self._folder.metrics, self.history, self._folder.check_held)
+        if state.global_step >= state.max_steps:
+            self._say(
+                f"The run is finished, at step {state.global_step} of {state.max_steps}; nothing is left to train."
+            )
+            return
         self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, detail="")
         self._first_step, self._tokens = state.global_step, state.num_input_tokens_seen
         self._running.enter_context(handled(self._stop))
@@ -293,10 +298,10 @@ class RunCallback(TrainerCallback):
         self._running.close()
 
 
-def _write_lines(path: Path, history: list[dict[str, float]]) -> None:
+def _write_lines(path: Path, history: list[dict[str, float]], check: Callable[[], None] = lambda: None) -> None:
     """Write a whole `metrics.jsonl`.
 
     Raises:
         OSError: it was not written; what was there is as it was.
     """
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in history).encode())
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in history).encode(), check)

@@ -108,3 +108,32 @@ def assert_no_worse() -> Callable[..., None]:
             assert typical <= limit, f"{what}: typical error {typical:.3g}, allowed {limit:.3g}"
 
     return check
+
+
+WORST_RATIOS = pytest.StashKey[dict[tuple[str, str, torch.dtype], float]]()
+
+
+@pytest.fixture
+def record_ratio(pytestconfig: pytest.Config) -> Callable[[str, str, torch.dtype, float], None]:
+    """(operation, result, dtype, ratio): the worst of each are printed when all tests are done."""
+    worst = pytestconfig.stash.setdefault(WORST_RATIOS, {})
+
+    def record(*found: Any) -> None:
+        *key, ratio = found
+        worst[tuple(key)] = max(ratio, worst.get(tuple(key), 0.0))
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table of docs/rounding.md."""
+    worst = config.stash.get(WORST_RATIOS, {})
+    if config.getoption("--fuzz-examples") is None or not worst:
+        return
+    dtypes = list(dict.fromkeys(dtype for _, _, dtype in worst))
+    terminalreporter.write_sep("=", "worst ratio to PyTorch's error")
+    names = " | ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    terminalreporter.write_line(f"| operation | result | {names} |\n|---|---|{'---|' * len(dtypes)}")
+    for operation, result in dict.fromkeys(key[:2] for key in worst):
+        ratios = " | ".join(f"{worst.get((operation, result, dtype), float('nan')):.2f}" for dtype in dtypes)
+        terminalreporter.write_line(f"| {operation} | {result} | {ratios} |")

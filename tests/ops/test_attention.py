@@ -199,6 +199,31 @@ def test_what_is_not_finite_reaches_only_who_sees_it(
         assert not dk[0, :21, 0].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_values_are_as_in_the_formula(cpu_backend: str, dtype: torch.dtype) -> None:
+    """An infinity among the values seen, two of either sign, and one of probability 0 or 1. dv does not depend on v."""
+    tensors = inputs((1, 100, 4, 2, 24), dtype)
+    q, k, v, _ = tensors
+    q[0, :, 2:, 0], k[0, 90, 1] = torch.where(torch.arange(100) % 2 == 0, -1.0, 1.0)[:, None], 0
+    k[0, 90, 1, 0] = -5000
+    expected = results(ours, tensors, scale=0.2, window=40)[4]
+    v[0, 20, 0, 3], v[0, 22, 0, 3], v[0, 30, 0, 5], v[0, 90, 1, 7] = torch.inf, -torch.inf, torch.inf, -torch.inf
+    o, _, dq, _, dv = results(ours, tensors, scale=0.2, window=40)
+
+    compute = torch.promote_types(dtype, torch.float32)  # says which probabilities are 0
+    keys, values = (x[0].to(compute).repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
+    seen = visible_keys(100, None, 40)
+    x = q[0].to(compute).transpose(0, 1) @ keys.mT * 0.2
+    p = x.masked_fill(~seen, -torch.inf).softmax(-1)
+    exact = torch.where(seen[..., None], p[..., None] * values[:, None], 0).sum(2)  # [H, T, D]
+    special, got = ~exact.isfinite(), o[0].transpose(0, 1).to(compute)
+    assert exact[2, 95].isnan().any() and exact[0].isnan().any() and exact[0].isinf().any()
+    assert torch.equal(got.isfinite(), ~special)
+    assert torch.equal(got[special].nan_to_num(nan=5.0), exact[special].nan_to_num(nan=5.0))
+    assert not dq[0].transpose(0, 1)[special.any(-1)].isfinite().any()
+    assert torch.equal(dv, expected)
+
+
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
 def test_only_gradients_asked_for(best_backend: str, wanted: tuple[bool, ...]) -> None:
     *tensors, dout = inputs((2, 40, 4, 2, 8), torch.float32)

@@ -310,3 +310,21 @@ def test_arguments_that_do_not_fit(best_backend: str, change: dict, error: type[
     tensors = {name: torch.ones(x) if isinstance(x, tuple) else x for name, x in arguments.items()}
     with pytest.raises(error, match=message):
         ours(**tensors, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["generating", "windows"])
+def test_infinite_values_are_as_in_the_reference(cpu_backend: str, kind: str, dtype: torch.dtype) -> None:
+    """Among the values that rows share, of either sign, and one whose probability is 0 or 1."""
+    begins, ends, S = KINDS[kind](41)
+    q, k, v = inputs(41, S, 4, 2, 24, dtype)
+    place = int(begins[20, 0])
+    v[place, 0, 3], v[place + 1, 0, 3], v[place + 2, 1, 5] = torch.inf, -torch.inf, torch.inf
+    q[:, 2:, 0], k[place + 2, 1] = torch.where(torch.arange(41) % 2 == 0, 1.0, -1.0)[:, None], 0
+    k[place + 2, 1, 0] = -3000
+    compute = torch.promote_types(dtype, torch.float32)  # says which probabilities are 0
+    exact = decode_attention_reference(*(x.to(compute) for x in (q, k, v)), begins, ends, None, 0.3, None)
+    got = ours(q, k, v, begins, ends, 0.3).to(compute)
+    special = ~exact.isfinite()
+    assert exact.isnan().any() and torch.equal(got.isfinite(), ~special)
+    assert torch.equal(got[special].nan_to_num(nan=5.0), exact[special].nan_to_num(nan=5.0))

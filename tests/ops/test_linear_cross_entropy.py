@@ -497,3 +497,21 @@ def test_arguments_that_do_not_fit(change: dict[str, Any], message: str) -> None
 def test_targets_out_of_range(best_backend: str, target: int) -> None:
     with pytest.raises(IndexError, match=f"a target is {target}, expected 0 to 8 or ignore_index -100"):
         linear_cross_entropy(torch.ones(2, 4), torch.ones(9, 4), torch.tensor([3, target]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_logits_of_any_size(cpu_backend: str, small_blocks: None, scale: float) -> None:
+    """Near 1e19 a logit's rounding alone is 5e11: e to the power of it must never be taken."""
+    hidden, weight, targets = make((23,), 19, 301, torch.float32)
+    hidden, dloss = hidden * 1e18, torch.randn(23)
+    for trained in TRAINED:
+        own = gradients(lambda h, w: plain(h, w, targets, scale=scale), hidden, weight, trained, dloss)
+        got = gradients(
+            lambda h, w: linear_cross_entropy(h, w, targets, reduction="none", scale=scale),
+            hidden, weight, trained, dloss,
+        )  # fmt: skip
+        for ours, theirs in zip(got, own, strict=True):
+            largest = theirs.abs().max().item() + (0 if theirs.dim() > 1 else 1e19)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * largest)
+    scores, logits = token_scores(hidden, weight, targets, scale=scale), plain_logits(hidden, weight, 0.0, scale)
+    torch.testing.assert_close(scores.logsumexp[targets >= 0], logits.logsumexp(-1)[targets >= 0], rtol=1e-5, atol=0)

@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,6 +50,19 @@ def test_an_example_is_what_it_says(best_backend: str, name: str) -> None:
     with Calls():  # a mode, for which the registered form is used
         registered = run(example)
     assert all(torch.equal(a, b) for a, b in zip(ours, registered, strict=True))
+
+
+@pytest.mark.parametrize("backend_name", ["reference", "best"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_autocast_changes_nothing_inside(name: str, backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed in float32 within an operation on bfloat16 is no affair of autocast's, forward or backward."""
+    monkeypatch.setenv("COGSYM_BACKEND", "reference" if backend_name == "reference" else "")
+    torch.manual_seed(0)
+    example = example_of(EXAMPLES[name], torch.bfloat16)
+    want = run(example)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(example)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 # ---------------------------------------------------------------- the way past the registered form
@@ -276,6 +290,14 @@ def test_without_the_extension_the_reason_is_why(monkeypatch: pytest.MonkeyPatch
     cpu = torch.device("cpu")
     assert route("rotary", cpu, torch.float32) == ("reference", "cogsym._C does not import: no compiler")
     assert route("attention", cpu, torch.float32) == ("flash", "cogsym._C does not import: no compiler")
+
+
+def test_the_extension_of_other_sources_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As an editable install of another clone offers it."""
+    other = ModuleType("cogsym._C")
+    other.__file__ = str(tmp_path / "_C.so")
+    monkeypatch.setitem(sys.modules, "cogsym._C", other)
+    assert f"cogsym._C lies in {tmp_path}, expected " in (backend._missing.__wrapped__("cogsym._C") or "")
 
 
 def test_a_forced_backend_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,9 @@ def test_the_plan(sweep: Callable[..., Any], tasks: Any, tmp_path: Path) -> None
     sweep([{}], tasks[:1], dry_run=True)
     said = sweep.said  # type: ignore[attr-defined]
     assert said.startswith("1 configuration\n") and "7 documents in 1 piece, at most 1 live state, " in said
+    assert "Warning: the task text has 7 documents; intervals from fewer than 10 mean little.\n" in said
+    sweep([{}], [{**tasks[0], "limit": 10}], dry_run=True)
+    assert "Warning" not in sweep.said  # type: ignore[attr-defined]
     sweep("input", tasks, dry_run=True, settings=SMALL)
     assert "18 documents in 18 pieces" in sweep.said  # type: ignore[attr-defined]
 

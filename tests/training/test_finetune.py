@@ -17,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 import cogsym
@@ -142,6 +143,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(model_folder: Path, text_fil
     )
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_ctrl_c_saves_and_says_how_to_go_on(
     model_folder: Path,
     text_file: Path,
@@ -255,6 +257,11 @@ def test_a_run_that_is_there_is_not_overwritten(model_folder: Path, text_file: P
         CogsymError, match=r"was started with steps 1 \(now 2\), seed 0 \(now 5\); resume it with the same"
     ):
         run(model_folder, text_file, tmp_path / "out", steps=2, seed=5, resume=True)
+    with pytest.raises(
+        CogsymError,
+        match=r"was started with steps 1 \(now 2\), .* ends at 0 there; .* to train longer, give .*out/model",
+    ):
+        run(model_folder, text_file, tmp_path / "out", steps=2, resume=True)
     text_file.write_text(text_file.read_text() + '{"sw": "jambo"}\n')
     with pytest.raises(CogsymError, match="was started with other data"):
         run(model_folder, text_file, tmp_path / "out", steps=1, resume=True)
@@ -262,9 +269,11 @@ def test_a_run_that_is_there_is_not_overwritten(model_folder: Path, text_file: P
         run(model_folder, text_file, tmp_path / "new", resume=True)
 
 
-def test_bf16_keeps_trained_weights_in_float32_and_saves_the_original_dtype(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_bf16_keeps_trained_weights_in_float32_and_saves_the_dtype_of_the_base(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: torch.dtype
 ) -> None:
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=base).save_pretrained(model_folder)
     seen = []
     step = OuterTrainer.check_gradients
 
@@ -275,9 +284,27 @@ def test_bf16_keeps_trained_weights_in_float32_and_saves_the_original_dtype(
     monkeypatch.setattr(OuterTrainer, "check_gradients", look)
     result = run(model_folder, text_file, tmp_path / "out", dtype="bf16")
     assert seen[0] == {True: torch.float32, False: torch.bfloat16}
-    assert {w.dtype for w in weights(result).values()} == {torch.bfloat16}
+    assert_of_the_base_s_dtype_and_size(result, model_folder, base)
     before, after = result.bits_per_byte("sw")
     assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_float32_saves_the_dtype_of_the_base(
+    model_folder: Path, text_file: Path, tmp_path: Path, lora_rank: int | None
+) -> None:
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(model_folder)
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "dtype": None}))  # as older versions wrote
+    result = run(model_folder, text_file, tmp_path / "out", steps=2, lora_rank=lora_rank)
+    assert_of_the_base_s_dtype_and_size(result, model_folder, torch.bfloat16)
+
+
+def assert_of_the_base_s_dtype_and_size(result: cogsym.TrainResult, base: Path, dtype: torch.dtype) -> None:
+    assert {w.dtype for w in (*weights(result).values(), *result.model.parameters())} == {dtype}
+    name = "model.safetensors"
+    assert abs((result.folder / name).stat().st_size - (base / name).stat().st_size) < 100
+    assert AutoModelForCausalLM.from_pretrained(result.folder, dtype="auto").dtype == dtype
 
 
 def test_full_fine_tuning_and_lora(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -295,6 +322,30 @@ def test_full_fine_tuning_and_lora(model_folder: Path, text_file: Path, tmp_path
             model_folder, [source], tmp_path / "no", plan=LayerPlan.outer(4, final_norm=True),
             settings=TrainSettings(**SETTINGS, lora_rank=2),
         )  # fmt: skip
+
+
+def test_trained_embeddings_are_recorded_saved_and_resumed(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """With the head that is tied to them; in bfloat16, where their optimizer and they themselves are float32."""
+    tiny_model("llama", vocab_size=300, tie_word_embeddings=True).save_pretrained(model_folder)
+    plan = LayerPlan.outer(4, embeddings=True, head=True)
+    settings = TrainSettings(**{**SETTINGS, "steps": 4, "save_every": 2, "dtype": "bf16"})
+
+    def trained(resume: bool) -> cogsym.TrainResult:
+        source = Source(text_file, field="sw")
+        return cogsym.train(model_folder, [source], tmp_path / "out", plan=plan, settings=settings, resume=resume)
+
+    whole = trained(resume=False)
+    record = json.loads((tmp_path / "out" / "settings.json").read_text("utf-8"))["plan"]
+    assert record["embeddings"] and record["head"] and record["trained"] == [0, 3]
+    want, base = weights(whole), load_file(model_folder / "model.safetensors")
+    moved = {name for name, w in want.items() if not torch.equal(w.bfloat16(), base[name].bfloat16())}
+    assert "model.embed_tokens.weight" in moved and not any(".layers.1." in name for name in moved)
+    tied = AutoModelForCausalLM.from_pretrained(whole.folder)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(whole.folder)
+    resumed = weights(trained(resume=True))
+    assert resumed.keys() == want.keys() and all(torch.equal(resumed[name], w) for name, w in want.items())
 
 
 def test_pairs_with_the_loss_on_the_target(model_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -88,6 +88,11 @@ def identify(text: str) -> str:
     return _identifier().classify(text)[0] if text.strip() else "zxx"
 
 
+def in_language(text: str, language: str) -> bool:
+    """Whether a text is in a language; one that is stuck in a loop is in none, whatever its phrase is taken for."""
+    return identify(text) == language and not ends_in_loop(text)
+
+
 @lru_cache(1)
 def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier  # a second to load, which many tasks do not need

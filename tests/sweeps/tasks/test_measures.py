@@ -54,6 +54,8 @@ def test_translation_by_hand(tokenizer, pairs):
     }
     loop = answered("The school is the school is the school is the", "length")
     assert [loop[name].value for name in ("language", "empty", "repeated", "cut")] == [0, 0, 1, 1]
+    in_swahili = answered(f"{PAIRS[0]['sw']} " * 4, "length")
+    assert [in_swahili[name].value for name in ("language", "empty", "repeated", "cut")] == [0, 0, 1, 1]
     empty = answered("  ", "stop")
     assert [empty[name].value for name in ("chrf++", "language", "empty", "repeated", "cut")] == [0, 0, 1, 0, 0]
 
