@@ -322,11 +322,7 @@ class _Sweep:
     def _ask(
         self, task: Task, documents: list[TaskDocument], trie: Trie, results: Results, progress: SweepProgress
     ) -> None:
-        """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved.
-
-        Pieces are so large that results come once in `_PIECE_SECONDS`, but for layers that are streamed: there a piece
-        takes a pass over the checkpoint.
-        """
+        """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved."""
         memory, most = PassMemory(self._sizes, trie), len(documents)
         at_once = most if self._streamed else self._at_once.get(len(trie.configurations), _FIRST_PIECE)
         while documents:
@@ -340,7 +336,7 @@ class _Sweep:
                 rows = []
             if rows:
                 results.append(rows)
-                if not self._streamed:
+                if not self._streamed:  # where a piece takes a pass over the checkpoint
                     within = _PIECE_SECONDS / max(time.monotonic() - began, 1e-3) * len(piece)
                     at_once = max(1, min(int(within), _GROWTH * len(piece)))
                     self._at_once[len(trie.configurations)] = at_once

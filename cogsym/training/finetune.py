@@ -122,12 +122,7 @@ def dry_run(
     cache_dir: Path | None = None,
     console: Console | None = None,
 ) -> None:
-    """Say what `train` would cost with the same arguments: tokens, time, memory and disk. A batch is tried, nothing is
-    written, and a loaded model is as it was before.
-
-    Raises:
-        CogsymError: as `train`.
-    """
+    """Say what `train` would cost with the same arguments, in tokens, time, memory and disk, and write nothing."""
     console = console or Console(stderr=True)
     run = _read(model, data, Path(out), tokenizer, plan, evaluate, settings or TrainSettings(), False, cache_dir)
     adapted = _prepared(run, console)
