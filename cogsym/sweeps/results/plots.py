@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _HEADLINES = ("accuracy", "log_likelihood", "bits_per_byte", "chrf++")
 _CURVES = {"input": ("first k layers", BLUE, "o"), "output": ("last k layers", VERMILION, "s")}
 _LOG_FROM = 8  # a panel whose values differ by this factor has a logarithmic axis
+_CELLS = 4  # that a map has at least
 _STEPS = (1, 2, 5, 10, 20, 50, 100)  # cells of a map from one named to the next
 _TITLE = 29  # characters that fit above a panel
 
@@ -38,7 +39,7 @@ def plot(folder: str | Path, out: str | Path | None = None, metrics: Collection[
     "directions" has a panel for each task and metric, perception on the left and production on the right, with a curve
     for the first k layers and one for the last k, their 95 % intervals, the model with every layer and, where there is
     one, the level of chance. "grid" is a map of first against last layers, "layers" has single layers and "blocks"
-    contiguous ones, where there is more than one. "removed" is what a search or a list of configurations gives: each
+    contiguous ones, where there are a few. "removed" is what a search or a list of configurations gives: each
     against how many layers are missing, and a curve through the best of each number. An action other than skip stands
     in the name: "directions-revert".
 
@@ -96,11 +97,13 @@ def figures(found: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
         directions = set(lines["direction"])
         if directions & set(_CURVES):
             yield f"directions{name}", _figure(lines, _draw_directions, label, 3.1)
-        if len(lines.loc[lines["direction"] == "both", "configuration"].unique()) > 1:
+        ends = lines.loc[lines["direction"].isin(["none", "input", "output", "both"]), "configuration"]
+        if "both" in directions and ends.nunique() >= _CELLS:
             yield f"grid{name}", _figure(lines, _draw_grid, label, 4.2)
         if "single" in directions:
             yield f"layers{name}", _figure(lines, _draw_layers, label, 3.1)
-        if len(lines.loc[lines["direction"] == "block", "configuration"].unique()) > 1:
+        contiguous = lines.loc[(lines["k"] > 0) & (lines["k"] == lines["last"] - lines["first"] + 1), "configuration"]
+        if "block" in directions and contiguous.nunique() >= _CELLS:
             yield f"blocks{name}", _figure(lines, _draw_blocks, label, 4.2)
         if "other" in directions and lines["k"].nunique() > 2:
             yield f"removed{name}", _figure(lines, _draw_removed, label, 3.1)
