@@ -97,7 +97,8 @@ class Half:
         gradient = dy if self.residual_scale == 1 else dy * self.residual_scale
         if self.output_norm is None:
             return gradient
-        return self.output_norm.input_gradient(gradient, kept[self.PROJECTED])
+        projected = kept[self.PROJECTED]
+        return self.output_norm.input_gradient(gradient.to(projected.dtype), projected)  # autocast has them differ
 
     def add(self, x: Tensor, projected: Tensor) -> None:
         """Add what f gives to the stream x, in place."""

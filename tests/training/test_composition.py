@@ -169,7 +169,7 @@ def test_bad_choices_are_refused_in_one_sentence() -> None:
     model = tiny_model("llama")
     for options, words in (
         ({"keep": "everything"}, "keep is 'everything', expected one of auto, all,"),
-        ({"keep": "all", "memory_budget": 10}, "memory_budget is 10 with keep='all'"),
+        ({"keep": "all", "memory_budget": 10}, "memory_budget is 10 where keep is 'all'"),
         ({"memory_budget": -1}, "expected a positive number of bytes"),
     ):
         with pytest.raises(cogsym.CogsymError, match=words):

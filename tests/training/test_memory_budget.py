@@ -94,8 +94,8 @@ def test_the_process_keeps_to_its_budget(tmp_path: Path) -> None:
         return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))[1]) / 1024
 
     def step(budget: int) -> None:
-        model = tiny_model("llama", num_hidden_layers=6, hidden_size=384, intermediate_size=1024).train()
-        cogsym.prepare(model, cogsym.LayerPlan.first(6, 1), memory_budget=budget)
+        model = tiny_model("llama", num_hidden_layers=10, hidden_size=384, intermediate_size=1024).train()
+        cogsym.prepare(model, cogsym.LayerPlan.first(10, 1), memory_budget=budget)
         for shape in ((1, 8), (4, 256)):
             ids = torch.randint(0, 61, shape)
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
@@ -104,7 +104,7 @@ def test_the_process_keeps_to_its_budget(tmp_path: Path) -> None:
         (tmp_path / "used").write_text(str(status("VmHWM") - before))
 
     used = []
-    for budget in (1, 30 << 20, 1 << 40):
+    for budget in (1, 60 << 20, 1 << 40):
         assert in_child(partial(step, budget)) == 0
         used.append(float((tmp_path / "used").read_text()))
-    assert used[0] < used[1] < used[0] + 30 < used[2]
+    assert used[0] < used[1] < used[0] + 60 < used[2]
