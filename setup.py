@@ -38,6 +38,8 @@ X86_VARIANTS = {
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+ARM_VARIANTS = {"baseline": [], "bf16": ["-march=armv8.2-a+bf16"]}  # NEON is in every 64-bit one
+VARIANTS = dict.fromkeys(("x86_64", "amd64", "AMD64"), X86_VARIANTS) | dict.fromkeys(("aarch64", "arm64"), ARM_VARIANTS)
 
 # The two -fno let loops with sqrt and comparisons be vectorised; neither changes a value. -ffast-math would: it forgets
 # NaN and infinity.
@@ -144,8 +146,8 @@ def ninja_file(compiler: list[str], nvcc: str | None, output: Path) -> str:
 
     openmp = accepts(compiler, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }")
     threads = ["-fopenmp"] if openmp else ["-fopenmp-simd"]
-    x86 = target_machine(compiler) in ("x86_64", "amd64", "AMD64")
-    variants = {name: f for name, f in (X86_VARIANTS if x86 else {"baseline": []}).items() if accepts(compiler, f)}
+    known = VARIANTS.get(target_machine(compiler), {"baseline": []})
+    variants = {name: flags for name, flags in known.items() if accepts(compiler, flags)}
     files = " ".join(f"F({Path(name).stem}, isa)" for name in KERNEL_SOURCES)
     define = [f"-DCOGSYM_VARIANTS(V)={' '.join(f'V({name})' for name in variants)}", f"-DCOGSYM_FILES(F, isa)={files}"]
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]

@@ -51,7 +51,9 @@ def main() -> None:
     work = [(parity.STUDY, Setting(models, device, full=True))]
     for part, seconds in SECONDS.items():
         full = not args.tiny and part not in QUICK
-        work.append((suite.STUDIES[part], Setting(models, device, full, seconds / 60 if args.tiny else seconds)))
+        work.append(
+            (suite.STUDIES[part], Setting(models, device, full, seconds=seconds / 60 if args.tiny else seconds))
+        )
     command = f"python benchmarks/gpu.py --device {args.device}{' --tiny' if args.tiny else ''}"
     checks, *_ = study.run(work, args.out, command)
     sys.exit(0 if all(line["facts"]["right"] for line in report.read(checks)["cases"]) else 1)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cogsym.bench import process, report, study, suite
+from cogsym.bench import process, report, speed, study, suite
 from cogsym.bench.case import OURS, Case, CaseSpec, Line, Setting
 from cogsym.bench.compare import compare
 
@@ -64,9 +64,10 @@ def quick_run(parts: list[str], model: str, slower: bool, out: Path) -> None:
     def slower_cases(cases: Callable[[Setting], list[CaseSpec]], setting: Setting) -> list[CaseSpec]:
         return [dataclasses.replace(spec, build=partial(slowed, spec.build)) for spec in cases(setting)]
 
-    work = []
+    work, device = [], torch.device("cpu")
+    here = speed.measured(device)
     for part in parts:
-        one, setting = suite.STUDIES[part], Setting((model,), torch.device("cpu"), False, suite.QUICK_SECONDS[part])
+        one, setting = suite.STUDIES[part], suite.quick_setting(part, (model,), device, here)
         work.append((dataclasses.replace(one, cases=partial(slower_cases, one.cases)) if slower else one, setting))
     study.run(work, out, "cogsym bench --quick")
 

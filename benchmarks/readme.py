@@ -1,7 +1,8 @@
 """Write the tables of the README and of the page of results from the committed results: `python benchmarks/readme.py`.
 
-Each table stands between <!-- table: NAME --> and <!-- end -->. A test compares them, so that a number in the README is
-always that of a result file.
+Each table stands between <!-- table: NAME --> and <!-- end -->, once for each class of machines whose folder of
+`benchmarks/results` has that result (`cogsym.bench.machine.machine_class`); no table mixes two. A test compares them,
+so that a number in the README is always that of a result file.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cogsym.bench import report, suite
 from cogsym.bench.study import Study
@@ -33,41 +33,51 @@ def study(name: str) -> Study:
     return found
 
 
-def load(name: str) -> dict[str, Any]:
-    """A committed result."""
-    return report.read(RESULTS / f"{name}.json")
+def each_machine(name: str, table: Callable[[str, Path], str]) -> str:
+    """A table of each machine's committed result, below the machine's class."""
+    paths = sorted(RESULTS.glob(f"*/{name}.json"))
+    return "\n\n".join(f"{_where(path)}\n\n{table(name, path)}" for path in paths)
 
 
-def chosen(name: str, words: str = "") -> str:
+def _where(path: Path) -> str:
+    result = report.read(path)
+    machine = result["machine"]
+    device = f"{machine['cores']} cores of {machine['processor'].partition(' (')[0]}"
+    device = device if machine["gpu"] == "none" else machine["gpu"]
+    return f"{path.parent.name}: {device}{f', {date}' if (date := result.get('date')) else ''}"
+
+
+def chosen(name: str, path: Path, words: str = "") -> str:
     """The table of the cases whose names match."""
-    return report.markdown(*study(name).table([line for line in load(name)["cases"] if re.search(words, line["name"])]))
+    lines = [line for line in report.read(path)["cases"] if re.search(words, line["name"])]
+    return report.markdown(*study(name).table(lines))
 
 
-def grouped(name: str) -> list[str]:
+def grouped(name: str, path: Path) -> str:
     """All tables, each with what was not timed and why."""
     pieces = []
-    for group in report.groups(load(name)["cases"]).values():
+    for group in report.groups(report.read(path)["cases"]).values():
         pieces.append(report.markdown(*study(name).table(group)))
         pieces.append("\n".join(f"- {note}" for note in report.notes(group)))
-    return pieces
+    return "\n\n".join(filter(None, pieces))
 
 
-def whole(name: str) -> str:
-    """All tables, where they were measured, and the pictures."""
-    result = load(name)
+def whole(name: str, path: Path) -> str:
+    """All tables, how they were measured, and the pictures."""
+    result = report.read(path)
     machine = result["machine"]
     head = (
-        f"`{result['command']}`, {machine['cores']} cores of {machine['processor'].partition(' (')[0]}, "
-        f"{machine['threads']} threads, GPU: {machine['gpu']}, torch {machine['torch']}, "
+        f"`{result['command']}`, {machine['threads']} threads, GPU: {machine['gpu']}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, Python {machine['python']}"
     )
-    pictures = [f"![{name}]({p})" for p in (f"{name}.png", f"{name}_curve.png") if (RESULTS / p).exists()]
-    return "\n\n".join(filter(None, [head, *grouped(name), *pictures]))
+    drawn = [path.with_name(p) for p in (f"{name}.png", f"{name}_curve.png") if path.with_name(p).exists()]
+    pictures = [f"![{name}]({p.relative_to(RESULTS)})" for p in drawn]
+    return "\n\n".join([head, grouped(name, path), *pictures])
 
 
-def allocator() -> str:
+def allocator(name: str, path: Path) -> str:
     """Training steps with freed memory kept, as the suite has it, and with the C library as it is."""
-    kept, returned = load("train"), load("train_glibc")
+    kept, returned = (report.read(path.with_name(f"{part}.json")) for part in ("train", name))
     rows = []
     for a, b in zip(kept["cases"], returned["cases"], strict=True):
         assert a["name"] == b["name"]
@@ -77,15 +87,17 @@ def allocator() -> str:
     return report.markdown(["time over the floor", "", "memory kept", "given back"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    **{name: partial(chosen, name) for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install")},
-    "ops": partial(chosen, "ops", "SmolLM2.*bfloat16"),
-    "train": partial(chosen, "train", "SmolLM2.*: outer"),
-    "sweep": partial(chosen, "sweep", r"SmolLM2.*: (grid|input)"),
-    "generate": partial(chosen, "generate", "SmolLM2"),
-    "noise": lambda: "\n\n".join(filter(None, grouped("noise"))),
-    **{f"whole_{part}": partial(whole, part) for part in ("ops", "train", "sweep", "generate", "install")},
-    "allocator": allocator,
+_PARTS = ("ops", "train", "sweep", "generate", "install")
+# The result and the table that each name on a page stands for.
+TABLES: dict[str, tuple[str, Callable[[str, Path], str]]] = {
+    **{name: (name, chosen) for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install")},
+    "ops": ("ops", partial(chosen, words="SmolLM2.*bfloat16")),
+    "train": ("train", partial(chosen, words="SmolLM2.*: outer")),
+    "sweep": ("sweep", partial(chosen, words=r"SmolLM2.*: (grid|input)")),
+    "generate": ("generate", partial(chosen, words="SmolLM2")),
+    "noise": ("noise", grouped),
+    **{f"whole_{part}": (part, whole) for part in _PARTS},
+    "allocator": ("train_glibc", allocator),
 }
 
 
@@ -93,7 +105,7 @@ def rendered(page: str) -> str:
     """A page with its tables made anew."""
 
     def replace(match: re.Match[str]) -> str:
-        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+        return f"<!-- table: {match[1]} -->\n{each_machine(*TABLES[match[1]])}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, page, flags=re.S)
 

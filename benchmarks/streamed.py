@@ -5,7 +5,8 @@
 The model has Qwen2.5-1.5B's shape and random bfloat16 weights, written to a temporary folder; the sweep asks two-way
 choices under every number of last layers skipped. Each sweep is a process of its own, which reports its seconds, with
 and without loading and hashing the weights, and its peak resident memory with everything in it, Python and its
-libraries too; the files stay in the page cache. Answers must be the same bit for bit.
+libraries too; the files stay in the page cache. Answers must be the same
+but for rounding: documents are asked in pieces of another size.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +33,7 @@ from cogsym.sweeps.results.store import frame
 WORDS = "habari ya leo mtoto anasoma kitabu shuleni mama anapika chakula kizuri sana".split()
 QUESTIONS, CONTEXT_WORDS, OPTION_WORDS, ROUNDS = 20, 36, 8, 3
 CONFIGS, BUDGET = "output", 500 * 10**6
+ROUNDING = 0.5  # nats of a margin in bfloat16, random weights; the margins themselves are of some 5
 STREAMED = f"{OURS}, streamed"
 WRITE_MODEL = """
 import torch
@@ -110,8 +113,8 @@ def case(model: str, work: Path) -> Case:
             asked = {"model": str(folder), "configs": CONFIGS, "task": task, "out": out, "stream": stream}
             printed = process.run_python(SWEEP, **asked, budget=BUDGET)
             reported: dict[str, float] = json.loads(printed.splitlines()[-1])
-            answers.append(frame(Path(out))[["configuration", "document", "metric", "value"]])
-        if not answers[-1].equals(answers[0]):
+            answers.append(frame(Path(out)).sort_values(["configuration", "document", "metric"]))
+        if not np.allclose(answers[-1]["value"], answers[0]["value"], rtol=0, atol=ROUNDING):
             raise AssertionError("streamed answers are others")
         result.facts["configurations"] = answers[0]["configuration"].nunique()
         return reported

@@ -23,7 +23,7 @@ from cogsym.bench.models import shape_of
 from cogsym.bench.report import Table
 from cogsym.bench.study import Study, main
 from cogsym.data import Source, pack, separator_id, tokenize
-from cogsym.models.loading import load_model, load_tokenizer
+from cogsym.models.loading import load_config, load_model, load_tokenizer
 from cogsym.training.evaluate import bits_per_byte, option_log_probabilities
 
 SEPARATOR = "<|endoftext|>"
@@ -72,7 +72,7 @@ def train(method: str, rate: float, model: Path, setting: Setting) -> dict[str, 
         plan=cogsym.LayerPlan.all(layers) if method == "all" else cogsym.LayerPlan.outer(layers),
         evaluate={"dev": Source(dev, field="sw")},
         settings=cogsym.TrainSettings(
-            length=LENGTH,
+            length=min(LENGTH, load_config(model).max_position_embeddings),
             batch_size=BATCH,
             steps=steps,
             learning_rate=rate,

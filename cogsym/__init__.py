@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from cogsym.sweeps.layers.actions import register_action
     from cogsym.sweeps.layers.configurations import Configuration
     from cogsym.sweeps.layers.search import register_search
-    from cogsym.sweeps.runner import SweepSettings, sweep
+    from cogsym.sweeps.runner import sweep
+    from cogsym.sweeps.settings import SweepSettings
     from cogsym.sweeps.tasks.kinds import register_task_kind
     from cogsym.sweeps.tasks.metrics import register_metric
     from cogsym.training.explain import explain
@@ -49,7 +50,7 @@ __all__ = [
 _MODULES = {
     "Configuration": "cogsym.sweeps.layers.configurations",
     "LayerPlan": "cogsym.plan",
-    "SweepSettings": "cogsym.sweeps.runner",
+    "SweepSettings": "cogsym.sweeps.settings",
     "TrainResult": "cogsym.training.finetune",
     "TrainSettings": "cogsym.training.settings",
     "explain": "cogsym.training.explain",

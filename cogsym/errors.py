@@ -11,6 +11,19 @@ class CogsymError(Exception):
     exit_status = 2
 
 
+class SettingError(CogsymError):
+    """A setting has a value that it cannot have.
+
+    Attributes:
+        name: the setting's in Python; the command line says its own option instead.
+        problem: the sentence behind it.
+    """
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"The setting {name} {problem}")
+        self.name, self.problem = name, problem
+
+
 class RunStopped(CogsymError):
     """A run ended early; the message says what was saved and how to go on."""
 

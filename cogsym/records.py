@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,24 +26,29 @@ MANIFEST = "manifest.json"
 _CHECKSUM = "sha256"
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, check: Callable[[], None] = lambda: None) -> None:
     """Write a file that a kill or a power cut leaves either whole or not there.
+
+    Args:
+        path: the file.
+        content: its bytes.
+        check: as `replacing` takes it.
 
     Raises:
         OSError: it was not written; what was there is as it was.
     """
-    with replacing(path) as new:
+    with replacing(path, check) as new:
         new.write_bytes(content)
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
+def write_record(path: Path, record: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
     """Write a JSON object, and the checksum that `read_record` looks at, as `write_whole` does.
 
     Raises:
         OSError: it was not written; what was there is as it was.
     """
     checked = {**record, _CHECKSUM: _checksum(record)}
-    write_whole(path, (json.dumps(checked, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (json.dumps(checked, indent=1, ensure_ascii=False) + "\n").encode(), check)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -102,12 +107,17 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A path for a new file or folder, which takes the place of `path` once it is whole and on the disk.
 
     It lies beside `path`, and several processes may each write theirs. Where the block raises, the new one is removed
     and `path` is as it was; a kill leaves it behind with a name that ends in `TEMPORARY`, for `remove_leftovers`.
     A folder that was there is moved aside first: a kill at that moment leaves none of the name.
+
+    Args:
+        path: a file or folder.
+        check: called when the new one is about to take the place; raises where it may not any more, such as in a folder
+            that was replaced while the process was paused.
 
     Raises:
         OSError: it was not written.
@@ -117,6 +127,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield new
         for entry in (*new.rglob("*"), new):
             _sync(entry)
+        check()
         if new.is_dir() and path.is_dir():
             old = _beside(path)
             path.replace(old)

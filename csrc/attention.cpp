@@ -179,6 +179,7 @@ int64_t forward(const Attention& a) {
 }
 
 int64_t attention(const Attention& a) {
+    if (!starts_fit(a)) return -1;
     return with_type(a.dtype, [&](auto element) { return forward<decltype(element)>(a); });
 }
 

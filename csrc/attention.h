@@ -29,7 +29,7 @@ struct Attention {
     int64_t k_strides[3];
     const void* v;  // [B, T, KV, D]
     int64_t v_strides[3];
-    const int32_t* starts;  // [B, T] contiguous: the first key that each query sees, or null: 0
+    const int32_t* starts;  // [B, T] contiguous, non-decreasing: the first key that each query sees, or null: 0
     int64_t B, T, H, KV, D;
     double scale;
     int64_t window;   // 0 is none
@@ -90,11 +90,22 @@ inline Rows<T> head_rows(const void* x, const int64_t (&strides)[3], int64_t b, 
     return {static_cast<const T*>(x) + b * strides[0] + row * strides[1] + head * strides[2], strides[1], end - row, D};
 }
 
+// Whether each query sees itself, and no query keys that one before it did not.
+inline bool starts_fit(const Attention& a) {
+    if (!a.starts) return true;
+    bool fit = true;
+    for (int64_t b = 0; b < a.B; ++b) {
+        const int32_t* starts = a.starts + b * a.T;
+        for (int64_t t = 0; t < a.T; ++t) fit &= starts[t] <= t && starts[t] >= (t ? starts[t - 1] : 0);
+    }
+    return fit;
+}
+
 // The first key that query t of sequence b sees; it never decreases with t, and the last one is t.
 inline int64_t first_key(const Attention& a, int64_t b, int64_t t) {
     int64_t first = a.starts ? a.starts[b * a.T + t] : 0;
     if (a.window && t - a.window + 1 > first) first = t - a.window + 1;
-    return first < 0 ? 0 : smaller(first, t);
+    return first;
 }
 
 template <class T, class C = compute_t<T>>

@@ -252,6 +252,7 @@ int64_t backward(const Attention& a) {
 }
 
 int64_t attention_backward(const Attention& a) {
+    if (!starts_fit(a)) return -1;
     return with_type(a.dtype, [&](auto element) { return backward<decltype(element)>(a); });
 }
 

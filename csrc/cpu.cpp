@@ -65,15 +65,21 @@ std::vector<std::string> cpu_features() {
 
 #elif defined(__aarch64__)
 
+bool supports_bf16() {
+#if defined(__linux__) && defined(HWCAP2_BF16)
+    return getauxval(AT_HWCAP2) & HWCAP2_BF16;
+#else
+    return false;
+#endif
+}
+
 std::vector<std::string> cpu_features() {
     std::vector<std::string> names = {"neon"};
 #if defined(__linux__)
     const unsigned long hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);
     if (hwcap & HWCAP_ASIMDHP) names.push_back("fp16");
     if (hwcap & HWCAP_SVE) names.push_back("sve");
-#ifdef HWCAP2_BF16
-    if (hwcap2 & HWCAP2_BF16) names.push_back("bf16");
-#endif
+    if (supports_bf16()) names.push_back("bf16");
 #ifdef HWCAP2_I8MM
     if (hwcap2 & HWCAP2_I8MM) names.push_back("i8mm");
 #endif

@@ -304,6 +304,12 @@ inline void exponentials(E* to, const C* x, int64_t width, C exponent, vector_t<
             }
             transpose_words(to + key, chunk_keys / 2, pairs, panel / 2);
         }
+#else
+    if constexpr (interleaved<E> == 2)
+        for (int64_t key = 0; key < round_up(width); ++key) {
+            const V p = probability(key);
+            for (int64_t query = 0; query < step; ++query) to[query * chunk_keys + key] = narrow<E>(p[query]);
+        }
 #endif
     if constexpr (interleaved<E> == 1)
         for (int64_t key = 0; key < round_up(width); ++key) store(to + key * step, probability(key));

@@ -21,6 +21,11 @@ inline vector_t<float> multiply_add(vector_t<float> sum, const bfloat16* a, cons
     const __m512i two = _mm512_set1_epi32(load<int>(a));
     return (vector_t<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)two, (__m512bh)load<__m512i>(b));
 }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline vector_t<float> multiply_add(vector_t<float> sum, const bfloat16* a, const bfloat16* b) {
+    const auto two = vreinterpretq_bf16_u32(vdupq_n_u32(load<uint32_t>(a)));
+    return (vector_t<float>)vbfdotq_f32((float32x4_t)sum, two, load<bfloat16x8_t>(b));
+}
 #endif
 
 // How many products are added up one by one; operands of two bytes are rounded far more than their sums.
@@ -133,6 +138,17 @@ inline void store_operands(bfloat16* to, floats even, floats odd) {
         place(11), place(10), place(9), place(8), place(7), place(6), place(5), place(4), place(3), place(2), place(1),
         place(0));
     store(to, _mm512_permutexvar_epi16(order, both));
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline void store_operand(bfloat16* to, floats x) { store(to, vcvt_bf16_f32((float32x4_t)x)); }
+inline void store_panel(bfloat16* to, const floats (&x)[panel / lanes<float>]) {
+    for (int64_t i = 0; i < panel / lanes<float>; ++i) store_operand(to + i * lanes<float>, x[i]);
+}
+inline void store_operands(bfloat16* to, floats even, floats odd) {
+    const bfloat16x4_t low = vcvt_bf16_f32((float32x4_t)even), high = vcvt_bf16_f32((float32x4_t)odd);
+    const uint16x4_t pairs[2] = {vzip1_u16(vreinterpret_u16_bf16(low), vreinterpret_u16_bf16(high)),
+                                 vzip2_u16(vreinterpret_u16_bf16(low), vreinterpret_u16_bf16(high))};
+    __builtin_memcpy(to, pairs, sizeof pairs);
 }
 #endif
 

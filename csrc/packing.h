@@ -3,8 +3,8 @@
 // An operand is stored as panels of 32 columns, [columns / 32][rows][32], its dimensions padded with zeros to
 // multiples of 32. In A · B the inner dimension is A's columns and B's rows. Instructions that multiply bfloat16 add
 // the products of two neighbours of the inner dimension, so that B's rows are interleaved two by two: [columns /
-// 32][rows / 2][32][2]. One layout thus serves AMX (a tile is 16 lines of 64 contiguous bytes), AVX-512's vdpbf16ps
-// and plain multiply-add.
+// 32][rows / 2][32][2]. One layout thus serves AMX (a tile is 16 lines of 64 contiguous bytes), AVX-512's vdpbf16ps,
+// Arm's BFDOT and plain multiply-add.
 #pragma once
 
 #include "vector.h"
@@ -21,7 +21,7 @@ template <class T>
 struct operand {
     using type = compute_t<T>;
 };
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 template <>
 struct operand<bfloat16> {
     using type = bfloat16;
@@ -196,6 +196,24 @@ inline void write_block(bfloat16* to, const bfloat16 (&block)[panel][panel]) {
             store(to + 2 * i * panel, _mm512_permutex2var_epi16(low, order(apart[0]), high));
             store(to + (2 * i + 1) * panel, _mm512_permutex2var_epi16(low, order(apart[1]), high));
         }
+    }
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <Layout layout>
+inline void write_block(bfloat16* to, const bfloat16 (&block)[panel][panel]) {
+    if constexpr (layout == Layout::rows) {
+        __builtin_memcpy(to, block, sizeof block);
+    } else if constexpr (layout == Layout::interleaved_rows) {
+        for (int64_t r = 0; r < panel; r += 2)
+            for (int64_t i = 0; i < panel; ++i)
+                for (int64_t j = 0; j < 2; ++j) to[r * panel + 2 * i + j] = block[r + j][i];
+    } else if constexpr (layout == Layout::columns) {
+        transpose(to, panel, &block[0][0], panel, panel);
+    } else {  // two are a word
+        uint32_t words[panel][panel / 2], columns[panel / 2][panel];
+        __builtin_memcpy(words, block, sizeof words);
+        transpose(&columns[0][0], panel, &words[0][0], panel / 2, panel / 2);
+        __builtin_memcpy(to, columns, sizeof columns);
     }
 }
 #endif

@@ -56,6 +56,15 @@ template <>
 inline floats widened(const float16* from) {
     return (floats)_mm256_cvtph_ps(load<__m128i>(from));
 }
+#elif defined(__aarch64__)
+template <>
+inline floats widened(const bfloat16* from) {
+    return (floats)vshll_n_u16(load<uint16x4_t>(from), 16);
+}
+template <>
+inline floats widened(const float16* from) {
+    return (floats)vcvt_f32_f16(load<float16x4_t>(from));
+}
 #endif
 
 // The first `count` of n values, then zeros.

@@ -12,6 +12,9 @@
 #if defined(__AVX512BF16__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
 
 namespace cogsym {
 namespace COGSYM_ISA {
@@ -147,6 +150,20 @@ struct Write<bfloat16> {
         write_blocks(out, n, f, [](bfloat16* to, const float* from) {
             const __m512bh packed = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
             __builtin_memcpy(to, &packed, sizeof packed);
+        });
+    }
+};
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <>
+struct Write<bfloat16> {
+    template <class F>
+    static inline void run(bfloat16* out, int64_t n, F f) {
+        write_blocks(out, n, f, [](bfloat16* to, const float* from) {
+            for (int j = 0; j < 32; j += 8) {
+                const bfloat16x8_t low = vcvtq_low_bf16_f32(vld1q_f32(from + j));
+                const bfloat16x8_t packed = vcvtq_high_bf16_f32(low, vld1q_f32(from + j + 4));
+                __builtin_memcpy(to + j, &packed, sizeof packed);
+            }
         });
     }
 };

@@ -6,8 +6,10 @@ import gc
 import importlib
 import json
 import os
+import random
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch and transformers are imported. Tiny models are fastest on one thread; tests of threads set their own.
@@ -21,9 +23,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import cogsym
+from cogsym.ops import backend
+
+# What tests start in processes of their own is the cogsym that is tested, which need not be the one that is installed.
+if "site-packages" not in (home := Path(cogsym.__file__).parents[1]).parts:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, default=0, help="how long tests/faults tries; else each fault once")
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each, in an order")
     parser.addoption("--fuzz-examples", type=int, help="cases of each operation and dtype in tests/ops/test_fuzz.py")
     parser.addoption(
         "--huge", action="store_true", help="run the tests of tensors beyond 2**31 elements, gigabytes each"
@@ -31,14 +40,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header() -> str:
-    from cogsym.ops import backend
+    why = "COGSYM_BACKEND" if (tested := backend.forced()) else backend.unavailable("cpp")
+    name = tested or ("reference" if why else "cpp")
+    return f"cogsym: {Path(cogsym.__file__).parent}, backend of CPU tensors: {name}{f' ({why})' if why else ''}"
 
-    return f"cogsym: {Path(cogsym.__file__).parent}, C++ extension: {backend.unavailable('cpp') or 'built'}"
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("shuffle")) is not None:
+        chance = random.Random(seed)
+        place = {path: chance.random() for path in dict.fromkeys(item.path for item in items)}
+        items.sort(key=lambda item: (place[item.path], chance.random()))
 
 
 def pytest_collection_finish() -> None:
     """What is imported stays: collections of garbage need not look through it, a tenth of all time."""
     gc.freeze()
+
+
+@pytest.fixture
+def heeded_signals() -> Iterator[None]:
+    """Signals that end a process do, in children too: nohup and a shell's "&" have them ignored."""
+    ignored = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_IGN}
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in ignored.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

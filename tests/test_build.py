@@ -114,3 +114,9 @@ def test_wheel_contains_every_module_once_and_nothing_else(wheel_without_compile
     assert {"cogsym/py.typed", "cogsym/sweeps/tasks/builtin/xcopa-sw.yaml"} < set(names)
     assert [name for name in names if name.endswith("licenses/LICENSE")]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"cogsym"}
+
+
+def test_emulating_arm_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "tests" / "arm.py"]
+    done = subprocess.run(command, env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1 and "apt-get install g++-aarch64-linux-gnu qemu-user-static apt dpkg" in done.stderr

@@ -20,10 +20,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sweeps.plain import greedy_tokens
 from transformers import AutoModelForCausalLM
 
 from cogsym import cli
+from cogsym.data import separator_id
+from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.sweeps.results.store import frame
+
+pytestmark = pytest.mark.usefixtures("heeded_signals")
 
 # In the repository's root Python would take the source tree for the package.
 FOLDER = Path(__file__).parent
@@ -82,8 +87,8 @@ def command(*args: str | Path) -> list[str]:
 
 
 def test_help_of_each_command_has_an_example(cogsym: Callable[..., Done]) -> None:
-    assert {"train", "sweep", "plot", "demo", "bench", "info"} <= set(cogsym("--help").stdout.split())
-    for command in ("train", "sweep", "plot", "demo", "bench", "info"):
+    assert {"train", "sweep", "generate", "plot", "demo", "bench", "info"} <= set(cogsym("--help").stdout.split())
+    for command in ("train", "sweep", "generate", "plot", "demo", "bench", "info"):
         done = cogsym(command, "--help")
         assert done.returncode == 0
         assert "Example" in done.stdout
@@ -108,6 +113,21 @@ def test_info(cogsym: Callable[..., Done]) -> None:
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     assert rows["torch"].strip() == torch.__version__
     assert {"rms_norm", "rotary", "gated_activation", "extension", "processor", "gpu"} <= rows.keys()
+
+
+def test_generate(cogsym: Callable[..., Done], complaint: Callable[..., str], model_folder: Path) -> None:
+    """Greedily, as transformers writes from the same tokens."""
+    done = cogsym("generate", model_folder, "--prompt", "habari za", "--prompt", "mimi", "--tokens", "5")
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+    wanted = []
+    for text in ("habari za", "mimi"):
+        ids = [separator_id(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids += greedy_tokens(model, tuple(ids), 5, tokenizer.eos_token_id)
+        wanted.append(tokenizer.decode(ids, skip_special_tokens=True))
+    assert done.stdout.split() == " ".join(wanted).split()
+    assert "--tokens is 0, expected" in complaint("generate", model_folder, "--prompt", "x", "--tokens", "0")
+    assert "--top-p is 3.0, expected" in complaint("generate", model_folder, "--prompt", "x", "--top-p", "3")
 
 
 def test_train_and_resume(
@@ -255,6 +275,28 @@ def test_a_disk_that_fills_up(cogsym: Callable[..., Done], model_folder: Path, t
     assert cogsym(*args, "--resume").returncode == 0
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_memory_that_runs_out(
+    cogsym: Callable[..., Done],
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    for name, command in (("training.finetune.pack", "train"), ("sweeps.runner.load_layers", "sweep")):
+        monkeypatch.setattr(f"cogsym.{name}", full)
+        data = ["--data" if command == "train" else "--task", f"{'' if command == 'train' else 'text:'}{text_file}#sw"]
+        done = cogsym(command, model_folder, *data, "--out", tmp_path / command)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("cogsym: memory ran out; what was written is whole, go on with --resume")
+
+
 def test_a_missing_model_folder(complaint: Callable[..., str], text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "nowhere" / "model"
     line = complaint("train", folder, "--data", text_file, "--out", tmp_path / "out")
@@ -360,12 +402,22 @@ def test_bad_text(
         (["--layers", "0-3;5"], "list of layers '0-3;5' is not understood at '0-3;5'; give numbers and ranges"),
         (["--layers", "fisrt,k=2"], "layer strategy 'fisrt' is unknown, expected one of outer, first,"),
         (["--layers", "first"], "options of the layer strategy 'first' are wrong (missing a required argument: 'k')"),
-        (["--learning-rate", "-1"], "learning_rate is -1.0"),
-        (["--keep", "some"], "keep is 'some', expected one of auto, all, attention, input, offload, nothing."),
-        (["--keep", "offload"], "keep is 'offload' and the model is on cpu"),
+        (["--learning-rate", "-1"], "--learning-rate is -1.0, expected"),
+        (["--batch-size", "0"], "--batch-size is 0, expected a number above 0."),
+        (["--warmup", "2"], "--warmup is 2.0, expected a share of the steps"),
+        (["--seed", "-1"], "--seed is -1, expected a whole number from 0"),
+        (["--length", "100000"], "--length is 100,000 tokens, expected at most the model's context, "),
+        (["--eval-every", "5"], "--eval-every is 5 and there is no held-out text; give some (--eval)."),
+        (["--eval", "5%", "--eval", "7%"], "--eval holds out 5% and 7% of the data"),
+        (["--eval", "0%"], "--eval is 0.0, expected a share of the text between 0 and 1."),
+        (["--eval", "{sw}", "--eval", "{sw}"], "--eval is given two texts of the name "),
+        (["--template", "{en}{sw}", "--eval", "{sw}"], "--template is given and every text names a column, as "),
+        (["--dry-run", "--resume"], "--dry-run says what a run costs from its beginning"),
+        (["--keep", "some"], "--keep is 'some', expected one of auto, all, attention, input, offload, nothing."),
+        (["--keep", "offload"], "--keep is 'offload' and the model is on cpu"),
         (["--memory", "plenty"], "size of memory 'plenty' is not understood; give a number with a unit, such as 4GB."),
         (["--memory", "0GB"], "size of memory '0GB' is not understood"),
-        (["--memory", "4GB", "--keep", "all"], "memory_budget is 4000000000 with keep='all'"),
+        (["--memory", "4GB", "--keep", "all"], "--memory is 4000000000 where keep is 'all'"),
         (["--resume"], "no run in"),
         (["--separator", "<nope>"], "<nope>"),
         (["--template", "{sw} {missing}"], "missing"),
@@ -374,7 +426,8 @@ def test_bad_text(
 def test_bad_options(
     complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    data = text_file if "--template" in options else f"{text_file}#sw"
+    data = text_file if options[0] == "--template" and len(options) == 2 else f"{text_file}#sw"
+    options = [f"{text_file}#sw" if option == "{sw}" else option for option in options]
     assert message in complaint("train", model_folder, "--data", data, "--out", tmp_path / "out", *options)
 
 
@@ -450,14 +503,18 @@ def test_a_configuration_with_no_layer_left(
         (["--configs", "beam", "--width", "0"], "width of the search is 0, expected 1 set of layers or more."),
         (["--configs", "beem"], "did you mean beam?"),
         (["--configs", "input,greedy"], "The search greedy stands beside other configurations, expected it alone"),
-        (["--width", "2"], "width is 2 and only a search takes it"),
+        (["--configs", "greedy,input"], "The search greedy stands beside other configurations, expected it alone"),
+        (["--configs", "input,nowhere.json"], "nowhere.json cannot be read (No such file or directory)."),
+        (["--seed", "-1"], "--seed is -1, expected a whole number from 0"),
+        (["--top-p", "2"], "--top-p is 2.0, expected more than 0 and at most 1."),
+        (["--width", "2"], "--width is 2 and only a search takes it"),
         (
             ["--remove", "2"],
-            "remove is 2 and only a search takes it; name one in the place of the configurations: greedy, beam.",
+            "--remove is 2 and only a search takes it; name one in the place of the configurations: greedy, beam.",
         ),
         (["--memory", "plenty"], "size of memory 'plenty' is not understood"),
         (["--memory", "1kB", "--strict-memory"], "The memory budget is 0.0 MiB and the document line "),
-        (["--temperature", "-1"], "temperature is -1.0, expected 0"),
+        (["--temperature", "-1"], "--temperature is -1.0, expected 0"),
         (["--resume"], "There is no sweep in"),
         (["--separator", "<nope>"], "<nope>"),
         (["--task", "sudoku:sw.jsonl"], "The task 'sudoku' is unknown"),
@@ -504,6 +561,14 @@ def test_a_base_that_does_not_fit(
         (base / name).write_bytes((model_folder / name).read_bytes())
     done = cogsym(*args)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_sweep_keeps_out_of_the_folder_of_a_run(
+    complaint: Callable[..., str], model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    line = complaint("sweep", model_folder, "--task", f"text:{text_file}#sw,limit=5", "--out", tmp_path / "out")
+    assert "holds a training run, expected a folder of the sweep's own; choose another --out." in line
 
 
 def test_an_empty_task(complaint: Callable[..., str], model_folder: Path, tmp_path: Path) -> None:

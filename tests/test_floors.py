@@ -13,6 +13,7 @@ FLOORS = {
     "cogsym": 8,  # __init__.py: the functions people call
     "cogsym.bench": 9,
     "cogsym.cli": 9,
+    "cogsym.commands": 9,
     "cogsym.demo": 9,
     "cogsym.info": 9,
     "cogsym.training": 4,
@@ -30,6 +31,7 @@ FLOORS = {
     "cogsym.decoder": 1,
     "cogsym.plan": 1,
     "cogsym.errors": 0,
+    "cogsym.heartbeat": 1,
     "cogsym.memory": 1,
     "cogsym.plotting": 1,
     "cogsym.records": 1,

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from cogsym.bench import report
+from cogsym.bench.machine import machine_class
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -31,9 +34,43 @@ def test_tables_are_the_committed_results() -> None:
 
 
 def test_results_name_machine_versions_and_command() -> None:
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        result = tables().load(path.stem)
+    paths = list((ROOT / "benchmarks" / "results").rglob("*.json"))
+    assert paths
+    for path in paths:
+        result = report.read(path)
         assert result["command"] and result["machine"]["processor"] and result["machine"]["torch"]
+        assert path.parent.name == machine_class(result["machine"])
+
+
+def test_each_machine_has_its_own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tables()
+    mine = report.read(module.RESULTS / "xeon-amx" / "train_speed.json")
+    other = mine | {"date": "2026-01-02", "machine": mine["machine"] | {"processor": "AMD EPYC 7763 (avx2)"}}
+    for result in (mine, other):
+        folder = tmp_path / machine_class(result["machine"])
+        folder.mkdir()
+        report.write(result, folder / "train_speed.json")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    first, second = module.each_machine("train_speed", module.chosen).split("\n\nxeon-amx: ")
+    assert first.startswith("epyc-avx2: 2 cores of AMD EPYC 7763, 2026-01-02\n\n| ") and "| 709 |" in first
+    assert second.startswith("2 cores of Intel(R) Xeon(R) Processor\n\n| ") and "| 709 |" in second
+
+
+@pytest.mark.parametrize(
+    ("processor", "gpu", "expected"),
+    [
+        ("Intel(R) Xeon(R) Processor (avx2, avx512, avx512_bf16, amx_bf16, amx_int8)", "none", "xeon-amx"),
+        ("Intel(R) Xeon(R) Platinum 8275CL CPU @ 3.00GHz (avx2, avx512)", "none", "xeon-avx512"),
+        ("AMD EPYC 9V74 80-Core Processor (avx2, avx512, avx512_bf16)", "none", "epyc-avx512bf16"),
+        ("AMD EPYC 7763 64-Core Processor (avx2)", "none", "epyc-avx2"),
+        ("AMD Ryzen 7 5800U with Radeon Graphics", "none", "ryzen-plain"),
+        ("Neoverse-V1 (neon, bf16)", "none", "neoverse-bf16"),
+        ("aarch64 (neon)", "none", "processor-neon"),
+        ("Intel(R) Xeon(R) (avx2)", "NVIDIA H100 80GB HBM3, CUDA 12.8", "h100"),
+    ],
+)
+def test_classes_of_machines(processor: str, gpu: str, expected: str) -> None:
+    assert machine_class({"processor": processor, "gpu": gpu}) == expected
 
 
 def test_links_lead_somewhere() -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from cogsym.signals import Terminated, as_interrupts, exit_status, handled
 
+pytestmark = pytest.mark.usefixtures("heeded_signals")
+
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

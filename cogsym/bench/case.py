@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +17,8 @@ from cogsym.bench import method
 from cogsym.bench.method import Variant
 
 OURS = "cogsym"
+LEAST_LAYERS = 4  # of a model: the outer ones, and some between them
+QUICK_ROUNDS = 1000  # more than there is time for: the time that is there ends a quick run's
 SECONDS_A_VARIANT = 1.0  # that its rounds may take whatever time is left
 # Norm of the difference over the norm of the truth that two ways of computing the same may have, at most: some ten
 # roundings in a row for an operation. A step passes through every layer, and its gradients through it twice.
@@ -33,6 +36,10 @@ class Setting:
         models: names or folders.
         device: where it runs.
         full: every case with all its rounds, or a quick look.
+        dtype: the precision that is fastest here; a full run adds others that a user here would choose.
+        scale: of the work in a case of a quick run, at most 1: fewer tokens and layers where products are slow.
+        rate: FLOP/s of products in that precision, by which cases tell how long they take; infinite where the time does
+            not matter.
         seconds: that it may take; None is as many as it takes.
         data: folder of texts, for a study that reads some.
         work: folder for what a study makes on its way, such as models.
@@ -41,9 +48,20 @@ class Setting:
     models: tuple[str, ...]
     device: torch.device
     full: bool
+    dtype: torch.dtype = torch.bfloat16
+    scale: float = 1.0
+    rate: float = math.inf
     seconds: float | None = None
     data: Path = Path()
     work: Path = Path()
+
+    def batch(self, rows: int, length: int) -> tuple[int, int]:
+        """A batch of at most so many rows of at most so many tokens, scaled: fewer rows first, then shorter ones."""
+        return max(1, int(rows * self.scale)), int(length * min(1.0, rows * self.scale))
+
+    def layers(self, layers: int) -> int:
+        """How many of so many layers are measured, scaled."""
+        return min(layers, max(LEAST_LAYERS, int(layers * self.scale)))
 
 
 @dataclass
@@ -83,12 +101,14 @@ class CaseSpec:
         rounds: at most, of a pass.
         passes: how often it is built and measured anew, other cases in between: short cases see the machine in more
             than one mood.
+        seconds: that a pass takes at least, as far as it is known before it is built.
     """
 
     name: str
     build: Callable[[], Case]
     rounds: int = 15
     passes: int = 1
+    seconds: float = 0.0
 
     @property
     def least_rounds(self) -> int:
@@ -118,7 +138,7 @@ def measure(
     first = method.first_calls(variants, device)
     skipped = dict(case.skipped)
     warm_up = min(first.values(), default=0.0) < method.LONG_CALL
-    if first.get(OURS, 0.0) >= method.LONG_CALL:
+    if deadline is None and first.get(OURS, 0.0) >= method.LONG_CALL:
         rounds = min(rounds, least)  # a long call sees the machine in more than one mood
     if deadline is not None:
         left = max(deadline - time.perf_counter(), SECONDS_A_VARIANT)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cogsym.bench import floor, method
-from cogsym.bench.case import OURS, Case, CaseSpec, Setting, dtype_name
+from cogsym.bench.case import OURS, QUICK_ROUNDS, Case, CaseSpec, Setting, dtype_name
 from cogsym.bench.loops import Probe, sliced, texts
 from cogsym.bench.method import Variant
 from cogsym.bench.models import build, shape_of
@@ -35,6 +35,7 @@ from cogsym.sweeps.layers.trie import Trie
 
 PROMPT_TOKENS = 40
 NEW_TOKENS = {False: 8, True: 16}  # by whether the run is full
+CALLS = 60  # times the floor's seconds that ours and the loops together take with the least rounds, about
 # Deviations of the logits that a token written is below the best one; one drawn at random is some four below.
 AGREE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.2}
 
@@ -43,23 +44,36 @@ def cases(setting: Setting) -> list[CaseSpec]:
     """One prompt; in a full run of the first model more of them, and float32, too."""
     found = []
     for model in setting.models:
-        chosen = [
-            c for c in distinct(configurations("input,output", shape_of(model).layers))[0] if c.k < len(c.actions)
-        ]
-        wanted = [(1, torch.bfloat16)]
+        shape = shape_of(model)
+        layers = shape.layers if setting.full else setting.layers(shape.layers)
+        part = "" if layers == shape.layers else f"{layers} of {shape.layers} layers, "
+        chosen = [c for c in distinct(configurations("input,output", layers))[0] if c.k < len(c.actions)]
+        wanted = [(1, setting.dtype)]
         if setting.full and model == setting.models[0]:
-            wanted += [(8, torch.bfloat16), (32, torch.bfloat16), (1, torch.float32)]
+            wanted += [(8, setting.dtype), (32, setting.dtype)]
+            wanted += [(1, torch.float32)] if setting.dtype != torch.float32 else []
         for prompts, dtype in wanted:
             many = "1 prompt" if prompts == 1 else f"{prompts} prompts"
-            title = f"{shape_of(model).name}, {dtype_name(dtype)}: input + output ({len(chosen)}), {many}"
-            build_case = partial(case, model, chosen, prompts, dtype, setting)
-            found.append(CaseSpec(title, build_case, rounds=method.LEAST_ROUNDS))
+            title = f"{shape.name}, {part}{dtype_name(dtype)}: input + output ({len(chosen)}), {many}"
+            build_case = partial(case, model, layers, chosen, prompts, dtype, setting)
+            counts, new_tokens = Trie(chosen).counts(), NEW_TOKENS[setting.full]
+            forwards = counts.layer_forwards * PROMPT_TOKENS + counts.kept_layers * (new_tokens - 1)
+            flops = 2 * prompts * (forwards * shape.layer_weights + len(chosen) * new_tokens * shape.head_weights)
+            rounds = method.LEAST_ROUNDS if setting.full else QUICK_ROUNDS
+            found.append(CaseSpec(title, build_case, rounds=rounds, seconds=CALLS * flops / setting.rate))
     return found
 
 
-def case(model: str, chosen: Sequence[Configuration], prompts: int, dtype: torch.dtype, setting: Setting) -> Case:
+def case(
+    model: str,
+    layers: int,
+    chosen: Sequence[Configuration],
+    prompts: int,
+    dtype: torch.dtype,
+    setting: Setting,
+) -> Case:
     """So many prompts with all loops, verified."""
-    probe = Probe(build(model, None, dtype, setting.device).eval())
+    probe = Probe(build(model, layers, dtype, setting.device).eval())
     new_tokens = NEW_TOKENS[setting.full]
     requests = draw_prompts(prompts, new_tokens, probe.model)
     engine, head = Engine(ResidentLayers(probe.model)), SweepHead(probe.model)

@@ -21,6 +21,7 @@ from cogsym.bench.study import Study
 from cogsym.errors import CogsymError
 
 ROOT = Path(__file__).resolve().parents[2]
+IMPORT_SECONDS = 7.0  # of ours and of theirs, once each
 MINUTES = 20  # that an install may take
 
 _STEP = """
@@ -28,7 +29,7 @@ import torch
 from cogsym.bench.train import make_job
 from cogsym.bench.trainers import COMPETITORS
 (competitor,) = [c for c in COMPETITORS if c.name == name]
-job = make_job("SmolLM2-135M", 4, 1, False, torch.device(device))
+job = make_job("SmolLM2-135M", 4, 1, 512, False, torch.device(device))
 with competitor.applied(job) as loss:
     loss().backward()
 """
@@ -36,7 +37,8 @@ with competitor.applied(job) as loss:
 
 def cases(setting: Setting) -> list[CaseSpec]:
     """What there is to time."""
-    found = [CaseSpec("import", _import, rounds=5 if setting.full else 2)]
+    rounds, passes = (5, 1) if setting.full else (1, 2)  # of which there may be time for one alone
+    found = [CaseSpec("import", _import, rounds=rounds, passes=passes, seconds=IMPORT_SECONDS)]
     if setting.full:
         found.append(CaseSpec("first training step of a process", partial(_first_step, setting), rounds=3))
         found.append(CaseSpec("fresh install", _install, rounds=1))

@@ -42,6 +42,17 @@ class Shape:
     vocabulary: int
     tied: bool
 
+    @property
+    def layer_weights(self) -> int:
+        """Those of a layer's linear maps."""
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
+        return self.width * (attention + 3 * self.mlp_width)
+
+    @property
+    def head_weights(self) -> int:
+        """Those of the head."""
+        return self.width * self.vocabulary
+
     def sizes(self, rows: int, length: int) -> Sizes:
         """Those of an operation's example, for so many sequences of so many tokens."""
         return Sizes(

@@ -17,9 +17,20 @@ import torch
 from torch import Tensor
 
 from cogsym.bench import floor, report
-from cogsym.bench.case import OURS, ROUNDING, Case, CaseSpec, Line, Setting, difference, dtype_name, error_line
+from cogsym.bench.case import (
+    OURS,
+    QUICK_ROUNDS,
+    ROUNDING,
+    Case,
+    CaseSpec,
+    Line,
+    Setting,
+    difference,
+    dtype_name,
+    error_line,
+)
 from cogsym.bench.method import Variant
-from cogsym.bench.models import SHAPES, Shape, shape_of
+from cogsym.bench.models import Shape, shape_of
 from cogsym.bench.study import Study
 from cogsym.ops import backend, operations, route
 from cogsym.ops.operation import Example, MakeExample, Sizes
@@ -27,6 +38,7 @@ from cogsym.ops.operation import Example, MakeExample, Sizes
 PLAIN = "PyTorch"
 LENGTH = 512
 ROUNDS, PASSES = 7, 3
+CALLS = 60  # times the floor's seconds that all variants of a case together take with the least rounds, about
 REFERENCE_BYTES = 2**30  # of logits that the reference of attention may hold; above, it is left out
 
 Outputs = tuple[Tensor, ...]
@@ -40,19 +52,23 @@ def examples() -> dict[str, MakeExample]:
 
 def cases(setting: Setting) -> list[CaseSpec]:
     """Every operation, direction and model."""
-    dtypes = [torch.bfloat16]
-    if setting.full:
+    dtypes = [setting.dtype]
+    if setting.full and setting.dtype != torch.float32:
         dtypes.append(torch.float16 if setting.device.type == "cuda" else torch.float32)
+    rows, length = (4, LENGTH) if setting.full else setting.batch(2, LENGTH)
+    rounds, passes = (ROUNDS, PASSES) if setting.full else (QUICK_ROUNDS, PASSES if setting.scale == 1 else 1)
     found = []
     for model in setting.models:
-        shape, B = shape_of(model), 4 if setting.full else 2
+        shape = shape_of(model)
+        sizes = shape.sizes(rows, length)
         for dtype in dtypes:
             for name, make in examples().items():
-                tiny = make(SHAPES["tiny"].sizes(1, 2), torch.float32, torch.device("cpu"))
-                for direction in tiny.work:
-                    title = f"{shape.name}, {B * LENGTH} tokens, {dtype_name(dtype)}: {name}, {direction}"
-                    build = partial(case, name, shape, shape.sizes(B, LENGTH), dtype, direction, setting.device)
-                    found.append(CaseSpec(title, build, rounds=ROUNDS, passes=PASSES))
+                counted = make(sizes, dtype, torch.device("meta"))
+                for direction, work in counted.work.items():
+                    title = f"{shape.name}, {rows * length} tokens, {dtype_name(dtype)}: {name}, {direction}"
+                    build = partial(case, name, shape, sizes, dtype, direction, setting.device)
+                    seconds = CALLS / passes * work / setting.rate if counted.unit == "FLOP" else 0.0
+                    found.append(CaseSpec(title, build, rounds=rounds, passes=passes, seconds=seconds))
     return found
 
 

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 
 from cogsym.bench import report
-from cogsym.bench.case import OURS, Case, CaseSpec, Line, Setting
+from cogsym.bench.case import OURS, QUICK_ROUNDS, Case, CaseSpec, Line, Setting
 from cogsym.bench.generate import draw_prompts, write_tokens
 from cogsym.bench.loops import LOOPS, LoopOptions, Probe, texts
-from cogsym.bench.method import LEAST_ROUNDS, Variant
+from cogsym.bench.method import Variant
 from cogsym.bench.models import SHAPES, build
 from cogsym.bench.ops import PLAIN, directed, examples, results
 from cogsym.bench.study import Study
@@ -33,7 +33,7 @@ def cases(setting: Setting) -> list[CaseSpec]:
     """Each operation, and a step; the models that are asked for do not matter."""
     builds = {f"a call: {name}": partial(call, make, setting) for name, make in examples().items()}
     builds[f"a decoding step: {SHAPES[TINY].layers} layers, {ROWS} rows"] = partial(step, setting)
-    return [CaseSpec(name, build, rounds=15 if setting.full else LEAST_ROUNDS) for name, build in builds.items()]
+    return [CaseSpec(name, build, rounds=15 if setting.full else QUICK_ROUNDS) for name, build in builds.items()]
 
 
 def call(make: MakeExample, setting: Setting) -> Case:

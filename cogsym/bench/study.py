@@ -7,10 +7,10 @@ file, with machine, versions and command, that is written case by case and can b
 from __future__ import annotations
 
 import argparse
+import datetime
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from cogsym.bench import machine, method, report
 from cogsym.bench.case import CaseSpec, Line, Setting, join_passes, measure
+from cogsym.bench.clock import Clock
 from cogsym.bench.models import shape_of
 from cogsym.bench.plots import draw_ratios
 from cogsym.errors import CogsymError
@@ -70,20 +71,23 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CogsymError(f"--out is '{out}', which cannot be written: {error.strerror}; choose another.") from None
-    head = {"format": report.FORMAT, "command": command, "machine": machine.describe()}
+    today = datetime.date.today().isoformat()
+    head = {"format": report.FORMAT, "command": command, "date": today, "machine": machine.describe()}
     jobs = [_Job(study, setting, head, out, resume) for study, setting in work]
     names = [spec.name for job in jobs for spec in job.specs]
     if not any(only in name for name in names):
         raise CogsymError(f"--case is '{only}', expected words of one of these cases: {'; '.join(names)}.")
     budgets = [setting.seconds for _, setting in work]
-    progress = _Progress(
-        sum(len(job.schedule(only)) for job in jobs), None if None in budgets else sum(filter(None, budgets))
-    )
+    turns = [spec for job in jobs for spec, _ in job.schedule(only)]
+    console = Console()
+    clock = Clock(turns, None if None in budgets else sum(filter(None, budgets)), console)
     for job in jobs:
-        lines = job.measure(only, progress.start)
+        lines = job.measure(only, clock)
         for draw in job.study.pictures:
             draw(lines, job.path)
-        report.show(lines, job.study.table, progress.console)
+        report.show(lines, job.study.table, console)
+    if left_out := [f"{job.study.name}, {name}" for job in jobs for name in job.left_out]:
+        console.print(f"Left out, as there was no time for them: {'; '.join(left_out)}.", highlight=False)
     return [job.path for job in jobs]
 
 
@@ -94,15 +98,19 @@ class _Job:
         study: the study.
         path: of the result file.
         specs: its cases, in the order of their turns.
+        left_out: the names of those that there was no time for.
     """
 
     def __init__(self, study: Study, setting: Setting, head: dict[str, Any], out: Path, resume: bool) -> None:
         self.study, self.path, self.specs = study, out / f"{study.name}.json", study.cases(setting)
         names = [shape_of(name).name for name in setting.models]
-        description = {"models": names, "device": setting.device.type, "full": setting.full}
+        description: dict[str, Any] = {"models": names, "device": setting.device.type, "full": setting.full}
+        if not setting.full:
+            description["scale"] = setting.scale
         self._setting, self._head = setting, head | {"setting": description}
         lines = self._known() if resume and self.path.exists() else []
         self._passes = {line["name"]: [line] for line in lines}
+        self.left_out: list[str] = []
 
     def _known(self) -> list[Line]:
         """The cases of a result file that can be gone on with."""
@@ -116,38 +124,36 @@ class _Job:
         lines: list[Line] = result["cases"]
         return lines
 
-    def schedule(self, only: str) -> list[CaseSpec]:
-        """The cases whose turns are to come, one for each pass that is not there yet."""
+    def schedule(self, only: str) -> list[tuple[CaseSpec, int]]:
+        """The cases whose turns are to come, each with a pass that is not there yet."""
         done = {name: max(1, len(line["rounds_of_each_pass"])) for name, (line, *_) in self._passes.items()}
         chosen = [spec for spec in self.specs if only in spec.name]
         most = max((spec.passes for spec in chosen), default=0)
-        return [spec for i in range(most) for spec in chosen if done.get(spec.name, 0) <= i < spec.passes]
+        return [(spec, i) for i in range(most) for spec in chosen if done.get(spec.name, 0) <= i < spec.passes]
 
-    def measure(self, only: str, start: Callable[[str], object]) -> list[Line]:
-        """A line for each case, all written after each pass, so that a run that is killed loses one.
+    def measure(self, only: str, clock: Clock) -> list[Line]:
+        """A line for each case, all written after each turn, so that a run that is killed loses one.
 
         Args:
             only: as in `run`.
-            start: given each case's name when its turn comes. A turn has its share of the seconds that those before it
-                left.
+            clock: says when each turn is to end, and which have to be left out.
         """
-        schedule, device, seconds = self.schedule(only), self._setting.device, self._setting.seconds
-        deadline = None if seconds is None else time.perf_counter() + seconds
+        device = self._setting.device
         method.keep_freed_memory()
-        for done, spec in enumerate(schedule):
-            start(spec.name)
-            share = None
-            if deadline is not None:
-                now = time.perf_counter()
-                share = now + (deadline - now) / (len(schedule) - done)
-            line = measure(spec.build(), device, spec.rounds, share, spec.least_rounds)
-            self._passes.setdefault(spec.name, []).append({"part": self.study.name, "name": spec.name} | line)
-            report.write(self._head | {"cases": self._lines()}, self.path)
+        for spec, i in self.schedule(only):
+            title = f"{self.study.name}{f', pass {i + 1} of {spec.passes}' if spec.passes > 1 else ''}: {spec.name}"
+            passes = self._passes.setdefault(spec.name, [])
+            if clock.start(title, spec):
+                line = measure(spec.build(), device, spec.rounds, clock.deadline, spec.least_rounds)
+                passes.append({"part": self.study.name, "name": spec.name} | line)
+            elif not passes:
+                self.left_out.append(spec.name)
+            report.write(self._head | {"cases": self._lines(), "left_out": self.left_out}, self.path)
             _release(device)
         return self._lines()
 
     def _lines(self) -> list[Line]:
-        return [join_passes(self._passes[spec.name]) for spec in self.specs if spec.name in self._passes]
+        return [join_passes(self._passes[spec.name]) for spec in self.specs if self._passes.get(spec.name)]
 
 
 def main(study: Study, description: str, words: Sequence[str] | None = None) -> None:
@@ -195,27 +201,3 @@ def _release(device: torch.device) -> None:
     method.release_freed_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-class _Progress:
-    """A line for each case, with the time left: by the clock of a quick run, else by the cases done."""
-
-    def __init__(self, total: int, budget: float | None) -> None:
-        self.console = Console()
-        self._total, self._done = total, 0
-        self._started, self._budget = time.perf_counter(), budget
-
-    def start(self, case: str) -> None:
-        elapsed = time.perf_counter() - self._started
-        left = ""
-        if self._budget is not None:
-            left = f", {_clock(self._budget - elapsed)} left"
-        elif self._done:
-            left = f", about {_clock(elapsed / self._done * (self._total - self._done))} left"
-        self._done += 1
-        self.console.print(f"[dim]{self._done}/{self._total}  {case}{left}[/dim]", highlight=False, soft_wrap=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(max(round(seconds), 0), 60)
-    return f"{minutes}:{rest:02d}"

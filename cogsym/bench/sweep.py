@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from cogsym.bench import floor, method
-from cogsym.bench.case import OURS, Case, CaseSpec, Setting, dtype_name
+from cogsym.bench.case import OURS, QUICK_ROUNDS, Case, CaseSpec, Setting, dtype_name
 from cogsym.bench.loops import Probe, likelihoods
 from cogsym.bench.method import Variant
 from cogsym.bench.models import build, shape_of
@@ -40,6 +40,7 @@ from cogsym.sweeps.layers.trie import Trie
 KINDS = ("choices", "passages")
 ASKED = {False: 2, True: 8}  # questions or passages, by whether the run is full
 CURVE = (4, 16, 64, 256)  # of the grid's configurations, in a full run of the first model
+CALLS = 30  # times the floor's seconds that ours and the loops together take with the least rounds, about
 # Norm of the difference of log-likelihoods a token over that of their spread; one layer more skipped makes it about 1.
 AGREE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
@@ -48,30 +49,44 @@ def cases(setting: Setting) -> list[CaseSpec]:
     """The grid's choices; in a full run of the first model every set, kind and precision, and parts of the grid."""
     asked, found = ASKED[setting.full], []
     for model in setting.models:
-        layers, name = shape_of(model).layers, shape_of(model).name
+        shape = shape_of(model)
+        layers = shape.layers if setting.full else setting.layers(shape.layers)
+        part = "" if layers == shape.layers else f"{layers} of {shape.layers} layers, "
         sets = {what: distinct(configurations(what, layers))[0] for what in ("grid", "input,output")}
-        wanted = [(sets["grid"], "grid", "choices", torch.bfloat16)]
+        wanted = [(sets["grid"], "grid", "choices", setting.dtype)]
         if setting.full and model == setting.models[0]:
             wanted += [
-                (sets["grid"], "grid", "passages", torch.bfloat16),
-                (sets["input,output"], "input + output", "choices", torch.bfloat16),
-                (sets["input,output"], "input + output", "passages", torch.bfloat16),
-                (sets["input,output"], "input + output", "choices", torch.float32),
+                (sets["grid"], "grid", "passages", setting.dtype),
+                (sets["input,output"], "input + output", "choices", setting.dtype),
+                (sets["input,output"], "input + output", "passages", setting.dtype),
             ]
+            if setting.dtype != torch.float32:
+                wanted.append((sets["input,output"], "input + output", "choices", torch.float32))
             parts = [n for n in CURVE if n < len(sets["grid"])]
-            wanted += [(evenly_spaced(sets["grid"], n), "part of the grid", "choices", torch.bfloat16) for n in parts]
+            wanted += [(evenly_spaced(sets["grid"], n), "part of the grid", "choices", setting.dtype) for n in parts]
         for chosen, what, kind, dtype in wanted:
-            title = f"{name}, {dtype_name(dtype)}: {what} ({len(chosen)}), {asked} {kind}"
-            build_case = partial(case, model, chosen, kind, asked, dtype, setting)
-            found.append(CaseSpec(title, build_case, rounds=method.LEAST_ROUNDS))
+            title = f"{shape.name}, {part}{dtype_name(dtype)}: {what} ({len(chosen)}), {asked} {kind}"
+            build_case = partial(case, model, layers, chosen, kind, asked, dtype, setting)
+            counts, requests = Trie(chosen).counts(), questions(kind, asked, shape.vocabulary)
+            tokens, scored = sum(len(r.tokens) for r in requests), sum(len(r.tokens) - r.first for r in requests)
+            flops = 2 * tokens * counts.layer_forwards * shape.layer_weights
+            flops += 2 * scored * counts.head_forwards * shape.head_weights
+            rounds = method.LEAST_ROUNDS if setting.full else QUICK_ROUNDS
+            found.append(CaseSpec(title, build_case, rounds=rounds, seconds=CALLS * flops / setting.rate))
     return found
 
 
 def case(
-    model: str, chosen: Sequence[Configuration], kind: str, asked: int, dtype: torch.dtype, setting: Setting
+    model: str,
+    layers: int,
+    chosen: Sequence[Configuration],
+    kind: str,
+    asked: int,
+    dtype: torch.dtype,
+    setting: Setting,
 ) -> Case:
     """One set of configurations with all loops, verified."""
-    probe = Probe(build(model, None, dtype, setting.device).eval())
+    probe = Probe(build(model, layers, dtype, setting.device).eval())
     requests = questions(kind, asked, probe.model.get_input_embeddings().weight.shape[0])
     engine, head = Engine(ResidentLayers(probe.model)), SweepHead(probe.model)
     trie = Trie(chosen, engine.topology)

@@ -1,7 +1,8 @@
 """How fast is a training step, and what does it hold? Ours beside every alternative, on the same weights and batch.
 
-Two jobs: the outer quarter of the layers is trained, and LoRA adapters on those layers are. Frozen weights are
-bfloat16, trained ones float32, the computation bfloat16 by autocast, as `cogsym train` has it. A step is forward,
+Two jobs: the outer quarter of the layers is trained, and LoRA adapters on those layers are. Frozen weights and the
+computation are in the precision that is fastest here, bfloat16 by autocast or float32; trained weights are float32, as
+`cogsym train` has them. A step is forward,
 backward and AdamW. The floor is the matrix products of the linear maps and the head that no method can do without.
 Before any timing each competitor's loss and gradients are compared with ours.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import cogsym
 from cogsym.bench import floor, method, report
-from cogsym.bench.case import ROUNDING, Case, CaseSpec, Line, Setting, difference, error_line
+from cogsym.bench.case import QUICK_ROUNDS, ROUNDING, Case, CaseSpec, Line, Setting, difference, dtype_name, error_line
 from cogsym.bench.competitor import Competitor
 from cogsym.bench.models import build, shape_of
 from cogsym.bench.study import Study
@@ -27,6 +28,7 @@ JOBS = ("outer layers", "LoRA on the outer layers")
 LORA_RANK = 16
 LENGTH = 512
 QUICK_LAYERS = 8  # of a model in a quick run
+STEPS = 150  # times the floor's seconds that all competitors together take with the least rounds, about
 
 
 def cases(setting: Setting) -> list[CaseSpec]:
@@ -34,25 +36,28 @@ def cases(setting: Setting) -> list[CaseSpec]:
     found = []
     for model in setting.models:
         shape = shape_of(model)
-        layers = shape.layers if setting.full else min(QUICK_LAYERS, shape.layers)
-        rows = 4 if setting.device.type == "cuda" else 2
+        layers = shape.layers if setting.full else setting.layers(min(QUICK_LAYERS, shape.layers))
+        rows, length = setting.batch(4 if setting.device.type == "cuda" else 2, LENGTH)
         part = "" if layers == shape.layers else f"{layers} of {shape.layers} layers, "
+        # Forward and input gradient of all, and the gradient of weights of a quarter.
+        flops = 4 * rows * length * (layers * 1.125 * shape.layer_weights + shape.head_weights)
         for job in JOBS if setting.full else JOBS[:1]:
-            title = f"{shape.name}, {part}{rows} x {LENGTH} tokens: {job}"
-            build_case = partial(case, model, layers, rows, job, setting)
-            found.append(CaseSpec(title, build_case, rounds=method.LEAST_ROUNDS if setting.full else 15))
+            title = f"{shape.name}, {part}{rows} x {length} tokens, {dtype_name(setting.dtype)}: {job}"
+            build_case = partial(case, model, layers, rows, length, job, setting)
+            rounds = method.LEAST_ROUNDS if setting.full else QUICK_ROUNDS
+            found.append(CaseSpec(title, build_case, rounds=rounds, seconds=STEPS * flops / setting.rate))
     return found
 
 
-def case(model: str, layers: int, rows: int, kind: str, setting: Setting) -> Case:
+def case(model: str, layers: int, rows: int, length: int, kind: str, setting: Setting) -> Case:
     """One job with all its competitors, verified."""
-    job = make_job(model, layers, rows, kind != JOBS[0], setting.device)
+    job = make_job(model, layers, rows, length, kind != JOBS[0], setting.device, setting.dtype)
     trained = [p for p in job.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-6, fused=True)
-    products = step_floor(job, rows * LENGTH)
+    products = step_floor(job)
     result = Case(floor=products)
     result.facts = {
-        "tokens": rows * LENGTH,
+        "tokens": rows * length,
         "layers": layers,
         "trained_parameters": sum(p.numel() for p in trained),
         "flops_of_the_floor": products.flops,
@@ -70,7 +75,7 @@ def case(model: str, layers: int, rows: int, kind: str, setting: Setting) -> Cas
             continue
         if truth is None:
             truth = loss, gradients
-        if reason := _disagreement(loss, gradients, *truth):
+        if reason := _disagreement(loss, gradients, *truth, ROUNDING[setting.dtype]):
             result.different[competitor.name] = reason
             continue
         agreeing.append(competitor)
@@ -81,10 +86,18 @@ def case(model: str, layers: int, rows: int, kind: str, setting: Setting) -> Cas
     return result
 
 
-def make_job(model: str, layers: int, rows: int, adapters: bool, device: torch.device) -> Job:
-    """A model frozen but for its outer quarter, or with adapters there, and a batch."""
+def make_job(
+    model: str,
+    layers: int,
+    rows: int,
+    length: int,
+    adapters: bool,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Job:
+    """A model frozen but for its outer quarter, or with adapters there, and a batch of rows of `length` tokens."""
     plan = cogsym.LayerPlan.outer(layers)
-    net: Any = build(model, layers, torch.bfloat16, device).train().requires_grad_(False)
+    net: Any = build(model, layers, dtype, device).train().requires_grad_(False)
     if adapters:
         from peft import LoraConfig, get_peft_model
 
@@ -104,8 +117,8 @@ def make_job(model: str, layers: int, rows: int, adapters: bool, device: torch.d
             p.data = p.data.float()
     generator = torch.Generator(device).manual_seed(0)
     vocabulary = net.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (rows, LENGTH), generator=generator, device=device)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator, device=device)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     return Job(net, plan, {"input_ids": ids, "labels": ids}, autocast, adapters)
 
 
@@ -136,20 +149,23 @@ def loss_and_gradients(competitor: Competitor[Job, Loss], job: Job, trained: lis
     return loss.detach(), gradients
 
 
-def _disagreement(loss: Tensor, gradients: list[Tensor], true_loss: Tensor, true_gradients: list[Tensor]) -> str | None:
+def _disagreement(
+    loss: Tensor, gradients: list[Tensor], true_loss: Tensor, true_gradients: list[Tensor], allowed: float
+) -> str | None:
     """How a result is something else than ours, or None."""
     for what, distance in (
         ("its loss is", difference([loss], [true_loss])),
         ("its gradients are", difference(gradients, true_gradients)),
     ):
-        if not distance <= ROUNDING[torch.bfloat16]:
+        if not distance <= allowed:
             return f"{what} {distance:.1e} away from ours"
     return None
 
 
-def step_floor(job: Job, rows: int) -> floor.Products:
+def step_floor(job: Job) -> floor.Products:
     """The products of a step. Nothing below the lowest trained layer needs a gradient, and no adapter is counted."""
-    products = floor.Products(torch.bfloat16, job.device)
+    rows = job.inputs["input_ids"].numel()
+    products = floor.Products(job.model.get_input_embeddings().weight.dtype, job.device)
     base = job.model.get_base_model() if job.adapters else job.model
     lowest = min(job.plan.trained)
     for i, layer in enumerate(base.model.layers):

@@ -3,7 +3,7 @@
 from cogsym.data.formats import read_records
 from cogsym.data.packing import PackedDataset, pack
 from cogsym.data.sources import Document, Loss, Source, content_digest, read_documents
-from cogsym.data.tokens import TokenizedDocuments, separator_id, tokenize
+from cogsym.data.tokens import TokenizedDocuments, held_out, separator_id, tokenize
 
 __all__ = [
     "Document",
@@ -12,6 +12,7 @@ __all__ = [
     "Source",
     "TokenizedDocuments",
     "content_digest",
+    "held_out",
     "pack",
     "read_documents",
     "read_records",

@@ -1,8 +1,14 @@
-"""Records from files of text: .txt, .jsonl, .tsv, .parquet and folders that `datasets` saved."""
+"""Records from files of text: .txt, .jsonl, .tsv, .csv, any of them compressed as .gz, .parquet and folders that
+`datasets` saved."""
 
 import codecs
+import csv
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ Record = tuple[str, Mapping[str, Any]]  # where it stands ("line 7"), and its fi
 Reader = Callable[[Path, Sequence[str], Sequence[str]], Iterator[Record]]
 
 DEFAULT_FIELD = "text"
+_LONGEST_CELL = 1 << 30  # characters of a CSV file's cell; csv's own limit is 131,072
 _ARROW_ROWS = 4096  # rows of a table held as Python strings at a time
 
 
@@ -61,20 +68,35 @@ def _require_text(value: Any, field: str, where: str) -> None:
 
 
 def open_file(path: Path) -> Any:
-    """The file, open for reading its bytes.
+    """The file, open for reading its bytes, decompressed where its name ends in .gz.
 
     Raises:
         CogsymError: it cannot be opened.
     """
     try:
-        return path.open("rb")
+        return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
     except OSError as error:
         raise CogsymError(f"{path} cannot be opened: {error.strerror}.") from error
 
 
+@contextmanager
+def decompressing(path: Path) -> Iterator[None]:
+    """What reads a file of `open_file`.
+
+    Raises:
+        CogsymError: it is not compressed as its name says, or was cut.
+    """
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise CogsymError(
+            f"{path} is not a whole gzip file ({_first_line(error)}); write it again, or name it without .gz."
+        ) from None
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of every line that is not blank; only a line feed ends a line, U+2028 and the like do not."""
-    with open_file(path) as stream:
+    with open_file(path) as stream, decompressing(path):
         for number, raw in enumerate(stream, start=1):
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
@@ -122,6 +144,32 @@ def _read_tsv(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterat
                 f"({', '.join(columns)})."
             )
         yield f"line {number}", dict(zip(columns, values, strict=True))
+
+
+def _read_csv(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
+    """As RFC 4180 has it: commas between, quotes around what holds one, and quotes in it doubled."""
+    csv.field_size_limit(_LONGEST_CELL)
+    with open_file(path) as stream, decompressing(path):
+        rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+        try:
+            columns = next(rows, [])
+            if columns:
+                _require_fields(fields, columns, f"{path}, whose first line names the columns,")
+            for values in rows:
+                if values and len(values) != len(columns):
+                    raise CogsymError(
+                        f"{path}, line {rows.line_num} has {len(values)} column(s), expected {len(columns)} as in the "
+                        f"first line ({', '.join(columns)})."
+                    )
+                if values:
+                    yield f"line {rows.line_num}", dict(zip(columns, values, strict=True))
+        except csv.Error as error:
+            raise CogsymError(f"{path}, line {rows.line_num} is not CSV ({_first_line(error)}); quote it.") from None
+        except UnicodeDecodeError as error:
+            raise CogsymError(
+                f"{path} is not UTF-8 near line {rows.line_num + 1}: a byte is 0x{error.object[error.start]:02x}; save "
+                "the file as UTF-8."
+            ) from None
 
 
 def _read_parquet(path: Path, fields: Sequence[str], texts: Sequence[str]) -> Iterator[Record]:
@@ -193,6 +241,7 @@ _READERS: dict[str, Reader] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".tsv": _read_tsv,
+    ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
 
@@ -209,9 +258,17 @@ def reader_of(path: Path) -> Reader:
         check_file(part)
     if path.is_dir():
         return _read_datasets_folder
-    if path.suffix.lower() not in _READERS:
+    suffix = format_of(path)
+    if suffix not in _READERS:
         raise CogsymError(
-            f"{path} has the unknown suffix {path.suffix!r}; expected {', '.join(_READERS)} or a folder written by "
-            "datasets' save_to_disk."
+            f"{path} has the unknown suffix {suffix!r}; expected {', '.join(_READERS)}, one of text with .gz behind, "
+            "or a folder written by datasets' save_to_disk."
         )
-    return _READERS[path.suffix.lower()]
+    if suffix == ".parquet" != path.suffix.lower():
+        raise CogsymError(f"{path} is compressed twice; expected a .parquet file as it is.")
+    return _READERS[suffix]
+
+
+def format_of(path: Path) -> str:
+    """The suffix that tells the format, .gz aside."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()

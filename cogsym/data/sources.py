@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from cogsym.data.formats import DEFAULT_FIELD, open_file, read_records, reader_of
+from cogsym.data.formats import DEFAULT_FIELD, decompressing, format_of, open_file, read_records, reader_of
 from cogsym.errors import CogsymError
 
 Loss = Literal["all", "target"]
@@ -40,8 +40,9 @@ class Source:
     """A file or folder of documents, and how to read it.
 
     The name tells the format: .txt (one document a line, its only field is "text"), .jsonl (one JSON object a line),
-    .tsv (the first line names the columns; no quoting), .parquet, or a folder written by `datasets`' `save_to_disk`.
-    All text is UTF-8. A line or row with a blank field is skipped.
+    .tsv (the first line names the columns; no quoting), .csv (likewise, with quotes as RFC 4180 has them), .parquet, or
+    a folder written by `datasets`' `save_to_disk`. Text may be compressed, as .jsonl.gz. All of it is UTF-8. A line or
+    row with a blank field is skipped.
 
     Plain text, the column named: `Source(Path("news.jsonl"), field="body")`. Sentence pairs through a template, which
     is the text of a document with fields in braces (`{{` and `}}` for literal braces):
@@ -177,11 +178,11 @@ def content_digest(source: Source) -> str:
         CogsymError: The path does not exist, cannot be read or has an unknown format.
     """
     reader_of(source.path)
-    digest = hashlib.sha256(source.path.suffix.lower().encode())
+    digest = hashlib.sha256(format_of(source.path).encode())
     files = sorted(source.path.rglob("*")) if source.path.is_dir() else [source.path]
     for file in files:
         if file.is_file():
-            with open_file(file) as stream:
+            with open_file(file) as stream, decompressing(file):
                 name = file.relative_to(source.path).as_posix()
                 digest.update(f"\0{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from cogsym.records import replacing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_HOLD_OUT_SEED = 0  # fixed, so that what is held out is so in every run
 _FORMAT = 1  # part of the cache key: raise it when the meaning of a stored array changes
 _BATCH = 2048  # documents handed to the tokenizer's threads at a time, and
 _BATCH_CHARACTERS = 1 << 22  # how long they may be together: their encodings take about a hundred bytes a character
@@ -51,6 +52,23 @@ class TokenizedDocuments:
     num_bytes: np.ndarray
     selection: np.ndarray
     separator_id: int
+
+
+def held_out(documents: TokenizedDocuments, share: float) -> tuple[TokenizedDocuments, TokenizedDocuments]:
+    """(The documents without a share of them, that share), at least one in each: a document is in one of the two.
+
+    Which ones is decided by chance that is always the same, so that a share of a source is that of every run.
+
+    Raises:
+        CogsymError: there are fewer than two documents.
+    """
+    chosen = np.unique(documents.selection)
+    if len(chosen) < 2:
+        raise CogsymError(f"A source has {len(chosen)} document, expected two or more to hold {share:.3g} of them out.")
+    number = min(max(1, round(share * len(chosen))), len(chosen) - 1)
+    held = np.sort(np.random.default_rng(_HOLD_OUT_SEED).permutation(chosen)[:number])
+    rest = documents.selection[~np.isin(documents.selection, held)]
+    return replace(documents, selection=rest), replace(documents, selection=held)
 
 
 def separator_id(tokenizer: "PreTrainedTokenizerBase", separator: str | None = None) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cogsym.plotting import BLUE, GREY, VERMILION, save, strip
+from cogsym.plotting import BLUE, GREEN, GREY, VERMILION, save, strip
 
-COLOURS = {"before": GREY, "cogsym": BLUE, "full": VERMILION}
+COLOURS = {"before": GREY, "cogsym": GREEN, "cogsym-embeddings": BLUE, "full": VERMILION}
 
 
 def plot(report: dict[str, Any], labels: Mapping[str, str], *paths: Path) -> None:
@@ -17,7 +17,7 @@ def plot(report: dict[str, Any], labels: Mapping[str, str], *paths: Path) -> Non
 
     Args:
         report: what `run_demo` returns.
-        labels: what "before", "cogsym" and "full" are called.
+        labels: what "before" and the methods are called.
         paths: files to write, in the format of each suffix.
     """
     figure = Figure(figsize=(11, 3.8), layout="constrained")

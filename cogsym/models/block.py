@@ -208,11 +208,17 @@ class Block:
         """The matrix products of both halves by weights, forward."""
         return [*self.attention.products(rows), *self.mlp.products(rows)]
 
-    def kept_bytes(self, dial: Dial, element_size: int) -> int:
-        """Bytes that a frozen block keeps for a token."""
+    def kept_bytes(self, dial: Dial, element_size: int, stream_size: int) -> int:
+        """Bytes that a frozen block keeps for a token.
+
+        Args:
+            dial: how much.
+            element_size: bytes of an element of the products.
+            stream_size: of the residual stream.
+        """
         halves = sum(half.kept_bytes(dial, element_size) for half in self.halves)
         between = dial != "input" and not self.parallel and self.attention.output_norm is None
-        return element_size * self.attention.width * (2 if between else 1) + halves
+        return stream_size * self.attention.width * (2 if between else 1) + halves
 
     def forward_flops(self, length: int) -> int:
         """Multiplications and additions of a row of `length` tokens, where a half's are known."""

@@ -97,7 +97,8 @@ class Half:
         gradient = dy if self.residual_scale == 1 else dy * self.residual_scale
         if self.output_norm is None:
             return gradient
-        return self.output_norm.input_gradient(gradient, kept[self.PROJECTED])
+        projected = kept[self.PROJECTED]
+        return self.output_norm.input_gradient(gradient.to(projected.dtype), projected)  # autocast has them differ
 
     def add(self, x: Tensor, projected: Tensor) -> None:
         """Add what f gives to the stream x, in place."""
@@ -143,7 +144,7 @@ class Half:
         raise NotImplementedError
 
     def kept_bytes(self, dial: Dial, element_size: int) -> int:
-        """Bytes that they take for a token, where an element of the stream and the products takes `element_size`."""
+        """Bytes that they take for a token, where an element of the products takes `element_size`."""
         return element_size * self.width if self.output_norm and dial != "input" else 0
 
     def products(self, rows: int) -> list[Product]:

@@ -74,6 +74,20 @@ def load_config(name: str | Path) -> Any:
         raise CogsymError(f"The model {str(name)!r} is not understood: {_one_line(error)}.") from error
 
 
+def checkpoint_dtype(name: str | Path) -> torch.dtype:
+    """The precision of a model's weights on the disk: its configuration's, where that says one.
+
+    Raises:
+        CogsymError: as `load_config`.
+    """
+    dtype: torch.dtype | None = load_config(name).dtype
+    if dtype is None:
+        dtype = AutoModelForCausalLM.from_pretrained(
+            check_model_folder(name) or name, dtype="auto", device_map="meta", use_safetensors=True
+        ).dtype
+    return dtype
+
+
 def build_model(name: str | Path, config: Any, **options: Any) -> Any:
     """A causal language model with the weights that it has before it is trained, from its configuration.
 

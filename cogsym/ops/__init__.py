@@ -9,7 +9,8 @@ that are compiled ahead of time, the counts of the guard. The extension's stub a
 """
 
 from cogsym.ops.activation import activation, activation_gradient, gated_activation, gated_activation_gradients
-from cogsym.ops.attention import AttentionOptions, attention, attention_gradients
+from cogsym.ops.attention import attention, attention_gradients
+from cogsym.ops.attention_inputs import AttentionOptions
 from cogsym.ops.decode_attention import decode_attention
 from cogsym.ops.layer_norm import layer_norm, layer_norm_input_gradient
 from cogsym.ops.linear import linear, linear_input_gradient

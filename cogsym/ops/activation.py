@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp
+from cogsym.ops.checks import check_like, check_rows
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
@@ -43,13 +44,13 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
 
     Raises:
         ValueError: an unknown kind.
+        TypeError: x is not floating point.
     """
-    _check("activation", kind)
     return _gated_activation(x, None, kind)
 
 
 def activation_gradient(dz: Tensor, x: Tensor, kind: Activation) -> Tensor:
-    """dx, [..., F], of an `activation` whose gradient is not left to autograd."""
+    """dx, [..., F], of an `activation` whose gradient is not left to autograd; dz is like x."""
     return _gated_activation_backward(dz, x, None, kind, True, False)
 
 
@@ -66,18 +67,14 @@ def gated_activation(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
 
     Raises:
         ValueError: shapes or dtypes that differ, or an unknown kind.
+        TypeError: gate is not floating point.
+        RuntimeError: tensors on different devices.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(
-            f"gated_activation: gate is {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype}, "
-            "expected the same shape and dtype."
-        )
-    _check("gated_activation", kind)
     return _gated_activation(gate, up, kind)
 
 
 def gated_activation_gradients(dz: Tensor, gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
-    """[dgate, dup], [..., 2F], of a `gated_activation` whose gradient is not left to autograd."""
+    """[dgate, dup], [..., 2F], of a `gated_activation` whose gradient is not left to autograd; dz is like gate."""
     return _gated_activation_backward(dz, gate, up, kind, True, True)
 
 
@@ -138,9 +135,22 @@ _SLOPES = {
 }
 
 
-def _check(operation: str, kind: str) -> None:
+def _check(gate: Tensor, up: Tensor | None, kind: str) -> None:
+    operation, name = ("activation", "x") if up is None else ("gated_activation", "gate")
+    check_rows(operation, name, gate)
+    if up is not None and (gate.shape != up.shape or gate.dtype != up.dtype):
+        raise ValueError(
+            f"gated_activation: gate is {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype}, "
+            "expected the same shape and dtype."
+        )
     if kind not in ACTIVATIONS:
         raise ValueError(f"{operation}: kind is {kind!r}, expected one of {', '.join(ACTIVATIONS)}.")
+
+
+def _check_backward(dz: Tensor, gate: Tensor, up: Tensor | None, kind: str, *_: Any) -> None:
+    _check(gate, up, kind)
+    operation, name = ("activation", "x") if up is None else ("gated_activation", "gate")
+    check_like(operation, name, gate, ("dz", dz))
 
 
 def _compute_dtype(x: Tensor) -> Tensor:
@@ -210,6 +220,7 @@ _gated_activation = register_operation(
     Operation(
         "gated_activation",
         gated_activation_reference,
+        check=_check,
         backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.activation:gated_activation")),
         fake=lambda gate, *_: torch.empty_like(gate, memory_format=torch.contiguous_format),
         autograd=(_setup, _backward),
@@ -220,6 +231,7 @@ _gated_activation_backward = register_operation(
     Operation(
         "gated_activation_backward",
         gated_activation_backward_reference,
+        check=_check_backward,
         backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.activation:gated_activation_backward")),
         fake=_fake_backward,
         part_of="gated_activation",

@@ -26,7 +26,6 @@ kernels do; the reference does not. A key that is not finite reaches only the qu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,39 +33,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp, flash
+from cogsym.ops.attention_inputs import AttentionOptions, check, check_backward, check_starts
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionOptions:
-    """What attention is told besides queries, keys and values.
-
-    Attributes:
-        scale: what q · k is multiplied by; usually D ** -0.5.
-        starts: the first key that each query sees, int32 [B, T], non-decreasing along T, starts[b, t] <= t: the first
-            position of the query's document in a packed sequence, or the first after left padding. None is 0.
-        window: how many keys a query sees at most, itself among them; None is all.
-        soft_cap: bound of the logits; None is none.
-        sinks: a logit of each query head, [H], floating point; None is none.
-
-    Raises:
-        ValueError: a window or soft cap that is not positive.
-        TypeError: `starts` not int32.
-    """
-
-    scale: float
-    starts: Tensor | None = None
-    window: int | None = None
-    soft_cap: float | None = None
-    sinks: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.starts is not None and self.starts.dtype != torch.int32:
-            raise TypeError(f"attention: starts has dtype {self.starts.dtype}, expected torch.int32.")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"attention: window is {self.window}, expected at least 1; a query sees itself.")
-        if self.soft_cap is not None and self.soft_cap <= 0:
-            raise ValueError(f"attention: soft_cap is {self.soft_cap}, expected a positive bound.")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -83,10 +51,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tup
         through which no gradient flows.
 
     Raises:
-        ValueError: shapes that do not fit.
-        TypeError: dtypes that differ.
+        ValueError: shapes that do not fit, or a query that sees keys from one behind it on.
+        TypeError: dtypes that differ or are not floating point.
+        RuntimeError: tensors on different devices.
     """
-    _check(q, k, v, options)
     return _attention(q, k, v, options.starts, options.sinks, options.scale, options.window, options.soft_cap)
 
 
@@ -106,6 +74,9 @@ def attention_gradients(
 
     Returns:
         (dq, dk, dv), contiguous.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `attention`; dout and o are like q.
     """
     return _attention_backward(
         dout, q, k, v, o, lse, options.starts, options.scale, options.window, options.soft_cap, True, True, True
@@ -116,19 +87,6 @@ def attention_pairs(length: int, window: int | None = None) -> int:
     """How many keys the queries of one sequence see in all: Σ_t min(t + 1, window)."""
     seen = min(length, window or length)
     return length * seen - seen * (seen - 1) // 2
-
-
-def starts_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
-    """`starts` of sequences packed one behind the other.
-
-    Args:
-        cu_seqlens: cumulative lengths, [N + 1], integers: 0, the end of the first sequence, ..., T.
-
-    Returns:
-        int32 [1, T]: for each position the place where its sequence begins.
-    """
-    begins, lengths = cu_seqlens[:-1].to(torch.int32), cu_seqlens.diff()
-    return torch.repeat_interleave(begins, lengths).unsqueeze(0)
 
 
 def attention_reference(
@@ -142,6 +100,7 @@ def attention_reference(
     soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` in plain PyTorch, with all logits and an explicit mask; the documentation of the kernels."""
+    check_starts(starts)
     logits, visible = _logits(q, k, starts, scale, window, soft_cap)
     lse = logits.logsumexp(-1)
     if sinks is not None:
@@ -171,14 +130,16 @@ def attention_backward_reference(
     need_dv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_gradients` in plain PyTorch, an empty tensor for one that is not needed."""
+    check_starts(starts)
     kv = k.shape[2]
     logits, visible = _logits(q, k, starts, scale, window, soft_cap)
-    do, out, queries = (_grouped(x, kv) for x in (dout, o, q))
+    do, queries = (_grouped(x, kv) for x in (dout, q))
     keys, values = (_grouped(x, kv) for x in (k, v))  # [B, KV, 1, T, D]
     p = _probabilities(logits, lse.unflatten(1, (kv, -1)), visible)
-    delta = (do * out).sum(-1, keepdim=True)
+    dp = (do @ values.mT).masked_fill(~visible, 0)
+    delta = (p * dp).sum(-1, keepdim=True)  # do · o, which is rounded: what cancels here comes from the same numbers
     p = p.masked_fill(visible & ~do.isfinite().all(-1, keepdim=True), torch.nan)
-    dx = p * (do @ values.mT - delta)
+    dx = p * (dp - delta)
     if soft_cap is not None:
         dx = dx * (1 - (logits / soft_cap).square())
     dx = dx.masked_fill(~visible, 0)  # 0 · NaN
@@ -194,7 +155,9 @@ def _grouped(x: Tensor, kv: int) -> Tensor:
 
 
 def _probabilities(logits: Tensor, lse: Tensor, visible: Tensor) -> Tensor:
-    return (logits - lse.to(logits.dtype).unsqueeze(-1)).exp().masked_fill(~visible, 0)
+    """e^(x - lse), as the keys' softmax times what sinks leave to them: lse is rounded, and the sum would not be 1."""
+    left = (logits.logsumexp(-1) - lse.to(logits.dtype)).exp().unsqueeze(-1)
+    return (logits.softmax(-1) * left).masked_fill(~visible, 0)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -223,26 +186,6 @@ def _logits(
     return logits.masked_fill(~visible, -torch.inf), visible
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> None:
-    if q.dim() != 4:
-        raise ValueError(f"attention: q has shape {tuple(q.shape)}, expected [B, T, H, D].")
-    B, T, H, D = q.shape
-    if k.shape != v.shape or k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, T, D):
-        raise ValueError(
-            f"attention: k has shape {tuple(k.shape)} and v {tuple(v.shape)}, expected both [{B}, {T}, KV, {D}] to "
-            "match q."
-        )
-    if k.shape[2] == 0 or H % k.shape[2]:
-        raise ValueError(f"attention: q has {H} heads and k {k.shape[2]}, expected a multiple.")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"attention: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}, expected one.")
-    starts, sinks = options.starts, options.sinks
-    if starts is not None and starts.shape != (B, T):
-        raise ValueError(f"attention: starts has shape {tuple(starts.shape)}, expected ({B}, {T}) to match q.")
-    if sinks is not None and sinks.shape != (H,):
-        raise ValueError(f"attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one a query head.")
-
-
 def _cpp(
     q: Tensor,
     k: Tensor,
@@ -259,9 +202,11 @@ def _cpp(
         q, k, v = cpp.contiguous_rows(q), cpp.contiguous_rows(k), cpp.contiguous_rows(v)
         starts = None if starts is None else starts.contiguous()
         sinks = None if sinks is None else sinks.to(lse.dtype).contiguous()
-        cpp.extension.attention(
+        computed = cpp.extension.attention(
             *_cpp_inputs(q, k, v, starts, scale, window, soft_cap), o.data_ptr(), lse.data_ptr(), cpp.address(sinks)
         )
+        if not computed:
+            check_starts(starts)
     return o, lse
 
 
@@ -286,11 +231,13 @@ def _cpp_backward(
         q, k, v, dout = (cpp.contiguous_rows(x) for x in (q, k, v, dout))
         starts = None if starts is None else starts.contiguous()
         o, lse = o.contiguous(), lse.contiguous()
-        cpp.extension.attention_backward(
+        computed = cpp.extension.attention_backward(
             *_cpp_inputs(q, k, v, starts, scale, window, soft_cap),
             o.data_ptr(), lse.data_ptr(), dout.data_ptr(), dout.stride()[:3],
             dq.data_ptr() if need_dq else 0, dk.data_ptr() if need_dk else 0, dv.data_ptr() if need_dv else 0,
         )  # fmt: skip
+        if not computed:
+            check_starts(starts)
     return dq, dk, dv
 
 
@@ -307,6 +254,21 @@ def _cpp_inputs(
         cpp.address(starts), B, T, H, k.shape[2], D, scale, window or 0, soft_cap or 0.0,
         cpp.DTYPES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _triton_refuses(
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int = 64,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sequences: flash.Sequences = "whole",
+    empty: bool = False,
+) -> str | None:
+    most = 256 if dtype.itemsize == 2 else 64
+    if head_dim <= most:
+        return None
+    return f"heads of more than {most} features of {str(dtype).removeprefix('torch.')} do not fit a GPU's registers"
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -378,7 +340,12 @@ _attention = register_operation(
     Operation(
         "attention",
         attention_reference,
-        backends=(backend.cpp(_cpp), flash.backend(flash.attention)),
+        check=check,
+        backends=(
+            backend.cpp(_cpp),
+            flash.backend(flash.attention),
+            backend.triton("cogsym.kernels.attention:attention", _triton_refuses),
+        ),
         facts=lambda q, k, v, starts, sinks, scale, *rest: flash.facts(q, starts, *rest),
         fake=_fake,
         autograd=(_setup, _backward),
@@ -390,7 +357,12 @@ _attention_backward = register_operation(
     Operation(
         "attention_backward",
         attention_backward_reference,
-        backends=(backend.cpp(_cpp_backward), flash.backend(flash.attention_backward)),
+        check=check_backward,
+        backends=(
+            backend.cpp(_cpp_backward),
+            flash.backend(flash.attention_backward),
+            backend.triton("cogsym.kernels.attention:attention_backward", _triton_refuses),
+        ),
         facts=lambda dout, q, k, v, o, lse, starts, scale, window, soft_cap, *_: flash.facts(
             q, starts, window, soft_cap
         ),

@@ -17,6 +17,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -192,9 +193,13 @@ def _missing(module: str) -> str | None:
     """Why a module cannot be imported here, or None."""
     # The extension links to the OpenMP library that torch has already loaded: torch is imported first, above.
     try:
-        importlib.import_module(module)
+        found = importlib.import_module(module)
     except ImportError as error:
         return f"{module} does not import: {error}"
+    # An editable install offers its own extension to the sources of any other tree, of another version perhaps.
+    package, home = Path(__file__).parents[1], Path(found.__file__ or "").parent
+    if module.startswith("cogsym.") and home != package:
+        return f"{module} lies in {home}, expected {package}, whose sources run"
     return None
 
 

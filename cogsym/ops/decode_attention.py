@@ -19,12 +19,14 @@ There are no gradients: scoring and generating need none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp
-from cogsym.ops.attention import AttentionOptions
+from cogsym.ops.attention_inputs import AttentionOptions, check_heads
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
@@ -48,11 +50,19 @@ def decode_attention(
     Raises:
         ValueError: shapes or strides that do not fit, options with starts or a window, or, on CPU, a range that leaves
             the store (on a GPU, to look would wait for it).
-        TypeError: dtypes that differ, or ranges that are not int64.
-        RuntimeError: a gradient would be wanted.
+        TypeError: dtypes that differ or are not floating point, or ranges that are not int64.
+        RuntimeError: a gradient would be wanted, or tensors are on different devices.
     """
-    _check(q, k, v, begins, ends, options)
-    return _decode_attention(q, k, v, begins, ends, options.sinks, options.scale, options.soft_cap)
+    sinks = options.sinks
+    if options.starts is not None or options.window is not None:
+        given = "starts" if options.starts is not None else "a window"
+        raise ValueError(f"decode_attention: options has {given}, expected none; ranges say which keys a row sees.")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+        raise RuntimeError(
+            "decode_attention has no gradient but q, k, v or sinks requires one; call it under torch.no_grad() or "
+            "detach them."
+        )
+    return _decode_attention(q, k, v, begins, ends, sinks, options.scale, options.soft_cap)
 
 
 def decode_attention_reference(
@@ -83,41 +93,29 @@ def decode_attention_reference(
     return o
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, options: AttentionOptions) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, sinks: Tensor | None, *rest: Any) -> None:
     """All that is known without looking at values."""
-    if q.dim() != 3:
-        raise ValueError(f"decode_attention: q has shape {tuple(q.shape)}, expected [N, H, D].")
-    N, H, D = q.shape
-    if k.shape != v.shape or k.dim() != 3 or k.shape[2] != D:
+    shape, of_keys = q.shape, k.shape
+    if len(shape) != 3:
+        raise ValueError(f"decode_attention: q has shape {tuple(shape)}, expected [N, H, D].")
+    N, H, D = shape
+    if of_keys != v.shape or len(of_keys) != 3 or of_keys[2] != D:
         raise ValueError(
-            f"decode_attention: k has shape {tuple(k.shape)} and v {tuple(v.shape)}, expected both [S, KV, {D}] to "
+            f"decode_attention: k has shape {tuple(of_keys)} and v {tuple(v.shape)}, expected both [S, KV, {D}] to "
             "match q."
         )
-    if k.shape[1] == 0 or H % k.shape[1]:
-        raise ValueError(f"decode_attention: q has {H} heads and k {k.shape[1]}, expected a multiple.")
-    if begins.shape != ends.shape or begins.dim() != 2 or len(begins) != N:
+    check_heads("decode_attention", H, of_keys[1], q, k, v, sinks)
+    of_ranges = begins.shape
+    if of_ranges != ends.shape or len(of_ranges) != 2 or of_ranges[0] != N:
         raise ValueError(
-            f"decode_attention: begins has shape {tuple(begins.shape)} and ends {tuple(ends.shape)}, expected both "
+            f"decode_attention: begins has shape {tuple(of_ranges)} and ends {tuple(ends.shape)}, expected both "
             f"[{N}, M] to match q."
         )
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"decode_attention: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}, expected one.")
     if begins.dtype != torch.int64 or ends.dtype != torch.int64:
         raise TypeError(f"decode_attention: begins is {begins.dtype} and ends {ends.dtype}, expected torch.int64.")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if D > 1 and x.stride(-1) != 1:
             raise ValueError(f"decode_attention: {name}'s last dimension has stride {x.stride(-1)}, expected 1.")
-    if options.starts is not None or options.window is not None:
-        given = "starts" if options.starts is not None else "a window"
-        raise ValueError(f"decode_attention: options has {given}, expected none; ranges say which keys a row sees.")
-    sinks = options.sinks
-    if sinks is not None and sinks.shape != (H,):
-        raise ValueError(f"decode_attention: sinks has shape {tuple(sinks.shape)}, expected ({H},), one a query head.")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
-        raise RuntimeError(
-            "decode_attention has no gradient but q, k, v or sinks requires one; call it under torch.no_grad() or "
-            "detach them."
-        )
 
 
 def _check_ranges(begins: Tensor, ends: Tensor, S: int) -> None:
@@ -186,6 +184,7 @@ _decode_attention = register_operation(
     Operation(
         "decode_attention",
         decode_attention_reference,
+        check=_check,
         backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.decode_attention:decode_attention")),
         fake=lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format),
         example=_example,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cogsym.ops.backend import Backend, Facts
 
-# How sequences lie in a batch: one a row, one behind the other, or with starts of any other kind.
-Sequences = Literal["whole", "end to end", "overlapping"]
+# How sequences lie in a batch: one a row, or as `starts` says.
+Sequences = Literal["whole", "by starts"]
 
 aten = torch.ops.aten
 
@@ -42,24 +42,22 @@ def refuses(
     if device == "cpu":
         restricted = sequences != "whole" or window is not None
         return "PyTorch's flash attention on a CPU is causal and nothing else" if restricted else None
+    if sequences != "whole":
+        return "PyTorch's flash attention would have to be told lengths, for which the CPU waits"
     if dtype not in (torch.bfloat16, torch.float16):
         return "PyTorch's flash attention takes bfloat16 and float16"
     if head_dim % 8 or head_dim > 256:
         return f"PyTorch's flash attention takes heads of a multiple of 8 up to 256, not {head_dim}"
-    return "PyTorch's flash attention takes sequences end to end" if sequences == "overlapping" else None
+    return None
 
 
 def facts(q: Tensor, starts: Tensor | None, window: int | None, soft_cap: float | None) -> Facts:
     """Of arguments, what `refuses` looks at."""
-    sequences: Sequences = "whole"
-    if starts is not None:
-        # On a CPU it is refused in any case, and so it need not be looked at.
-        sequences = "end to end" if q.is_cuda and cu_seqlens(starts) is not None else "overlapping"
     return {
         "head_dim": q.shape[-1],
         "window": window,
         "soft_cap": soft_cap,
-        "sequences": sequences,
+        "sequences": "whole" if starts is None else "by starts",
         "empty": not q.numel(),
     }
 
@@ -79,10 +77,10 @@ def attention(
     if not q.is_cuda:
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v), 0.0, True, scale=scale)
         return _with_sinks(o.transpose(1, 2).contiguous(), lse.contiguous(), sinks)
-    ends, longest = _sequences(q, starts)
+    ends = _ends(q)
     # The last key that a query sees is its own, which window_size_right says: 0 keys after it.
     o, lse, *_ = aten._flash_attention_forward(
-        *(x.flatten(0, 1) for x in (q, k, v)), ends, ends, longest, longest, 0.0, True, False,
+        *(x.flatten(0, 1) for x in (q, k, v)), ends, ends, T, T, 0.0, True, False,
         scale=scale, window_size_left=None if window is None else window - 1, window_size_right=0,
     )  # fmt: skip
     return _with_sinks(o.view(q.shape), lse.view(H, B, T).transpose(0, 1).contiguous(), sinks)
@@ -111,13 +109,13 @@ def attention_backward(
         )
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
     else:
-        ends, longest = _sequences(q, starts)
+        ends, T = _ends(q), q.shape[1]
         unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
         dq, dk, dv = (
             x.unflatten(0, q.shape[:2])
             for x in aten._flash_attention_backward(
                 *(x.flatten(0, 1) for x in (dout, q, k, v, o)), lse.transpose(0, 1).flatten(1), ends, ends,
-                longest, longest, 0.0, True, unused, unused,
+                T, T, 0.0, True, unused, unused,
                 scale=scale, window_size_left=None if window is None else window - 1, window_size_right=0,
             )
         )  # fmt: skip
@@ -126,21 +124,6 @@ def attention_backward(
         dk.contiguous() if need_dk else k.new_empty(0),
         dv.contiguous() if need_dv else v.new_empty(0),
     )
-
-
-def cu_seqlens(starts: Tensor) -> Tensor | None:
-    """Cumulative lengths of the sequences, int32 [N + 1], in a batch laid end to end; None where they overlap.
-
-    Args:
-        starts: as in `cogsym.ops.attention`, [B, T].
-    """
-    B, T = starts.shape
-    place = torch.arange(B * T, device=starts.device, dtype=torch.int32)
-    flat = (starts + place.view(B, T)[:, :1]).flatten()
-    begins = flat == place
-    if not torch.equal(flat, torch.where(begins, place, 0).cummax(0).values):
-        return None
-    return torch.cat((place[begins], place.new_tensor([B * T])))
 
 
 def _with_sinks(o: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -155,11 +138,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
 
 
-def _sequences(q: Tensor, starts: Tensor | None) -> tuple[Tensor, int]:
-    """Cumulative lengths, and the longest."""
+def _ends(q: Tensor) -> Tensor:
+    """Cumulative lengths of the rows."""
     B, T = q.shape[:2]
-    if starts is None:
-        return torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32), T
-    ends = cu_seqlens(starts)
-    assert ends is not None  # `refuses` has looked
-    return ends, int(ends.diff().max())
+    return torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)

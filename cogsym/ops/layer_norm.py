@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp
+from cogsym.ops.checks import check_floating, check_like, check_rows, check_shape
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
@@ -58,24 +59,16 @@ def layer_norm(
 
     Raises:
         ValueError: shapes that do not fit, or a bias whose dtype is not the weight's.
+        TypeError: x or weight is not floating point.
+        RuntimeError: tensors on different devices.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"layer_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},) to match x.")
-    if bias is not None and (bias.shape != weight.shape or bias.dtype != weight.dtype):
-        raise ValueError(
-            f"layer_norm: bias is {tuple(bias.shape)} {bias.dtype}, expected {tuple(weight.shape)} {weight.dtype} to "
-            "match weight."
-        )
     if residual is None:
         return _layer_norm(x, weight, bias, eps, offset)
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"layer_norm: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)} to match x."
-        )
-    if residual.dtype != x.dtype:
-        h = x + residual
-        return _layer_norm(h, weight, bias, eps, offset), h
-    return _add_layer_norm(x, residual, weight, bias, eps, offset)
+    if residual.dtype == x.dtype:
+        return _add_layer_norm(x, residual, weight, bias, eps, offset)
+    check_shape("layer_norm", "residual", residual, "x", x)  # the sum would broadcast
+    h = x + residual
+    return _layer_norm(h, weight, bias, eps, offset), h
 
 
 def layer_norm_input_gradient(
@@ -90,6 +83,9 @@ def layer_norm_input_gradient(
         eps: likewise.
         offset: likewise.
         dh: the gradient that reaches h by the residual stream; added in the same pass.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `layer_norm`; dy and dh are like h.
     """
     return _layer_norm_backward(dy, h, weight, eps, offset, dh, True, False, False)[0]
 
@@ -145,6 +141,31 @@ def layer_norm_backward_reference(
         total = r * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
         dx = (total if dh is None else total + dh).to(h.dtype).contiguous()
     return dx, dweight, dbias
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> None:
+    check_rows("layer_norm", "x", x)
+    if not weight.dtype.is_floating_point:
+        check_floating("layer_norm", "weight", weight)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"layer_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},) to match x.")
+    if bias is not None and (bias.shape != weight.shape or bias.dtype != weight.dtype):
+        raise ValueError(
+            f"layer_norm: bias is {tuple(bias.shape)} {bias.dtype}, expected {tuple(weight.shape)} {weight.dtype} to "
+            "match weight."
+        )
+
+
+def _check_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> None:
+    check_like("layer_norm", "x", x, ("residual", residual))
+    _check(x, weight, bias)
+
+
+def _check_backward(
+    dy: Tensor, h: Tensor, weight: Tensor, eps: float, offset: float, dh: Tensor | None, *_: Any
+) -> None:
+    check_like("layer_norm", "h", h, ("dy", dy), ("dh", dh))
+    _check(h, weight, None)
 
 
 def _compute_dtype(x: Tensor) -> Tensor:
@@ -286,6 +307,7 @@ _layer_norm = register_operation(
     Operation(
         "layer_norm",
         layer_norm_reference,
+        check=_check,
         backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.layer_norm:layer_norm")),
         fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
         autograd=(_setup, _backward),
@@ -296,6 +318,7 @@ _add_layer_norm = register_operation(
     Operation(
         "add_layer_norm",
         add_layer_norm_reference,
+        check=_check_add,
         backends=(backend.cpp(_cpp_add), backend.triton("cogsym.kernels.layer_norm:add_layer_norm")),
         fake=_fake_add,
         autograd=(_setup_add, _backward_add),
@@ -306,6 +329,7 @@ _layer_norm_backward = register_operation(
     Operation(
         "layer_norm_backward",
         layer_norm_backward_reference,
+        check=_check_backward,
         backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.layer_norm:layer_norm_backward")),
         fake=_fake_backward,
         part_of="layer_norm",

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp
+from cogsym.ops.checks import check_floating, check_rows
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 from cogsym.ops.products import native
 
@@ -34,6 +35,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         [..., N], contiguous, dtype of x.
+
+    Raises:
+        ValueError: shapes that do not fit; where PyTorch's own product runs, its error.
+        TypeError: a tensor that is not floating point, likewise.
+        RuntimeError: tensors on different devices.
     """
     if _linear.implementation(x, weight, bias) is linear_reference:
         return linear_reference(x, weight, bias)  # nothing stands between a tracer and PyTorch's own product
@@ -50,6 +56,27 @@ def linear_input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     if _input_gradient.implementation(dy, weight) is linear_input_gradient_reference:
         return linear_input_gradient_reference(dy, weight)
     return _input_gradient(dy, weight)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_weight("x", x, weight, 1)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"linear: bias has shape {tuple(bias.shape)}, expected ({len(weight)},) to match weight.")
+        check_floating("linear", "bias", bias)
+
+
+def _check_weight(name: str, x: Tensor, weight: Tensor, dim: int) -> None:
+    """That rows of x are as long as the weight's dimension `dim`."""
+    check_rows("linear", name, x)
+    of_weight = weight.shape
+    if len(of_weight) != 2 or x.shape[-1] != of_weight[dim]:
+        expected = "[..., K] and [N, K]" if dim else "[..., N] and [N, K]"
+        raise ValueError(
+            f"linear: {name} has shape {tuple(x.shape)} and weight {tuple(of_weight)}, expected {expected}."
+        )
+    if not weight.dtype.is_floating_point:
+        check_floating("linear", "weight", weight)
 
 
 def multiply_into(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
@@ -87,6 +114,7 @@ def linear_input_gradient_reference(dy: Tensor, weight: Tensor) -> Tensor:
 # Rows of a float32 product that take less time here than in PyTorch: 0.5 to 0.9 of it with AVX2 and with AVX-512; one
 # row takes the same, from 48 on PyTorch leads.
 _FEW = range(2, 33)
+_UNMEASURED = ("baseline", "bf16")  # a variant of plain x86-64 or of Arm
 
 
 def _refuses(device: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None, rows: int = 0) -> str | None:
@@ -95,7 +123,7 @@ def _refuses(device: str, dtype: torch.dtype, weight_dtype: torch.dtype | None =
         return "by PyTorch, as sums of the kernel are float32"
     if dtype != weight_dtype or not native(dtype):
         return None
-    if dtype == torch.float32 and rows in _FEW and cpp.extension.isa() != "baseline":
+    if dtype == torch.float32 and rows in _FEW and cpp.extension.isa() not in _UNMEASURED:
         return None
     return "by PyTorch, which is as fast with equal types here"
 
@@ -172,6 +200,7 @@ _linear = register_operation(
     Operation(
         "linear",
         linear_reference,
+        check=_check,
         backends=(backend.cpp(_cpp, _refuses),),
         facts=_facts,
         fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)),
@@ -184,6 +213,7 @@ _input_gradient = register_operation(
     Operation(
         "linear_input_gradient",
         linear_input_gradient_reference,
+        check=lambda dy, weight: _check_weight("dy", dy, weight, 0),
         backends=(backend.cpp(_cpp_input_gradient, _refuses),),
         facts=lambda dy, weight: {"weight_dtype": weight.dtype},
         fake=lambda dy, weight: dy.new_empty(*dy.shape[:-1], weight.shape[1]),

@@ -32,6 +32,7 @@ ignored are left out of everything.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import logit_blocks
+from cogsym.ops.checks import check_floating, check_like, check_rows, check_shape
+from cogsym.ops.counted_rows import counted
 from cogsym.ops.linear import linear_reference
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
@@ -91,14 +94,17 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or an option out of range.
+        TypeError: hidden and weight are not floating point.
         IndexError: a target outside [0, V) that is not ignore_index.
-        RuntimeError: in the backward pass, a second derivative is asked for.
+        RuntimeError: tensors on different devices; or, in the backward pass, a second derivative is asked for.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}.")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected 0 to 1.")
-    hidden, weight, targets = _checked("linear_cross_entropy", hidden, weight, targets, soft_cap, scale)
+    hidden, weight, targets = _prepared("linear_cross_entropy", hidden, weight, targets, soft_cap, scale)
+    if token_weights is not None:
+        _check_broadcasts("linear_cross_entropy: token_weights", token_weights, targets.shape)
     # What the backward pass will be asked for, which decides what the forward pass computes.
     grad = torch.is_grad_enabled()
     at_once = grad and hidden.requires_grad and not weight.requires_grad and label_smoothing == 0.0
@@ -125,7 +131,7 @@ def token_scores(
     scale: float = 1.0,
 ) -> TokenScores:
     """What `linear_cross_entropy` is made of, for each token and without gradients; arguments as there."""
-    hidden, weight, targets = _checked("token_scores", hidden, weight, targets, soft_cap, scale)
+    hidden, weight, targets = _prepared("token_scores", hidden, weight, targets, soft_cap, scale)
     target_logit, logsumexp, argmax = _token_scores(hidden, weight, targets, ignore_index, soft_cap or 0.0, scale)
     return TokenScores(target_logit, logsumexp, argmax, logsumexp - target_logit)
 
@@ -151,17 +157,10 @@ def linear_cross_entropy_reference(
     ).view(targets.shape)
 
 
-def _checked(
+def _prepared(
     name: str, hidden: Tensor, weight: Tensor, targets: Tensor, soft_cap: float | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden and weight in one dtype, and targets of hidden's shape."""
-    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{name}: hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, "
-            "expected [..., D] and [V, D]."
-        )
-    if targets.dtype != torch.int64:
-        raise ValueError(f"{name}: targets are {targets.dtype}, expected torch.int64.")
+    """hidden and weight as autocast wants them, and targets of hidden's shape; options are checked."""
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"{name}: soft_cap is {soft_cap}, expected a number above 0, or None.")
     if not scale > 0:
@@ -170,51 +169,49 @@ def _checked(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
+    _check_broadcasts(f"{name}: targets", targets, hidden.shape[:-1])
+    return hidden, weight, targets.expand(hidden.shape[:-1])
+
+
+def _check_broadcasts(name: str, x: Tensor, shape: torch.Size) -> None:
+    fits = all(t in (1, s) for t, s in zip(reversed(x.shape), reversed(shape), strict=False))
+    if x.dim() > len(shape) or not fits:
+        raise ValueError(f"{name} have shape {tuple(x.shape)}, expected one that broadcasts to {tuple(shape)}.")
+
+
+def _check(name: str, hidden: Tensor, weight: Tensor, targets: Tensor, *_: Any) -> None:
+    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, "
+            "expected [..., D] and [V, D]."
+        )
+    _check_targets(name, targets)
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"{name}: targets have shape {tuple(targets.shape)}, expected {tuple(hidden.shape[:-1])}.")
     if hidden.dtype != weight.dtype and torch.promote_types(hidden.dtype, weight.dtype) != hidden.dtype:
         raise ValueError(
             f"{name}: hidden is {hidden.dtype} and weight {weight.dtype}, expected the same dtype or a narrower one."
         )
-    shape = hidden.shape[:-1]
-    fits = targets.dim() <= len(shape) and all(
-        t in (1, s) for t, s in zip(reversed(targets.shape), reversed(shape), strict=False)
-    )
-    if not fits:
-        raise ValueError(
-            f"{name}: targets have shape {tuple(targets.shape)}, expected one that broadcasts to {tuple(shape)}."
-        )
-    return hidden, weight, targets.expand(shape)
+    check_floating(name, "weight", weight)
 
 
-class _Rows(NamedTuple):
-    """The rows that count."""
-
-    hidden: Tensor  # [rows, D]
-    targets: Tensor  # [rows]
-    places: Tensor | None  # their places among all rows; None: these are all
-
-    def spread(self, values: Tensor, fill: float, shape: torch.Size) -> Tensor:
-        """`values` of the rows, and `fill` for those that do not count."""
-        if self.places is None:
-            return values.view(shape)
-        result = values.new_full(shape, fill)
-        result.view(-1, *values.shape[1:]).index_copy_(0, self.places, values)
-        return result
+def _check_targets(name: str, targets: Tensor) -> None:
+    if targets.dtype != torch.int64:
+        raise ValueError(f"{name}: targets are {targets.dtype}, expected torch.int64.")
 
 
-def _counted(hidden: Tensor, targets: Tensor, ignore_index: int, V: int) -> _Rows:
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]).contiguous(), targets.reshape(-1).contiguous()
-    index = (targets != ignore_index).nonzero()[:, 0]
-    rows = _Rows(hidden, targets, None)
-    if len(index) < len(targets):
-        rows = _Rows(hidden[index], targets[index], index)
-    if len(index):
-        lowest, highest = (t.item() for t in rows.targets.aminmax())
-        if lowest < 0 or highest >= V:
-            wrong = lowest if lowest < 0 else highest
-            raise IndexError(
-                f"linear_cross_entropy: a target is {wrong}, expected 0 to {V - 1} or ignore_index {ignore_index}."
-            )
-    return rows
+def _check_backward(dloss: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, logsumexp: Tensor, *_: Any) -> None:
+    _check("linear_cross_entropy", hidden, weight, targets)
+    check_shape("linear_cross_entropy", "logsumexp", logsumexp, "targets", targets)
+    check_like("linear_cross_entropy", "logsumexp", logsumexp, ("dloss", dloss))
+
+
+def _check_scale(dhidden: Tensor, dloss: Tensor, targets: Tensor, *_: Any) -> None:
+    check_rows("linear_cross_entropy", "dhidden", dhidden)
+    check_floating("linear_cross_entropy", "dloss", dloss)
+    _check_targets("linear_cross_entropy", targets)
+    check_shape("linear_cross_entropy", "targets", targets, "dhidden's rows", dhidden[..., 0])
+    check_shape("linear_cross_entropy", "dloss", dloss, "targets", targets)
 
 
 def _linear_cross_entropy_reference(
@@ -228,7 +225,7 @@ def _linear_cross_entropy_reference(
     at_once: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, logsumexp, dhidden): dhidden is each row's for a gradient of 1, empty unless `at_once`."""
-    rows = _counted(hidden, targets, ignore_index, len(weight))
+    rows = counted(hidden, targets, ignore_index, len(weight))
     smoothed = label_smoothing != 0.0
     state, dhidden = logit_blocks.forward_pass(
         rows.hidden, rows.targets, weight, soft_cap, scale, logit_sum=smoothed, argmax=False, dhidden=at_once
@@ -258,7 +255,7 @@ def _linear_cross_entropy_backward_reference(
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dhidden, dweight), an empty tensor for one that is not needed."""
-    rows = _counted(hidden, targets, ignore_index, len(weight))
+    rows = counted(hidden, targets, ignore_index, len(weight))
     dloss, logsumexp = (
         t.reshape(-1) if rows.places is None else t.reshape(-1)[rows.places] for t in (dloss, logsumexp)
     )
@@ -290,7 +287,7 @@ def _token_scores_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, soft_cap: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(target_logit, logsumexp, argmax)."""
-    rows = _counted(hidden, targets, ignore_index, len(weight))
+    rows = counted(hidden, targets, ignore_index, len(weight))
     arguments = rows.hidden, rows.targets, weight, soft_cap, scale
     state = logit_blocks.HEAD_STATISTICS.implementation(*arguments)(*arguments)
     return (
@@ -362,6 +359,7 @@ _linear_cross_entropy = register_operation(
     Operation(
         "linear_cross_entropy",
         _linear_cross_entropy_reference,
+        check=partial(_check, "linear_cross_entropy"),
         parts=(logit_blocks.ONLINE_SOFTMAX, logit_blocks.ADD_RESCALED, logit_blocks.LOGITS_GRADIENT),
         fake=lambda hidden, *rest: (_statistic(hidden), _statistic(hidden), _like(hidden, rest[-1])),
         autograd=(_setup, _backward),
@@ -373,6 +371,7 @@ _linear_cross_entropy_backward = register_operation(
     Operation(
         "linear_cross_entropy_backward",
         _linear_cross_entropy_backward_reference,
+        check=_check_backward,
         parts=(logit_blocks.LOGITS_GRADIENT, logit_blocks.ADD_RESCALED),
         fake=lambda dloss, hidden, weight, *rest: (_like(hidden, rest[-2]), _like(weight, rest[-1])),
         flops=_backward_flops,
@@ -383,6 +382,7 @@ _linear_cross_entropy_scale = register_operation(
     Operation(
         "linear_cross_entropy_scale",
         _linear_cross_entropy_scale_reference,
+        check=_check_scale,
         fake=lambda dhidden, *_: torch.empty_like(dhidden),
         part_of="linear_cross_entropy",
     )
@@ -391,6 +391,7 @@ _token_scores = register_operation(
     Operation(
         "token_scores",
         _token_scores_reference,
+        check=partial(_check, "token_scores"),
         parts=(logit_blocks.HEAD_STATISTICS,),
         fake=lambda hidden, weight, targets, *_: (_statistic(hidden), _statistic(hidden), _like(targets, True)),
         flops=_forward_flops,

@@ -13,6 +13,7 @@ entry points of the group ``cogsym.operations`` instead, and need not be importe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,10 @@ class Operation(Kernel):
     Args:
         name: "package::operation", or the operation's name alone in cogsym's own namespace.
         reference: computes it in plain PyTorch, in float64 too. Its annotations are the operation's schema: tensors,
-            numbers and strings, positional. Its first argument, a tensor, decides by device and dtype.
+            numbers and strings, positional. Its first argument, a tensor, decides by device and dtype; the other
+            tensors are on its device.
+        check: refuses arguments whose shapes or dtypes do not fit, by raising; called before they are computed with,
+            by whatever way they come, and with fake tensors too.
         fake: makes empty outputs of the right shape, dtype and strides, for tracers.
         backends: faster ways than the reference, from the fastest to the slowest; each takes the reference's arguments
             and returns new, contiguous tensors.
@@ -107,6 +111,7 @@ class Operation(Kernel):
         reference: Callable[..., Any],
         *,
         fake: Callable[..., Any],
+        check: Callable[..., None] | None = None,
         backends: tuple[Backend, ...] = (),
         facts: Callable[..., Facts] | None = None,
         parts: tuple[Kernel, ...] = (),
@@ -116,12 +121,14 @@ class Operation(Kernel):
         example: MakeExample | None = None,
     ) -> None:
         super().__init__(name, reference, backends, facts=facts, parts=parts)
-        self.part_of, self.example = part_of, example
+        self.part_of, self.example, self._check = part_of, example, check
+        self._parameters = tuple(inspect.signature(reference).parameters)
         namespace, _, own = f"cogsym::{name}".rpartition("::")
         namespace = namespace.removeprefix("cogsym::")
         schema = torch.library.infer_schema(reference, mutates_args=())
-        registered = torch.library.custom_op(f"{namespace}::{own}", self._compute, mutates_args=(), schema=schema)
-        registered.register_fake(fake)
+        computed, faked = self._checked(self._compute), self._checked(fake)
+        registered = torch.library.custom_op(f"{namespace}::{own}", computed, mutates_args=(), schema=schema)
+        registered.register_fake(faked)
         self._function = None
         if autograd is not None:
             setup, backward = autograd
@@ -136,22 +143,55 @@ class Operation(Kernel):
 
         Where no mode, tracer, transform or profiler looks and no tensor is more than a tensor, the kernel is called
         itself; with a gradient to come, by an autograd function with the registered rule.
+
+        Raises:
+            RuntimeError: tensors are on different devices.
+            ValueError: shapes do not fit, as the operation's own file says; TypeError for dtypes.
         """
         if _watched():
             return self.overload(*args)
         grad_enabled, gradient = torch.is_grad_enabled(), False
+        on_cpu = args[0].is_cpu
         for x in args:
             kind = type(x)
             if kind is Tensor or kind is torch.nn.Parameter:
                 gradient = gradient or (grad_enabled and x.requires_grad)
+                if not (x.is_cpu if on_cpu else x.device == args[0].device):
+                    self._check_devices(args)
             elif isinstance(x, Tensor):
                 return self.overload(*args)
+        if self._check is not None:
+            self._check(*args)
         if not gradient:
-            return self.implementation(*args)(*args)
+            return self._compute(*args)
         return self.overload(*args) if self._function is None else self._function.apply(*args)
 
     def _compute(self, *args: Any) -> Any:
-        return self.implementation(*args)(*args)
+        function = self.implementation(*args)
+        if function is not self.reference or not torch.is_autocast_enabled(args[0].device.type):
+            return function(*args)
+        with torch.autocast(args[0].device.type, enabled=False):  # else it would round the reference's float32 products
+            return function(*args)
+
+    def _checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, of arguments that fit."""
+
+        def checked(*args: Any) -> Any:
+            self._check_devices(args)
+            if self._check is not None:
+                self._check(*args)
+            return function(*args)
+
+        return checked
+
+    def _check_devices(self, args: tuple[Any, ...]) -> None:
+        first = args[0].device
+        for name, x in zip(self._parameters, args, strict=False):
+            if isinstance(x, Tensor) and x.device != first:
+                raise RuntimeError(
+                    f"{self.part_of or self.name}: {self._parameters[0]} is on {first} and {name} on {x.device}, "
+                    "expected one device; move one of them."
+                )
 
 
 def _watched() -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp
+from cogsym.ops.checks import check_floating, check_like, check_rows, check_shape
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
@@ -52,17 +53,16 @@ def rms_norm(
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: x or weight is not floating point.
+        RuntimeError: tensors on different devices.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},) to match x.")
     if residual is None:
         return _rms_norm(x, weight, eps, offset)
-    if residual.shape != x.shape:
-        raise ValueError(f"rms_norm: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)} to match x.")
-    if residual.dtype != x.dtype:
-        h = x + residual
-        return _rms_norm(h, weight, eps, offset), h
-    return _add_rms_norm(x, residual, weight, eps, offset)
+    if residual.dtype == x.dtype:
+        return _add_rms_norm(x, residual, weight, eps, offset)
+    check_shape("rms_norm", "residual", residual, "x", x)  # the sum would broadcast
+    h = x + residual
+    return _rms_norm(h, weight, eps, offset), h
 
 
 def rms_norm_input_gradient(
@@ -75,6 +75,9 @@ def rms_norm_input_gradient(
         h: what was normalised.
         weight, eps, offset: as in `rms_norm`.
         dh: the gradient that reaches h by the residual stream; added in the same pass.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `rms_norm`; dy and dh are like h.
     """
     return _rms_norm_backward(dy, h, weight, eps, offset, dh, True, False)[0]
 
@@ -126,6 +129,26 @@ def rms_norm_backward_reference(
         total = r * (g - x * r.square() * (g * x).mean(-1, keepdim=True))
         dx = (total if dh is None else total + dh).to(h.dtype).contiguous()
     return dx, dweight
+
+
+def _check(x: Tensor, weight: Tensor, *_: Any) -> None:
+    check_rows("rms_norm", "x", x)
+    if not weight.dtype.is_floating_point:
+        check_floating("rms_norm", "weight", weight)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},) to match x.")
+
+
+def _check_add(x: Tensor, residual: Tensor, weight: Tensor, *_: Any) -> None:
+    check_like("rms_norm", "x", x, ("residual", residual))
+    _check(x, weight)
+
+
+def _check_backward(
+    dy: Tensor, h: Tensor, weight: Tensor, eps: float, offset: float, dh: Tensor | None, *_: Any
+) -> None:
+    check_like("rms_norm", "h", h, ("dy", dy), ("dh", dh))
+    _check(h, weight)
 
 
 def _compute_dtype(x: Tensor) -> Tensor:
@@ -256,6 +279,7 @@ _rms_norm = register_operation(
     Operation(
         "rms_norm",
         rms_norm_reference,
+        check=_check,
         backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.rms_norm:rms_norm")),
         fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
         autograd=(_setup, _backward),
@@ -266,6 +290,7 @@ _add_rms_norm = register_operation(
     Operation(
         "add_rms_norm",
         add_rms_norm_reference,
+        check=_check_add,
         backends=(backend.cpp(_cpp_add), backend.triton("cogsym.kernels.rms_norm:add_rms_norm")),
         fake=_fake_add,
         autograd=(_setup_add, _backward_add),
@@ -276,6 +301,7 @@ _rms_norm_backward = register_operation(
     Operation(
         "rms_norm_backward",
         rms_norm_backward_reference,
+        check=_check_backward,
         backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.rms_norm:rms_norm_backward")),
         fake=_fake_backward,
         part_of="rms_norm",

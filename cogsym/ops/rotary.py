@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cogsym.ops import backend, cpp
+from cogsym.ops.checks import check_floating
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
@@ -30,7 +31,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, in
     Args:
         x: [B, T, H, D], floating point, any strides; a slice of a fused projection will do.
         cos: [B, T, R/2] or [1, T, R/2], R <= D; one column a pair.
-        sin: like `cos`.
+        sin: like `cos`, dtype too; any floating-point one.
         interleaved: pairs are neighbours, not halves.
         inverse: turn back, which is also what a gradient needs.
 
@@ -39,7 +40,13 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, in
 
     Raises:
         ValueError: shapes that do not fit, or a gradient wanted for cos or sin (there is none).
+        TypeError: cos and sin of different dtypes, or a tensor that is not floating point.
+        RuntimeError: tensors on different devices.
     """
+    return _rotary(x, cos, sin, interleaved, inverse)
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
     if x.dim() != 4:
         raise ValueError(f"rotary: x has shape {tuple(x.shape)}, expected [B, T, H, D].")
     B, T, _, D = x.shape
@@ -52,9 +59,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, in
         raise ValueError(
             f"rotary: cos has {cos.shape[2]} columns, expected at most {D // 2}, one a pair of x's D = {D}."
         )
+    if cos.dtype != sin.dtype:
+        raise TypeError(f"rotary: cos has dtype {cos.dtype} and sin {sin.dtype}, expected one.")
+    check_floating("rotary", "x", x)
+    check_floating("rotary", "cos", cos)
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("rotary: cos or sin requires a gradient, which this operation does not compute; detach them.")
-    return _rotary(x, cos, sin, interleaved, inverse)
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
@@ -76,7 +86,7 @@ def _cpp(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) 
     y = cpp.empty_like(x)
     if x.numel():
         (B, T, H, D), x, cos = x.shape, cpp.contiguous_rows(x), cpp.table(cos)
-        sin = cpp.table(sin.to(cos.dtype))
+        sin = cpp.table(sin)
         of_cos, of_sin = ((0 if t.shape[0] == 1 else t.stride(0), t.stride(1)) for t in (cos, sin))
         cpp.extension.rotary(
             x.data_ptr(), x.stride()[:3], cos.data_ptr(), of_cos, sin.data_ptr(), of_sin, y.data_ptr(), B, T, H, D,
@@ -120,6 +130,7 @@ _rotary = register_operation(
     Operation(
         "rotary",
         rotary_reference,
+        check=_check,
         backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.rotary:rotary")),
         fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
         autograd=(_setup, _backward),

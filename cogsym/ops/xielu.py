@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cogsym.ops import backend, cpp
+from cogsym.ops.checks import check_floating, check_like, check_rows
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 
 
@@ -39,15 +40,14 @@ def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps: float) 
 
     Raises:
         ValueError: alpha_p or alpha_n does not have one element.
+        TypeError: x, alpha_p or alpha_n is not floating point.
+        RuntimeError: tensors on different devices.
     """
-    for name, alpha in (("alpha_p", alpha_p), ("alpha_n", alpha_n)):
-        if alpha.numel() != 1:
-            raise ValueError(f"xielu: {name} has shape {tuple(alpha.shape)}, expected one element.")
     return _xielu(x, alpha_p, alpha_n, beta, eps)
 
 
 def xielu_input_gradient(dz: Tensor, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, beta: float, eps: float) -> Tensor:
-    """dx, [..., F], of a `xielu` whose gradient is not left to autograd."""
+    """dx, [..., F], of a `xielu` whose gradient is not left to autograd; dz is like x."""
     return _xielu_backward(dz, x, alpha_p, alpha_n, beta, eps, True, False)[0]
 
 
@@ -79,9 +79,26 @@ def xielu_backward_reference(
         dx = d * (torch.where(h > 0, 2 * positive * h, negative * exponential) + beta)
         dx = dx.to(x.dtype).contiguous()
     if need_dalphas:
-        above = torch.where(h > 0, d * h.square(), 0).sum()
-        dalphas = torch.stack((above, torch.where(h > 0, 0, d * _bend(h, eps)).sum()))
+        # Each is one sum over all elements, most of which cancels; only Apple's GPUs have no float64.
+        wide = h.dtype if h.device.type == "mps" else torch.float64
+        d, z = d.to(wide), h.to(wide)
+        above = torch.where(z > 0, d * z.square(), 0).sum()
+        dalphas = torch.stack((above, torch.where(z > 0, 0, d * _bend(z, eps)).sum())).to(h.dtype)
     return dx, dalphas
+
+
+def _check(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, *_: Any) -> None:
+    check_rows("xielu", "x", x)
+    for name, alpha in (("alpha_p", alpha_p), ("alpha_n", alpha_n)):
+        if alpha.numel() != 1:
+            raise ValueError(f"xielu: {name} has shape {tuple(alpha.shape)}, expected one element.")
+        if not alpha.dtype.is_floating_point:
+            check_floating("xielu", name, alpha)
+
+
+def _check_backward(dz: Tensor, x: Tensor, alpha_p: Tensor, alpha_n: Tensor, *_: Any) -> None:
+    check_like("xielu", "x", x, ("dz", dz))
+    _check(x, alpha_p, alpha_n)
 
 
 def _compute_dtype(x: Tensor) -> Tensor:
@@ -171,6 +188,7 @@ _xielu = register_operation(
     Operation(
         "xielu",
         xielu_reference,
+        check=_check,
         backends=(backend.cpp(_cpp), backend.triton("cogsym.kernels.xielu:xielu")),
         fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
         autograd=(_setup, _backward),
@@ -181,6 +199,7 @@ _xielu_backward = register_operation(
     Operation(
         "xielu_backward",
         xielu_backward_reference,
+        check=_check_backward,
         backends=(backend.cpp(_cpp_backward), backend.triton("cogsym.kernels.xielu:xielu_backward")),
         fake=_fake_backward,
         part_of="xielu",

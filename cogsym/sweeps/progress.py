@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-_EVERY = 10.0  # seconds between lines where no terminal shows the bar
+from cogsym.heartbeat import Heartbeat, clock
 
 
 def counted(number: int, name: str) -> str:
@@ -18,20 +18,22 @@ def counted(number: int, name: str) -> str:
 
 
 class SweepProgress:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """A bar on a terminal, a line a minute elsewhere, and one after the first documents."""
 
     def __init__(self, console: Console, total: int) -> None:
         """Start at 0 of `total` documents."""
         self._console, self._total = console, total
         self._done = self._computed = 0
         self._forwards = 0.0
-        self._began = self._told = time.monotonic()
+        self._began = time.monotonic()
+        self._heartbeat, self._doing = Heartbeat(self._tell), "sweep"
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total} documents"),
             TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
+            TextColumn("elapsed"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -47,25 +49,33 @@ class SweepProgress:
         self._done += number
         self._computed += number * computed
         self._bar.update(self._task, description=task, completed=self._done, detail=self._detail())
-        now = time.monotonic()
-        if not self._console.is_terminal and (now - self._told > _EVERY or self._done == self._total):
-            self._told = now
-            line = f"{task}: {self._done}/{self._total} documents, {self._detail()}"
+        self._doing = task
+        if not self._console.is_terminal and (self._done == self._total or self._computed == number > 0):
+            self._tell()
+
+    def _tell(self) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            line = f"{self._doing}: {self._done}/{self._total} documents, {self._detail()}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _detail(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)
         words = [f"{self._forwards / seconds:,.0f} layer-forwards/s"]
+        if not self._console.is_terminal:
+            words.append(f"{clock(seconds)} elapsed")
         if self._computed:
-            words.append(f"{seconds / self._computed * (self._total - self._done):,.0f} s left")
+            words.append(f"{clock(seconds / self._computed * (self._total - self._done))} left")
         return ", ".join(words)
 
     def __enter__(self) -> SweepProgress:
         self._bar.start()
+        if not self._console.is_terminal:
+            self._heartbeat.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._heartbeat.stop()
         with contextlib.suppress(OSError):  # the terminal may be gone
             self._bar.stop()

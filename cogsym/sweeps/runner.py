@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from rich.console import Console
 
-from cogsym.errors import CogsymError, RunStopped
+from cogsym.errors import CogsymError, RunStopped, SettingError
 from cogsym.memory import free_bytes, out_of_memory
 from cogsym.models.loading import load_tokenizer
+from cogsym.models.paths import own_forwards
+from cogsym.models.precision import stream_dtype
 from cogsym.signals import as_interrupts, exit_status
+from cogsym.sweeps.engine.agreement import check_agreement
 from cogsym.sweeps.engine.budget import PassMemory, TokenBytes, largest
 from cogsym.sweeps.engine.duration import DurationEstimate
 from cogsym.sweeps.engine.fallback import generate_fallback
@@ -24,55 +27,25 @@ from cogsym.sweeps.engine.forward import Engine
 from cogsym.sweeps.engine.generate import generate
 from cogsym.sweeps.engine.load import load_layers, num_layers
 from cogsym.sweeps.engine.requests import Generate, Outcome, Score, TaskDocument
-from cogsym.sweeps.engine.sampling import Sampling, Stops
+from cogsym.sweeps.engine.sampling import Stops
 from cogsym.sweeps.engine.score import score
 from cogsym.sweeps.engine.unembedding import SweepHead
 from cogsym.sweeps.engine.weights import LayerSource, ResidentLayers, StreamedLayers
-from cogsym.sweeps.layers.actions import ACTIONS, SKIP
+from cogsym.sweeps.layers.actions import ACTIONS
 from cogsym.sweeps.layers.configurations import Configuration, configurations, distinct
 from cogsym.sweeps.layers.schedule import schedule
 from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
+from cogsym.sweeps.results.bootstrap import FEW
 from cogsym.sweeps.results.store import Results, Row, check_started, read_key, summary, values
+from cogsym.sweeps.settings import SweepSettings
 from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import METRICS
 from cogsym.sweeps.tasks.task import Task, load_task
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """How a sweep runs.
-
-    Attributes:
-        action: what "input", "output", "grid" ... do to the layers they choose.
-        remove: how many layers a search takes away; None is half of them.
-        width: how many sets of layers a beam search follows; None is four.
-        sampling: how tokens are chosen where the model writes.
-        truncate: read documents that are longer than the context in windows, or cut their beginnings; else they are
-            refused.
-        separator: the token before each document; None leaves it to the task and the tokenizer.
-        memory_budget: bytes for states, keys and values; None is half of what is free. What a document takes by itself
-            is taken, with a warning.
-        strict_memory: refuse documents that take more than the budget by themselves.
-        stream: read the layers one at a time from the checkpoint; None does so where the model does not fit.
-        dtype: of the weights and of what is computed; None takes the checkpoint's own for the weights, and multiplies
-            them in float32 where a processor is faster with that.
-    """
-
-    action: str = SKIP
-    remove: int | None = None
-    width: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    truncate: bool = False
-    separator: str | None = None
-    memory_budget: int | None = None
-    strict_memory: bool = False
-    stream: bool | None = None
-    dtype: torch.dtype | None = None
 
 
 def sweep(
@@ -142,6 +115,7 @@ def sweep(
         running.check_memory()
         if dry_run:
             return None
+        running.check_agreement()
         key = running.key(str(model) if isinstance(model, (str, Path)) else layers.model.config.name_or_path)
         with Results.open(out, key, resume=resume) as results, as_interrupts(), running.progress() as progress:
             try:
@@ -169,12 +143,17 @@ def _chosen(
         return list(search.planned()), 0, search
     for name, value in (("remove", settings.remove), ("width", settings.width)):
         if value is not None:
-            raise CogsymError(
-                f"{name} is {value} and only a search takes it; name one in the place of the configurations: "
-                f"{', '.join(SEARCHES)}."
+            raise SettingError(
+                name,
+                f"is {value} and only a search takes it; name one in the place of the configurations: "
+                f"{', '.join(SEARCHES)}.",
             )
     once, merged = distinct(configurations(configs, layers, settings.action))
     return [Round(once, 1)], merged, None
+
+
+_PIECE_SECONDS = 30.0  # that a piece should take: results are there by then
+_FIRST_PIECE, _GROWTH = 8, 4  # documents of the first, whose speed is not known, and how much more the next may have
 
 
 class _Sweep:
@@ -192,6 +171,7 @@ class _Sweep:
         self._layers, self._tokenizer, self._tasks, self._settings = layers, tokenizer, tasks, settings
         self._say, self._console = partial(_say, console), console
         self._streamed = isinstance(layers, StreamedLayers)
+        self._at_once: dict[int, int] = {}  # documents that a piece of so many configurations may have
         self._check_actions({name for asked in rounds for c in asked.configurations for name in c.actions})
         self._engine, self._head = Engine(layers), SweepHead(layers.model)
         self._rounds = [(Trie(asked.configurations, self._engine.topology), asked.times) for asked in rounds]
@@ -243,6 +223,12 @@ class _Sweep:
                 raise CogsymError(f"{sentence}; give at least that, or ask for fewer configurations at a time.")
             self._say(f"Warning: {sentence}, which will be used.")
 
+    def check_agreement(self) -> None:
+        """Raise CogsymError where the unablated configuration is not the model's own forward on the first document."""
+        task, document = self._tasks[0], self._documents[0][0]
+        tokens = max((request.tokens for request in document.requests), key=len)
+        check_agreement(self._engine, self._head, tokens, f"{document.key} of {task.name}")
+
     def key(self, name: str) -> dict[str, Any]:
         """What a result depends on beside its configuration."""
         revisions = self._layers.revisions()
@@ -268,8 +254,13 @@ class _Sweep:
         self._say(f"{at_most}{number}{rounds}{duplicates}")
         for note in (note for task in self._tasks for note in task.notes):
             self._say(note)
-        if self._layers.reasons:
-            self._say(f"layers run their own forward, a state at a time: {'; '.join(self._layers.reasons)}")
+        dtype = stream_dtype(self._layers.model)
+        for line in own_forwards(self._layers.blocks, self._layers.reasons, self._layers.device, dtype):
+            self._say(line)
+        for task, documents in zip(self._tasks, self._documents, strict=True):
+            if len(documents) < FEW:
+                number = counted(len(documents), "document")
+                self._say(f"Warning: the task {task.name} has {number}; intervals from fewer than {FEW} mean little.")
         self._say(
             f"layer-forwards: {at_most}{sum(c.layer_forwards * times for c, times in counts):,.0f}, where a loop over "
             f"the kept layers needs {sum(c.kept_layers * times for c, times in counts):,.0f} and one that computes and "
@@ -333,8 +324,10 @@ class _Sweep:
     ) -> None:
         """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved."""
         memory, most = PassMemory(self._sizes, trie), len(documents)
+        at_once = most if self._streamed else self._at_once.get(len(trie.configurations), _FIRST_PIECE)
         while documents:
-            piece = documents[: min(most, memory.piece(documents, self._budget, self._streamed))]
+            piece = documents[: min(most, at_once, memory.piece(documents, self._budget, self._streamed))]
+            began = time.monotonic()
             try:
                 rows = list(self._rows(task, piece, trie))
             except (RuntimeError, MemoryError) as error:
@@ -343,6 +336,10 @@ class _Sweep:
                 rows = []
             if rows:
                 results.append(rows)
+                if not self._streamed:  # where a piece takes a pass over the checkpoint
+                    within = _PIECE_SECONDS / max(time.monotonic() - began, 1e-3) * len(piece)
+                    at_once = max(1, min(int(within), _GROWTH * len(piece)))
+                    self._at_once[len(trie.configurations)] = at_once
                 progress.documents(task.name, len(piece), computed=True)
                 documents = documents[len(piece) :]
             elif len(piece) > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cogsym.plotting import COLOURS, save, strip
+from cogsym.plotting import COLOURS, GREY, save, strip
 
 
 def plot_curves(history: Sequence[dict[str, float]], path: Path) -> None:
@@ -32,6 +32,9 @@ def plot_curves(history: Sequence[dict[str, float]], path: Path) -> None:
 
 def _draw(axis: Any, history: Sequence[dict[str, float]], key: str, title: str, colour: str, label: str = "") -> None:
     points = [(line["tokens"] / 1000, line[key]) for line in history if key in line]
+    if len(points) < 2:
+        words = "one point is no curve" if points else "nothing was measured"
+        axis.text(0.5, 0.9, words, transform=axis.transAxes, ha="center", color=GREY)
     axis.plot(
         *zip(*points, strict=True) if points else ([], []), color=colour, label=label, marker="o" * (len(points) < 20)
     )

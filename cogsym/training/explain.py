@@ -9,17 +9,15 @@ from torch.distributed.tensor import DTensor
 
 from cogsym import ops
 from cogsym.decoder import layers_of
-from cogsym.models import Block, UnknownLayerError, read_block
+from cogsym.models import UnknownLayerError, read_block
 from cogsym.models.attachment import attached, attachment
 from cogsym.models.attention import AttentionHalf
-from cogsym.models.norm import ModuleNorm
+from cogsym.models.paths import OWN, by_spans, half_path, in_one_word, norm_reasons, routes
 from cogsym.models.precision import computed_dtype
 from cogsym.plan import Part
 from cogsym.training.keep import Memory, cost
 from cogsym.training.layer import How, PreparedLayer, possible, why_whole
 from cogsym.training.prepare import forward_with_loss, layer_forward, record_of
-
-OWN = "own forward"
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,14 @@ class LayerReport:
     @property
     def path(self) -> str:
         """Both halves' path in one word where they have the same."""
-        same = self.attention == self.mlp
-        return self.attention if same else f"attention {self.attention}, MLP {self.mlp}"
+        return in_one_word(self.attention, self.mlp)
+
+    def __str__(self) -> str:
+        line = f"{self.trained}, {self.path}{f' ({self.reason})' if self.reason else ''}"
+        if self.keep:
+            keeps = f"{self.keep}{f' ({self.keep_reason})' if self.keep_reason else ''}"
+            line += f", keeps {keeps}: {self.bytes_per_token:,} bytes a token, {self.repeated:.0%} repeated"
+        return line
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,7 @@ class Explanation:
     head: str
 
     def __str__(self) -> str:
-        lines, start = [self.summary], 0
-        for end, report in enumerate(self.layers, 1):
-            if end < len(self.layers) and replace(self.layers[end], index=0) == replace(report, index=0):
-                continue
-            span = f"layer {start}" if end - start == 1 else f"layers {start}-{end - 1}"
-            line = f"{span}: {report.trained}, {report.path}{f' ({report.reason})' if report.reason else ''}"
-            if report.keep:
-                keeps = f"{report.keep}{f' ({report.keep_reason})' if report.keep_reason else ''}"
-                line += f", keeps {keeps}: {report.bytes_per_token:,} bytes a token, {report.repeated:.0%} repeated"
-            lines.append(line)
-            start = end
-        return "\n".join([*lines, f"head: {self.head}"])
+        return "\n".join([self.summary, *by_spans([str(report) for report in self.layers]), f"head: {self.head}"])
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -160,29 +153,18 @@ def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
         reasons.append(f"but the model's own attention: {foreign}")
     if how.frozen and (reason := why_whole(block, {}, training=True)):
         return own(foreign or reason, how)
-    device, dtype = next(layer.parameters()).device, computed_dtype(layer)
-    routes = [
-        {name: ops.route(name, device, dtype, **facts) for name, facts in half.operations().items()}
-        for half in block.halves
-    ]
-    attention, mlp = (next((route.backend for route in each.values()), OWN) for each in routes)
+    found = routes(block, next(layer.parameters()).device, computed_dtype(layer))
+    attention, mlp = map(half_path, found)
     reasons += [
-        f"{name} on {route.backend}: {route.reason}" for each in routes for name, route in each.items() if route.reason
+        f"{name} on {route.backend}: {route.reason}" for each in found for name, route in each.items() if route.reason
     ]
     sharded = any(isinstance(p, DTensor) for p in layer.parameters())  # whole again while the layer runs
     if not (how.trained or how.frozen or sharded):
         reasons.append("its projections are called as modules: it keeps what autograd keeps")
     again = "; checkpointed" if how.frozen else ""
     reasons += [f"{half.reason}{again}" for half in block.halves if half.reason]
-    reasons += list(dict.fromkeys(_norm_reasons(block)))
+    reasons += norm_reasons(block)
     return LayerReport(index, trained, attention, mlp, "; ".join(reasons))
-
-
-def _norm_reasons(block: Block) -> list[str]:
-    """Why norms run their own forward."""
-
-    norms = [norm for half in block.halves for norm in (half.norm, half.output_norm)]
-    return [f"a norm by its own forward: {norm.reason}" for norm in norms if isinstance(norm, ModuleNorm)]
 
 
 def _with_memory(report: LayerReport, layer: nn.Module, memory: Memory, gradient_below: bool) -> LayerReport:
@@ -193,7 +175,9 @@ def _with_memory(report: LayerReport, layer: nn.Module, memory: Memory, gradient
     keep = possible(layer, chosen)
     first = keep != "nothing" or report.index - 1 not in memory.blocks
     length = memory.shape[1] if memory.shape else 1
-    it = cost(block, keep, length, computed_dtype(layer).itemsize, first)
+    element = computed_dtype(layer).itemsize
+    products, stream = memory.sizes or (element, element)
+    it = cost(block, keep, length, products, first, stream)
     repeated = it.repeated / max(it.flops - it.repeated, 1)
     reason = "" if keep == chosen else f"not {chosen}: it is sharded by itself"
     return replace(report, keep=keep, keep_reason=reason, bytes_per_token=it.bytes_per_token, repeated=repeated)

@@ -19,15 +19,18 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, se
 from transformers.pytorch_utils import Conv1D
 
 from cogsym.data import Document, PackedDataset, Source, content_digest, pack, separator_id, tokenize
+from cogsym.data import held_out as split
 from cogsym.decoder import layers_name_of, layers_of
-from cogsym.errors import CogsymError, RunStopped
+from cogsym.errors import CogsymError, RunStopped, SettingError
 from cogsym.memory import out_of_memory
 from cogsym.models import precision
-from cogsym.models.loading import load_model, load_tokenizer
+from cogsym.models.loading import checkpoint_dtype, load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.records import reason, replacing
+from cogsym.training.estimate import estimate
 from cogsym.training.explain import explain
 from cogsym.training.keep import Memory
+from cogsym.training.notices import notices, risen
 from cogsym.training.prepare import prepare, restore
 from cogsym.training.run_folder import RunFolder, check_inputs, open_run_folder
 from cogsym.training.settings import TrainSettings
@@ -41,7 +44,7 @@ class TrainResult:
     """What a run gives back.
 
     Attributes:
-        model: the trained model in its original dtype, on the CPU or GPU it trained on; adapters are merged into it.
+        model: the trained model in the dtype of its base, on the CPU or GPU it trained on; adapters are merged into it.
         folder: where it was saved, for plain `from_pretrained`.
         steps: optimizer steps in all.
         trained_parameters: how many were trained.
@@ -98,7 +101,68 @@ def train(
         CogsymError: input that cannot be used, each with its reason; or `out` holds what no run wrote.
         RunStopped: ended early, by a signal, a full disk or a loss that is not finite; the message says what was saved.
     """
-    out, settings, console = Path(out), settings or TrainSettings(), console or Console(stderr=True)
+    out, console = Path(out), console or Console(stderr=True)
+    run = _read(model, data, out, tokenizer, plan, evaluate, settings or TrainSettings(), resume, cache_dir)
+    with open_run_folder(out, run.record, resume) as folder:
+        network, callback, steps, trained = _trained(run, folder, console)
+        _save(network, run.tokenizer, callback.history, folder)
+    rate = callback.history[-1].get("tokens_per_second", 0.0) if callback.history else 0.0
+    return TrainResult(network, folder.model, steps, trained, callback.seconds, rate, callback.history)
+
+
+def dry_run(
+    model: str | Path | PreTrainedModel,
+    data: Sequence[Text],
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    plan: LayerPlan | None = None,
+    evaluate: Mapping[str, Text] | None = None,
+    settings: TrainSettings | None = None,
+    cache_dir: Path | None = None,
+    console: Console | None = None,
+) -> None:
+    """Say what `train` would cost with the same arguments, in tokens, time, memory and disk, and write nothing."""
+    console = console or Console(stderr=True)
+    run = _read(model, data, Path(out), tokenizer, plan, evaluate, settings or TrainSettings(), False, cache_dir)
+    adapted = _prepared(run, console)
+    stored = sum(p.numel() * run.stored.get(n, p.dtype).itemsize for n, p in run.network.named_parameters())
+    for line in estimate(
+        adapted.to(_device()), run.rows, run.held_out, run.settings, run.products == "bfloat16", stored
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _undone(run, adapted)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run trains, and on what; `stored` are the dtypes that the parameters are saved in."""
+
+    network: Any
+    tokenizer: Any
+    stored: dict[str, torch.dtype]
+    plan: LayerPlan
+    settings: TrainSettings
+    products: str
+    rows: PackedDataset
+    held_out: dict[str, PackedDataset]
+    record: dict[str, Any]
+
+
+def _read(
+    model: str | Path | PreTrainedModel,
+    data: Sequence[Text],
+    out: Path,
+    tokenizer: Any,
+    plan: LayerPlan | None,
+    evaluate: Mapping[str, Text] | None,
+    settings: TrainSettings,
+    resume: bool,
+    cache_dir: Path | None,
+) -> _Run:
+    """Everything that is asked for, checked, loaded and packed."""
+    if settings.eval_every and not (evaluate or settings.hold_out):
+        raise SettingError("eval_every", f"is {settings.eval_every} and there is no held-out text; give some (--eval).")
     Memory(settings.keep, settings.memory_budget).check("cuda" if torch.cuda.is_available() else "cpu")
     sources = [text.path for text in (*data, *(evaluate or {}).values()) if isinstance(text, Source)]
     model_folder = Path(model).expanduser() if isinstance(model, (str, Path)) else None
@@ -107,7 +171,12 @@ def train(
     products = _products(settings.dtype)
     if resume:  # the arithmetic that it began with, on whichever machine
         products = RunFolder(out).read_record().get("products", products)
-    network, tokenizer = _loaded(model, tokenizer, settings.dtype, products)
+    network, tokenizer, stored = _loaded(model, tokenizer, settings.dtype, products)
+    context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    if context and settings.length > context:
+        raise SettingError(
+            "length", f"is {settings.length:,} tokens, expected at most the model's context, {context:,}."
+        )
     separator = separator_id(tokenizer, settings.separator)
 
     def tokenized(text: Text, loss: Literal["all", "target"]) -> Any:
@@ -115,10 +184,15 @@ def train(
 
     if not data:
         raise CogsymError("There is no text to train on; give at least one source.")
-    rows = pack([tokenized(text, settings.loss) for text in data], settings.length, settings.seed)
+    learned = [tokenized(text, settings.loss) for text in data]
     held_out = {
         label: pack(tokenized(text, settings.loss), settings.length, None) for label, text in (evaluate or {}).items()
     }
+    if settings.hold_out:
+        parted = [split(text, settings.hold_out) for text in learned]
+        learned = [rest for rest, _ in parted]
+        held_out["held-out"] = pack([held for _, held in parted], settings.length, None)
+    rows = pack(learned, settings.length, settings.seed)
     plan = plan or LayerPlan.outer(len(layers_of(network)))
     record = {
         "model": str(model) if isinstance(model, (str, Path)) else "a loaded model",
@@ -127,49 +201,50 @@ def train(
         "products": products,
         "data": [_digest(text) for text in data],
     }
-    with open_run_folder(out, record, resume) as folder:
-        network, callback, steps, trained = _trained(network, plan, settings, products, rows, held_out, folder, console)
-        _save(network, tokenizer, callback.history, folder)
-    rate = callback.history[-1].get("tokens_per_second", 0.0) if callback.history else 0.0
-    return TrainResult(network, folder.model, steps, trained, callback.seconds, rate, callback.history)
+    return _Run(network, tokenizer, stored, plan, settings, products, rows, held_out, record)
 
 
-def _trained(
-    network: Any,
-    plan: LayerPlan,
-    settings: TrainSettings,
-    products: str,
-    rows: PackedDataset,
-    held_out: dict[str, PackedDataset],
-    folder: RunFolder,
-    console: Console,
-) -> tuple[Any, RunCallback, int, int]:
-    """(The trained model in its original dtype, what the callback saw, optimizer steps, parameters trained)."""
-    original = {n: p.dtype for n, p in network.named_parameters()}
-    use_cache = network.config.use_cache  # Trainer switches it off, for good
+def _prepared(run: _Run, console: Console) -> Any:
+    """The model, or peft's wrapper around it, as it is trained; what there is to know is told."""
+    network, settings, rows = run.network, run.settings, run.rows
     set_seed(settings.seed)
-    adapted: Any = _with_adapters(network, plan, settings.lora_rank) if settings.lora_rank else network
-    prepare(adapted, plan, keep=settings.keep, memory_budget=settings.memory_budget)
+    network.to(_device())  # the Trainer would move each weight apart, after `prepare` has laid them beside each other
+    adapted: Any = _with_adapters(network, run.plan, settings.lora_rank) if settings.lora_rank else network
+    prepare(adapted, run.plan, keep=settings.keep, memory_budget=settings.memory_budget)
     for p in adapted.parameters():
         if p.requires_grad:
             # Steps of AdamW are often smaller than bfloat16's spacing and would be lost.
             p.data = p.data.float()
-    if settings.dtype == "auto" and products == "float32":
+    if settings.dtype == "auto" and run.products == "float32":
         precision.widen(adapted)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if sentence := precision.products_sentence(network, _device()):
-        console.print(sentence, highlight=False)
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    console.print(str(explain(adapted)), highlight=False)
-    console.print(
-        f"data: {rows.num_documents:,} documents in {len(rows):,} rows of {settings.length}, {rows.fill:.1%} full",
-        highlight=False,
-    )
+        say(sentence)
+    say(str(explain(adapted)))
+    say(f"data: {rows.num_documents:,} documents in {len(rows):,} rows of {settings.length}, {rows.fill:.1%} full")
     if rows.num_documents > len(rows) and not _tells_documents_apart(adapted):
-        console.print(
-            f"documents in one row see each other: {type(network).__name__} does not tell them apart by positions",
-            highlight=False,
-        )
+        say(f"documents in one row see each other: {type(network).__name__} does not tell them apart by positions")
+    for sentence in notices(adapted, settings, run.plan):
+        say(sentence)
+    return adapted
 
+
+def _undone(run: _Run, adapted: Any) -> Any:
+    """The model in the dtypes that its base has, adapters merged."""
+    restore(adapted)
+    network = adapted.merge_and_unload() if run.settings.lora_rank else run.network
+    precision.narrow(network)
+    for n, p in network.named_parameters():
+        p.data = p.data.to(run.stored[n])
+    return network
+
+
+def _trained(run: _Run, folder: RunFolder, console: Console) -> tuple[Any, RunCallback, int, int]:
+    """(The trained model in its base's dtype, what the callback saw, optimizer steps, parameters trained)."""
+    network, settings, rows, held_out = run.network, run.settings, run.rows, run.held_out
+    use_cache = network.config.use_cache  # Trainer switches it off, for good
+    adapted = _prepared(run, console)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     checkpoint = folder.checkpoint_to_resume(partial(console.print, highlight=False, markup=False, soft_wrap=True))
     callback = RunCallback(folder, checkpoint, console)
     trainer = OuterTrainer(
@@ -178,7 +253,7 @@ def _trained(
         train_dataset=rows,
         eval_dataset=held_out,
         callbacks=[callback],
-        bf16=products == "bfloat16",
+        bf16=run.products == "bfloat16",
         folder=folder,
         history=callback.history,
     )
@@ -203,13 +278,9 @@ def _trained(
             "the same command with --resume goes on from there.",
             exit_status=128 + callback.stopped_by,
         )
-    restore(adapted)
-    if settings.lora_rank:
-        network = adapted.merge_and_unload()
-    precision.narrow(network)
-    for n, p in network.named_parameters():
-        p.data = p.data.to(original[n])
-    return network, callback, trainer.state.global_step, trained
+    if sentence := risen(trainer.first_loss, callback.history, settings.learning_rate):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    return _undone(run, adapted), callback, trainer.state.global_step, trained
 
 
 @torch.no_grad()
@@ -235,14 +306,20 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _loaded(model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str, products: str) -> tuple[Any, Any]:
-    """The model and its tokenizer, from a name or as they are."""
+def _loaded(
+    model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str, products: str
+) -> tuple[Any, Any, dict[str, torch.dtype]]:
+    """The model and its tokenizer, from a name or as they are, and the dtypes that its parameters are saved in."""
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise CogsymError("train was given a loaded model without its tokenizer; pass tokenizer=.")
-        return model, tokenizer
-    stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": None if products == "float32" else torch.bfloat16}
-    return load_model(model, stored[dtype]), tokenizer or load_tokenizer(model)
+        return model, tokenizer, {n: p.dtype for n, p in model.named_parameters()}
+    half = None if dtype == "auto" and products == "float32" else torch.bfloat16
+    loaded, saved = torch.float32 if dtype == "fp32" else half, checkpoint_dtype(model)
+    network = load_model(model, loaded)
+    # Where transformers keeps a parameter in another precision than asked, it does so in the base too.
+    dtypes = {n: saved if p.dtype == loaded else p.dtype for n, p in network.named_parameters()}
+    return network, tokenizer or load_tokenizer(model), dtypes
 
 
 def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bool) -> TrainingArguments:
@@ -307,10 +384,11 @@ def _save(network: Any, tokenizer: Any, history: list[dict[str, float]], folder:
 
     folder.check_held()
     try:
-        with replacing(folder.model) as new:
+        with replacing(folder.model, folder.check_held) as new:
             network.save_pretrained(new)
             tokenizer.save_pretrained(new)
             folder.check_model(new)
+        folder.check_held()
         plot_curves(history, folder.picture)
     except (OSError, SafetensorError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -58,13 +59,13 @@ class Prepared:
 
     Attributes:
         plan: which parts are trained.
-        requires_grad: of each parameter, before.
+        requires_grad: of each parameter, before and as `prepare` left it.
         memory: what frozen layers keep.
         head: the head whose loss needs no logits, or None.
     """
 
     plan: LayerPlan
-    requires_grad: dict[str, bool]
+    requires_grad: dict[str, tuple[bool, bool]]
     memory: Memory
     head: Head | None
 
@@ -102,14 +103,14 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
     parts = plan.parts(model)
     if hasattr(model, RECORD):
         restore(model)
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
     adapters = hasattr(model, "peft_config")
     wanted = [(p, _needs_gradient(part, p, adapters)) for part in parts for p in part.parameters]
     for p, needed in wanted:
         p.requires_grad_(needed)
     if not any(p.requires_grad for p in model.parameters()):
         for name, p in model.named_parameters():
-            p.requires_grad_(requires_grad[name])
+            p.requires_grad_(before[name])
         raise CogsymError(
             f"The plan ({plan}) leaves no parameter to train; with peft, give the adapter the plan's layers "
             "(layers_to_transform)."
@@ -127,6 +128,7 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
     _attach_with_signature(decoder, decoder_forward, True)
     if head is not None:
         _attach_with_signature(head.model, forward_with_loss, head)
+    requires_grad = {name: (before[name], p.requires_grad) for name, p in model.named_parameters()}
     setattr(model, RECORD, Prepared(plan, requires_grad, memory, head))
     return model
 
@@ -150,7 +152,8 @@ def _needs_gradient(part: Part, p: nn.Parameter, adapters: bool) -> bool:
 def restore(model: Model) -> Model:
     """Undo `prepare`: the layers run their own forward, `requires_grad` is as it was before.
 
-    What another library has put on the model since stays.
+    What another library has put on the model since stays, and so does a `requires_grad` that somebody has changed
+    since, such as those that change with peft's active adapter.
 
     Raises:
         CogsymError: the model is not prepared.
@@ -166,10 +169,26 @@ def restore(model: Model) -> Model:
     detach(decoder_of(model), decoder_forward)
     if record.head is not None:
         detach(record.head.model, forward_with_loss)
+    switched_off = _switched_off(model)
     for name, p in model.named_parameters():
-        p.requires_grad_(record.requires_grad.get(name, p.requires_grad))
+        before, prepared = record.requires_grad.get(name, (p.requires_grad,) * 2)
+        if p.requires_grad is prepared and p not in switched_off:
+            p.requires_grad_(before)
     delattr(model, RECORD)
     return model
+
+
+def _switched_off(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of peft's adapters that are not active."""
+    modules: Iterable[Any] = model.modules()
+    return {
+        p
+        for tuned in modules
+        for kind in getattr(tuned, "adapter_layer_names", ())
+        for adapter, its in getattr(tuned, kind).items()
+        if adapter not in tuned.active_adapters
+        for p in (its.parameters() if isinstance(its, nn.Module) else [its])
+    }
 
 
 def record_of(model: nn.Module) -> Prepared:
@@ -205,7 +224,7 @@ def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
     if by_hand:
         if why_whole(block, kwargs, layer.training):
             return _run_own(layer, partial(own, **kwargs), x, args, known.memory)
-        keep = known.memory.of(known.index, x, x.element_size())
+        keep = known.memory.of(known.index, x)
         return run_frozen(block, x, inputs, possible(layer, keep))
     if _CHECKPOINTS_FORWARD and _checkpointed(layer) and inputs.cache is None:
         return layer._gradient_checkpointing_func(partial(block.forward, inputs=inputs), x)

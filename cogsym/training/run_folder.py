@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from cogsym.records import (
     write_record,
 )
 from cogsym.training import checkpoint
-from cogsym.training.settings import FREE_TO_CHANGE
+from cogsym.training.settings import FREE_TO_CHANGE, TrainSettings
 
 _KEPT = 2  # checkpoints: where the last one is damaged there is one before it
 _LOCK = "train.lock"
@@ -111,7 +112,7 @@ class RunFolder:
                     "and run again with --resume."
                 )
         self.checkpoints.mkdir(exist_ok=True)
-        with replacing(folder) as new:
+        with replacing(folder, self.check_held) as new:
             new.mkdir()
             yield new
             write_record(new / checkpoint.SETTINGS, self.record)
@@ -119,6 +120,7 @@ class RunFolder:
         self._damaged.discard(folder)
         oldest = self.complete_checkpoints()[-_KEPT:][0]
         every = self._checkpoint_folders()
+        self.check_held()
         for old in every[: every.index(oldest)]:
             with suppress(OSError):  # the next one will try again
                 checkpoint.remove(old)
@@ -170,6 +172,28 @@ class RunFolder:
                     f"{path} is a symbolic link, expected what the run wrote there itself; put back what it leads to, "
                     "or choose another --out."
                 )
+
+    def check_same(self, record: dict[str, Any]) -> None:
+        """Raise where a run may not go on, as it was asked something else than `record`; but for `FREE_TO_CHANGE`.
+
+        Raises:
+            CogsymError: that.
+        """
+        # An earlier version wrote no "products".
+        before, now = _fixed({"products": record["products"], **self.read_record()}), _fixed(record)
+        different = differences(before, now)
+        for name in ("steps", "epochs"):
+            before["settings"].pop(name, None), now["settings"].pop(name, None)
+        if different and before == now:
+            raise CogsymError(
+                f"The run in {self.path} was started with {different}, and its learning rate ends at 0 there; resume "
+                f"it with the same, and to train longer, give {self.model} as the model and another --out."
+            )
+        if different:
+            raise CogsymError(
+                f"The run in {self.path} was started with {different}; resume it with the same, or choose another "
+                "--out."
+            )
 
     def check_model(self, new: Path) -> None:
         """Raise where the model's folder holds what is not in the `new` one, which is to take its place.
@@ -249,13 +273,12 @@ def open_run_folder(out: Path, record: dict[str, Any], resume: bool) -> Iterator
             lock.acquire()
             folder.check_ours(resume)  # again: another run may have been here meanwhile
             record = json.loads(json.dumps(record))
-            if resume and (different := differences(_fixed(folder.read_record()), _fixed(record))):
-                raise CogsymError(
-                    f"The run in {out} was started with {different}; resume it with the same, or choose another --out."
-                )
-            write_record(folder.settings, record)
+            if resume:
+                folder.check_same(record)
+            write_record(folder.settings, record, folder.check_held)
             folder.record = record
             folder.remove_unfinished()
+            folder.checkpoints.mkdir(exist_ok=True)  # else Trainer makes it, and fails with a traceback
         except Timeout as error:
             raise CogsymError(f"Another run is writing to {out}; wait for it, or choose another --out.") from error
         except OSError as error:
@@ -278,6 +301,8 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _fixed(record: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run may not change."""
-    settings = {name: value for name, value in record["settings"].items() if name not in FREE_TO_CHANGE}
-    return {**record, "settings": settings}
+    """What a resumed run may not change; what a run of an earlier version did not know is as it was there."""
+    settings = asdict(TrainSettings()) | record["settings"]
+    products = "float32" if settings["dtype"] == "fp32" else "bfloat16"
+    settings = {name: value for name, value in settings.items() if name not in FREE_TO_CHANGE}
+    return {"products": products, **record, "settings": settings}

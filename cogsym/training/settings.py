@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cogsym.errors import CogsymError
+from cogsym.errors import SettingError
 from cogsym.training.keep import Memory
 
 # What a resumed run may change: how, not what. One that needed too much memory goes on with less.
@@ -30,7 +30,7 @@ class TrainSettings:
         dtype: "bf16" keeps frozen weights and computes in bfloat16, with trained weights and their optimizer state in
             float32; "fp32" is float32 throughout; "auto" is "bf16" on GPUs and on processors that multiply bfloat16
             fast, and else keeps frozen weights as the checkpoint has them and computes in float32. Frozen weights of a
-            model passed in as an object stay as they are.
+            model passed in as an object stay as they are. The model is saved in the dtype of its base.
         lora_rank: train LoRA adapters of this rank on the planned layers' projections, not their weights; None for
             full weights. The scale is 2, alpha = 2 · rank.
         keep: what frozen layers hold for the backward pass, as in `cogsym.prepare`; it changes time and memory, not the
@@ -38,6 +38,8 @@ class TrainSettings:
         memory_budget: bytes that they may hold, with "auto"; None is half of what is free.
         loss: "all" the text, or "target", what follows the first field of a template.
         separator: the token between documents; None takes the tokenizer's bos or eos.
+        hold_out: share of the documents of each source that are not trained on but evaluated, as "held-out"; None
+            holds none out. They are drawn by chance, always the same ones.
         eval_every: steps between evaluations; None evaluates before and after.
         save_every: steps between checkpoints; the last two are kept.
         log_every: steps between the lines of metrics.jsonl.
@@ -60,6 +62,7 @@ class TrainSettings:
     memory_budget: int | None = None
     loss: Literal["all", "target"] = "all"
     separator: str | None = None
+    hold_out: float | None = None
     eval_every: int | None = None
     save_every: int = 200
     log_every: int = 10
@@ -77,10 +80,10 @@ class TrainSettings:
             "max_grad_norm",
         ):
             if not getattr(self, name) > 0:
-                raise CogsymError(f"The setting {name} is {getattr(self, name)}, expected a number above 0.")
+                raise SettingError(name, f"is {getattr(self, name)}, expected a number above 0.")
         for name in ("steps", "lora_rank", "eval_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise CogsymError(f"The setting {name} is {getattr(self, name)}, expected a whole number above 0.")
+                raise SettingError(name, f"is {getattr(self, name)}, expected a whole number above 0.")
         for name, choices in (
             ("schedule", ("cosine", "linear")),
             ("dtype", ("auto", "bf16", "fp32")),
@@ -88,5 +91,11 @@ class TrainSettings:
         ):
             if getattr(self, name) not in choices:
                 expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
-                raise CogsymError(f"The setting {name} is {getattr(self, name)!r}, expected {expected}.")
+                raise SettingError(name, f"is {getattr(self, name)!r}, expected {expected}.")
+        if not 0 <= self.warmup < 1:
+            raise SettingError("warmup", f"is {self.warmup}, expected a share of the steps, from 0 to less than 1.")
+        if not 0 <= self.seed < 2**32:
+            raise SettingError("seed", f"is {self.seed}, expected a whole number from 0 to {2**32 - 1}.")
+        if self.hold_out is not None and not 0 < self.hold_out < 1:
+            raise SettingError("hold_out", f"is {self.hold_out}, expected a share of the text between 0 and 1.")
         Memory(self.keep, self.memory_budget)  # raises

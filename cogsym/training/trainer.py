@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from cogsym.data import PackedDataset
 from cogsym.errors import RunStopped
+from cogsym.heartbeat import Heartbeat, clock
 from cogsym.records import reason, write_whole
 from cogsym.signals import handled
 from cogsym.training import checkpoint
@@ -35,6 +36,9 @@ class OuterTrainer(Trainer):
 
     It writes checkpoints of the trained parameters alone, evaluates in bits per byte, computes in bfloat16 where asked
     while the trained parameters stay in float32, and stops at a loss or gradient that is not finite.
+
+    Attributes:
+        first_loss: that of its first step; 0 before it.
     """
 
     model: Any  # never None here, as the base class allows
@@ -46,6 +50,7 @@ class OuterTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._bf16, self._folder, self._history = bf16, folder, history
+        self.first_loss, self._stepped = 0.0, False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, but that would train a step more where the checkpoint is that of the last step."""
@@ -73,10 +78,13 @@ class OuterTrainer(Trainer):
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
         if not math.isfinite(float(loss.detach())):
             raise self._not_finite("loss", float(loss.detach()))
+        if not self._stepped:  # each forward pass of a step has a part of its loss
+            self.first_loss += float(loss.detach())
         return loss
 
     def check_gradients(self) -> None:
         """Stop before the optimizer makes the weights useless."""
+        self._stepped = True
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if not torch.isfinite(norm):
             raise self._not_finite("norm of the gradient", float(norm))
@@ -170,22 +178,36 @@ class RunCallback(TrainerCallback):
             TextColumn("step {task.completed}/{task.total}"),
             TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("elapsed,"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
+            disable=not console.is_terminal,
         )
+        self._heartbeat = Heartbeat(lambda: self._say(self._state))
+        self._state = ""
         self._running = contextlib.ExitStack()
         self._first_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the lines up to the checkpoint that the run goes on from, and start the clock."""
         with self._writing_metrics():
-            _write_lines(self._folder.metrics, self.history)
+            _write_lines(self._folder.metrics, self.history, self._folder.check_held)
+        if state.global_step >= state.max_steps:
+            self._say(
+                f"The run is finished, at step {state.global_step} of {state.max_steps}; nothing is left to train."
+            )
+            return
         self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, detail="")
         self._first_step, self._tokens = state.global_step, state.num_input_tokens_seen
         self._running.enter_context(handled(self._stop))
         self._running.callback(self._shown, self._progress.stop)
         self._shown(self._progress.start)
+        self._state = f"step {state.global_step}/{state.max_steps}, the first is being computed"
+        if not self._console.is_terminal:
+            self._say(f"training begins: {state.max_steps - state.global_step:,} steps, a line a minute")
+            self._heartbeat.start()
+            self._running.callback(self._heartbeat.stop)
 
     def _stop(self, number: int, frame: Any) -> None:
         if self.stopped_by is not None:
@@ -219,6 +241,14 @@ class RunCallback(TrainerCallback):
         self._progress.update(
             self._task, completed=state.global_step, detail=f"{self._last_loss()}{rate:,.0f} tokens/s"
         )
+        done = state.global_step - self._first_step
+        left = self.seconds / done * (state.max_steps - state.global_step)
+        self._state = (
+            f"step {state.global_step}/{state.max_steps}, {self._last_loss()}{rate:,.0f} tokens/s, "
+            f"{clock(self.seconds)} elapsed, {clock(left)} left"
+        )
+        if not self._console.is_terminal and done == 1 and state.global_step < state.max_steps:
+            self._say(self._state)
         if state.global_step >= state.max_steps:
             control.should_log = True
         if self.stopped_by is not None:
@@ -237,8 +267,15 @@ class RunCallback(TrainerCallback):
         self.history.append(line)
         with self._writing_metrics(), self._folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if not self._console.is_terminal:
-            self._say(self._describe(line, state))
+        if self._console.is_terminal:
+            return
+        if scores := [f"{key.removeprefix('eval_')} {value:.4g}" for key, value in line.items() if "eval_" in key]:
+            self._say(f"step {state.global_step}/{state.max_steps}, {', '.join(scores)}")
+        elif state.global_step >= state.max_steps:
+            self._say(
+                f"step {state.global_step}/{state.max_steps}, loss {line['loss']:.4f}, "
+                f"{line['tokens_per_second']:,.0f} tokens/s, {clock(self.seconds)} elapsed"
+            )
 
     @contextlib.contextmanager
     def _writing_metrics(self) -> Iterator[None]:
@@ -251,30 +288,20 @@ class RunCallback(TrainerCallback):
                 "--resume, from the last checkpoint."
             ) from error
 
-    def _describe(self, line: dict[str, float], state: TrainerState) -> str:
-        words = [f"step {state.global_step}/{state.max_steps}"]
-        words += [
-            f"{name.removeprefix('eval_')} {value:.4g}" for name, value in line.items() if name.startswith("eval_")
-        ]
-        if "loss" in line:
-            done = state.global_step - self._first_step
-            left = self.seconds / max(done, 1) * (state.max_steps - state.global_step)
-            words += [f"loss {line['loss']:.4f}", f"{line['tokens_per_second']:,.0f} tokens/s", f"{left:.0f} s left"]
-        return ", ".join(words)
-
     def _last_loss(self) -> str:
-        losses = [line["loss"] for line in self.history[-4:] if "loss" in line]
-        return f"loss {losses[-1]:.3f}, " if losses else ""
+        assert self.trainer is not None
+        losses = [line["loss"] for line in self.history[-4:] if "loss" in line] or [self.trainer.first_loss]
+        return f"loss {losses[-1]:.3f}, "
 
     def close(self) -> None:
         """Give the terminal and the signals back."""
         self._running.close()
 
 
-def _write_lines(path: Path, history: list[dict[str, float]]) -> None:
+def _write_lines(path: Path, history: list[dict[str, float]], check: Callable[[], None] = lambda: None) -> None:
     """Write a whole `metrics.jsonl`.
 
     Raises:
         OSError: it was not written; what was there is as it was.
     """
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in history).encode())
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in history).encode(), check)

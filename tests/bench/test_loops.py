@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 FULL = Setting(("tiny",), CPU, full=True)
 GRID = distinct(grid(shape_of("tiny").layers))[0]
 DIRECTIONS = [c for c in distinct(configurations("input,output", 4))[0] if c.k < 4]
+LAYERS = shape_of("tiny").layers
 HERE = [c for c in LOOPS if c.needs is None or importlib.util.find_spec(c.needs)]
 
 
@@ -36,7 +37,7 @@ def tiny(dtype: torch.dtype = torch.float32) -> Probe:
 
 
 def scores(chosen: list[Configuration] = GRID, dtype: torch.dtype = torch.float32) -> Any:
-    return sweep.case("tiny", chosen, "choices", 2, dtype, FULL)
+    return sweep.case("tiny", LAYERS, chosen, "choices", 2, dtype, FULL)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def lively(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "build", louder)
 
 
-@pytest.mark.parametrize("make", [scores, lambda: generate.case("tiny", DIRECTIONS, 2, torch.float32, FULL)])
+@pytest.mark.parametrize("make", [scores, lambda: generate.case("tiny", LAYERS, DIRECTIONS, 2, torch.float32, FULL)])
 def test_every_loop_that_runs_here_agrees(make: Any) -> None:
     case = make()
     assert case.variants.keys() == {OURS, *(c.name for c in HERE)}
@@ -113,7 +114,7 @@ def test_a_loop_that_computes_something_else_is_not_timed(
         yield
 
     monkeypatch.setattr(sampled, "LOOPS", (LOOPS[0], Competitor("wrong", wrong), Competitor("broken", broken)))
-    case = scores(dtype=dtype) if part == "sweep" else generate.case("tiny", DIRECTIONS, 1, dtype, FULL)
+    case = scores(dtype=dtype) if part == "sweep" else generate.case("tiny", LAYERS, DIRECTIONS, 1, dtype, FULL)
     assert case.variants.keys() == {OURS, LOOPS[0].name}
     assert case.different.keys() == {"wrong"}
     assert case.skipped == {"broken": "ValueError: no such model"}
@@ -128,7 +129,7 @@ def test_ours_is_judged_like_the_loops(lively: None, monkeypatch: pytest.MonkeyP
         return answers[1:] + answers[:1]
 
     monkeypatch.setattr(generate, "generate", garbled)
-    case = generate.case("tiny", DIRECTIONS, 1, torch.float32, FULL)
+    case = generate.case("tiny", LAYERS, DIRECTIONS, 1, torch.float32, FULL)
     assert OURS not in case.variants and "deviations below the best" in case.different[OURS]
 
 

@@ -30,16 +30,19 @@ from cogsym.bench import (
     plots,
     report,
     sampled,
+    speed,
     study,
     suite,
     sweep,
     train,
 )
 from cogsym.bench.case import OURS, Case, Setting, measure
+from cogsym.bench.speed import Speed
 from cogsym.bench.trainers import COMPETITORS, Competitor, Job
 
 CPU = torch.device("cpu")
 QUICK = Setting(("tiny",), CPU, full=False)
+FAST = Speed(torch.bfloat16, {torch.bfloat16: 1e12, torch.float32: 1e11})
 ROOT = Path(__file__).parents[2]
 
 
@@ -49,6 +52,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("COLUMNS", "300")
     # Time enough for everybody, and one round.
     monkeypatch.setattr(suite, "QUICK_SECONDS", dict.fromkeys(suite.STUDIES, 600.0))
+    monkeypatch.setattr(speed, "measured", lambda device: FAST)
     monkeypatch.setattr(study, "measure", lambda case, device, *_: measure(case, device, 1))
     monkeypatch.setattr(ops, "PASSES", 1)
 
@@ -71,7 +75,8 @@ def test_quick_run(
     parts = ("ops", "sweep", "generate", "train")
     status, out, err = command(*parts, "--model", "tiny", "--quick", "--out", tmp_path / "new")
     assert status == 0, err
-    assert "1/18  tiny, 1024 tokens, bfloat16: gated_activation, forward, 40:00 left" in out
+    assert "Products run at 1,000 GFLOP/s in bfloat16 and 100 GFLOP/s in float32 here. Measured in bfloat16." in out
+    assert "1/20  ops: tiny, 1024 tokens, bfloat16: gated_activation, forward, 40:00 left" in out
     for part in parts:
         result = report.read(tmp_path / "new" / f"{part}.json")
         assert (tmp_path / "new" / f"{part}.png").stat().st_size > 5000
@@ -98,7 +103,7 @@ def test_quick_run(
 
 @pytest.mark.parametrize("part", [name for name in suite.STUDIES if name != "overhead"])
 def test_no_number_is_broken_on_a_narrow_screen(part: str) -> None:
-    result = report.read(ROOT / "benchmarks" / "results" / f"{part}.json")
+    result = report.read(ROOT / "benchmarks" / "results" / "xeon-amx" / f"{part}.json")
     text = StringIO()
     report.show(result["cases"], suite.STUDIES[part].table, Console(file=text, width=80))
     words = text.getvalue().split()
@@ -179,7 +184,7 @@ def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatc
         competitor("right", lambda job: job.call()()),
     )
     monkeypatch.setattr(train, "COMPETITORS", COMPETITORS[:1] + added)
-    case = train.case("tiny", 4, 1, "outer layers", QUICK)
+    case = train.case("tiny", 4, 1, 64, "outer layers", QUICK)
     assert case.variants.keys() == {OURS, "right"}
     assert case.different["half"].startswith("its loss is 5.0e-01 away")
     assert case.different["detached"].startswith("its gradients are 5.0e-01 away")
@@ -199,7 +204,7 @@ def test_an_operation_that_computes_something_else_is_not_timed(monkeypatch: pyt
 @pytest.mark.parametrize("kind", ["outer layers", "LoRA on the outer layers"])
 def test_a_turn_leaves_no_trace(kind: str) -> None:
     """After every competitor's turn the plain model computes exactly what it did before."""
-    job = train.make_job("tiny", 4, 1, kind != "outer layers", CPU)
+    job = train.make_job("tiny", 4, 1, 64, kind != "outer layers", CPU)
     trained = [p for p in job.model.parameters() if p.requires_grad]
 
     def state() -> list[tuple[set[str], int, int]]:
@@ -225,8 +230,8 @@ def test_a_turn_leaves_no_trace(kind: str) -> None:
 
 def test_the_floor_is_every_product_of_a_step() -> None:
     """All linear maps and the head: what the plain step computes besides is attention."""
-    job = train.make_job("tiny", 4, 1, False, CPU)
-    products = train.step_floor(job, train.LENGTH)
+    job = train.make_job("tiny", 4, 1, 64, False, CPU)
+    products = train.step_floor(job)
     with FlopCounterMode(display=False) as counter:
         job.call()().backward()
     counts = counter.get_flop_counts()["Global"]
@@ -239,6 +244,22 @@ def test_liger_and_the_others_are_skipped_with_their_reason() -> None:
         assert reasons[name] is not None
         assert "not installed" in reasons[name] or "GPU" in reasons[name]
     assert reasons["torch.compile"] is None
+
+
+def test_torch_compile_has_its_budget_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._functorch import config
+    from torch._inductor import compile_fx
+
+    budgets = []
+    monkeypatch.setattr(
+        compile_fx, "compile_fx", lambda graph, _: (budgets.append(config.activation_memory_budget), graph)[1]
+    )
+    job = train.make_job("tiny", 4, 1, 8, False, CPU, torch.float32)
+    for c in COMPETITORS:
+        if c.name.startswith("torch.compile"):
+            with c.applied(job) as loss:
+                loss()
+    assert budgets == [1.0, 0.5]
 
 
 def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +299,7 @@ def test_an_install_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_lora_is_compared_with_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "COMPETITORS", [c for c in COMPETITORS if c.name in (OURS, "transformers, SDPA")])
-    case = train.case("tiny", 4, 1, train.JOBS[1], QUICK)
+    case = train.case("tiny", 4, 1, 64, train.JOBS[1], QUICK)
     assert case.variants.keys() == {OURS, "transformers, SDPA"}
     # q and o are 64 x 64, k and v 64 x 32, gate, up and down 64 x 160; in two layers, of rank 16.
     assert case.facts["trained_parameters"] == 2 * 16 * (2 * 128 + 2 * 96 + 3 * 224)
@@ -303,8 +324,8 @@ def test_what_python_costs_is_that_of_a_call_and_of_a_token() -> None:
 def test_the_cases_of_a_full_run() -> None:
     full = Setting(suite.FULL_MODELS["cpu"], CPU, full=True)
     assert len(train.cases(full)) == 4
-    assert len(ops.cases(full)) == 2 * 2 * 15
-    assert len({p.name for p in ops.cases(full)}) == 60
+    assert len(ops.cases(full)) == 2 * 2 * 17
+    assert len({p.name for p in ops.cases(full)}) == 68
     assert [p.name for p in install.cases(full)][-1] == "fresh install"
     assert len(sweep.cases(full)) == 5 + 4 + 1 and len(generate.cases(full)) == 4 + 1
 
@@ -335,7 +356,7 @@ def test_pytest_benchmark_modules() -> None:
     command = [sys.executable, "-m", "pytest", *options, *modules]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed, 13 deselected" in done.stdout
+    assert "4 passed, 15 deselected" in done.stdout
 
 
 def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,5 @@
+import csv
+import gzip
 import json
 import os
 import signal
@@ -21,11 +23,19 @@ PAIRS = [("Good morning.", "Habari za asubuhi."), ("Öl {5 €} 東京", "mafuta
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:
     columns = list(rows[0])
+    if path.suffix == ".gz":
+        plain = write(path.with_suffix(""), rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+        return path
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8", newline="")
     elif path.suffix == ".tsv":
         lines = ["\t".join(columns), *("\t".join(row.values()) for row in rows)]
         path.write_text("\n".join(lines), "utf-8", newline="")
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([columns, *(row.values() for row in rows)])
     elif path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
@@ -34,7 +44,9 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.tsv", "a.parquet", "a.JSONL", "folder"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.tsv", "a.csv", "a.parquet", "a.JSONL", "a.jsonl.gz", "a.tsv.gz", "a.csv.gz", "folder"]
+)
 def test_every_table_format_gives_the_same_pairs(tmp_path, name):
     rows = [{"id": str(i), "en": en, "sw": sw} for i, (en, sw) in enumerate(PAIRS)]
     path = write(tmp_path / name.lower(), rows).rename(tmp_path / name)
@@ -46,6 +58,38 @@ def test_every_table_format_gives_the_same_pairs(tmp_path, name):
         for text, (en, _) in zip(expected, PAIRS, strict=True)
     ]
     assert [d.text for d in read_documents(Source(path, field="sw"))] == [sw for _, sw in PAIRS]
+
+
+def test_a_csv_cell_holds_what_quotes_protect(tmp_path):
+    texts = ['a, "b"', "two\nlines", "x" * 200_000, "  blanks  "]
+    path = write(tmp_path / "a.csv", [{"en": "x", "sw": text} for text in texts])
+    assert [d.text for d in read_documents(Source(path, field="sw"))] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("a.csv", b"en,sw\nx,y\nx\n", "line 3 has 1 column"),
+        ("a.csv", b'en,sw\nx,"y\n', "line 2 is not CSV"),
+        ("a.csv", b"en,sw\nx,\xff\n", "is not UTF-8 near line"),
+        ("a.csv", b"en,fr\nx,y\n", "whose first line names the columns, has no field 'sw'"),
+        ("a.csv", b"", "holds no document"),
+        ("a.jsonl.gz", b'{"sw": "x"}', "is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"sw": "x"}' * 99)[:-9], "is not a whole gzip file"),
+        ("a.gz", gzip.compress(b"x"), "has the unknown suffix ''"),
+        ("a.parquet.gz", gzip.compress(b"x"), "is compressed twice"),
+    ],
+)
+def test_csv_and_gzip_that_cannot_be_read(tmp_path, name, raw, message):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(CogsymError, match=message):
+        read_documents(Source(tmp_path / name, field="sw"))
+
+
+def test_a_cut_gzip_file_has_no_digest(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"moja")[:-3])
+    with pytest.raises(CogsymError, match="is not a whole gzip file"):
+        content_digest(Source(tmp_path / "a.txt.gz"))
 
 
 @given(lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r")), max_size=8))

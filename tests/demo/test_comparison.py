@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import math
 import random
@@ -52,18 +53,20 @@ def test_demo_prints_its_numbers(demo: tuple[Path, dict[str, Any], str]) -> None
 
 
 def test_demo_trains_what_it_says(demo: tuple[Path, dict[str, Any], str]) -> None:
-    """CogSym changes the outer quarter of the layers, full fine-tuning everything."""
+    """CogSym changes the outer quarter of the layers, with the embeddings or without; full fine-tuning everything."""
     out, report, _ = demo
     with comparison.base_folder() as folder:
         base = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     num_layers = AutoModelForCausalLM.from_pretrained(out / "full" / "model").config.num_hidden_layers
     outer = {f"model.layers.{i}." for i in (0, 1, num_layers - 2, num_layers - 1)}
     changed = {}
-    for name in ("cogsym", "full"):
+    for name in ("cogsym", "cogsym-embeddings", "full"):
         adapted = AutoModelForCausalLM.from_pretrained(out / name / "model", dtype=base["model.norm.weight"].dtype)
         changed[name] = {key for key, value in adapted.state_dict().items() if not value.equal(base[key])}
     assert changed["cogsym"]
     assert all(any(key.startswith(prefix) for prefix in outer) for key in changed["cogsym"])
+    words = {"model.embed_tokens.weight", "lm_head.weight"} & base.keys()
+    assert words and changed["cogsym-embeddings"] == changed["cogsym"] | words
     assert any(key.startswith("model.layers.7.") for key in changed["full"])
     assert report["training"]["full"]["trained_parameters"] == report["parameters"]
 
@@ -97,6 +100,28 @@ def test_demo_replaces_one_that_was_stopped(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["demo.json"]
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "The demo was stopped; `cogsym demo` starts anew and replaces what "),
+        (RunStopped("Stopped at step 3 of 5, and saved; --resume goes on.", 143), 143, "The demo was stopped; `cogsym"),
+        (RunStopped("metrics.jsonl was not written (No space); run again with --resume."), 1,
+         "metrics.jsonl was not written (No space); `cogsym demo` starts anew"),
+    ],
+)  # fmt: skip
+def test_what_stops_the_demo_says_what_it_can_do(
+    error: BaseException, status: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(comparison, "train", stopped)
+    with pytest.raises(RunStopped) as stop:
+        comparison.run_demo(tmp_path, steps=1, count=4, console=Console(file=io.StringIO()))
+    assert str(stop.value).startswith(message) and "--resume" not in str(stop.value)
+    assert stop.value.exit_status == status
+
+
 def test_training_and_test_share_no_meaning() -> None:
     seed = random.randrange(10**6)
     print("seed", seed)
@@ -104,6 +129,20 @@ def test_training_and_test_share_no_meaning() -> None:
         items = tasks.held_out(AutoTokenizer.from_pretrained(folder), 100, seed)
     seen = {side for document in tasks.training_documents(4000, seed) for side in document.text.split(" = ")}
     assert not seen & {*items.references, *items.sources}
+
+
+def test_the_demo_speaks_of_bare_meanings_and_knows_how_probable_they_are() -> None:
+    drawn = list(itertools.islice(tasks.meanings("train", 1), 5000))
+    assert not [m for m in drawn if m.place or m.subject.adjective or (m.object and m.object.adjective)]
+    # The probabilities of all that can be drawn add up to 1: the mean of 1 / p over draws is their number.
+    bare = [m for m in drawn if m.object is None]
+    expected = sum(
+        len(semantics.NOUNS[kind]) * 2 * 3
+        for verb in semantics.VERBS.values()
+        if not verb.objects
+        for kind in verb.subjects
+    )
+    assert sum(2 ** tasks.surprisal(m) for m in bare) / len(drawn) == pytest.approx(expected, rel=0.1)
 
 
 def test_questions_have_the_right_option_first() -> None:
@@ -116,7 +155,7 @@ def test_questions_have_the_right_option_first() -> None:
 
 def test_documents_say_the_same_on_both_sides() -> None:
     meanings = {}
-    stream = semantics.meanings("train", 5)
+    stream = tasks.meanings("train", 5)
     for _ in range(3000):
         meaning = next(stream)
         meanings[language.base_sentence(meaning)] = language.invented_sentence(meaning, language.TAVOSI)

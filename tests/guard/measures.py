@@ -184,8 +184,8 @@ def triton_resources() -> Counts:
     aot = _aot()
     found: Counts = {}
     for case in aot.CASES:
-        for i, launch in enumerate(aot.launches(case, torch.bfloat16)):
-            for target in CHIPS:
+        for target in CHIPS:
+            for i, launch in enumerate(aot.launches(case, torch.bfloat16, target)):
                 r = aot.resources(aot.compile_for(aot.TARGETS[target], launch))
                 name = f"{case[0]} {case[1]}, launch {i}, {launch.kernel.__name__}, {target}"
                 found |= {f"{name}: {what}": value for what, value in vars(r).items()}

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from cogsym.kernels import activation, decode_attention, linear_cross_entropy, rms_norm, rotary
+from cogsym.kernels import activation, attention, decode_attention, linear_cross_entropy, rms_norm, rotary
 from cogsym.ops import Operation, operations
 from cogsym.ops.activation import ACTIVATIONS
 from cogsym.ops.logit_blocks import OnlineState
@@ -210,6 +210,19 @@ def _decode_attention(heads: tuple[int, int], D: int, dtype: torch.dtype) -> Non
             decode_attention.decode_attention(q, store[:, 0], store[:, 1], ranges, ranges, given, D**-0.5, soft_cap)
 
 
+def _attention(heads: tuple[int, int], D: int, dtype: torch.dtype) -> None:
+    """Packed documents; a window, a soft cap and sinks: on slices of a fused projection, both ways."""
+    B, T, (H, KV) = 2, 4096, heads
+    q, k, v = _empty(B, T, H + 2 * KV, D, dtype=dtype).split((H, KV, KV), 2)
+    out, starts, sinks = _empty(B, T, H, D, dtype=dtype), _empty(B, T, dtype=torch.int32), _empty(H, dtype=dtype)
+    if dtype.itemsize > 2 and D > 64:
+        return  # refused
+    kinds = {64: ((starts, None, None, None), (None, sinks, 512, 50.0)), 256: ((None, sinks, 512, 50.0),)}
+    for given, sink, window, soft_cap in kinds.get(D, ((starts, None, None, None),)):
+        o, lse = attention.attention(q, k, v, given, sink, D**-0.5, window, soft_cap)
+        attention.attention_backward(out, q, k, v, o, lse, given, D**-0.5, window, soft_cap, True, True, True)
+
+
 def _declared(operation: Operation, width: int, dtype: torch.dtype) -> None:
     """An operation's example, both ways."""
     heads = width // 128
@@ -230,6 +243,9 @@ CASES: dict[tuple[str, int], Callable[[int, torch.dtype], None]] = {
     **{("rotary", D): _rotary for D in (64, 128)},
     ("gated_activation", 14336): _gated_activation,
     ("activation", 14336): _activation,
+    ("attention", 64): partial(_attention, (9, 3)),
+    ("attention", 128): partial(_attention, (32, 8)),
+    ("attention", 256): partial(_attention, (8, 4)),
     ("decode_attention", 64): partial(_decode_attention, (9, 3)),
     ("decode_attention", 128): partial(_decode_attention, (32, 8)),
     **{("linear_cross_entropy", D): _linear_cross_entropy for D in (576, 4096)},
@@ -241,9 +257,10 @@ for _operation in operations().values():
         CASES |= {(_operation.name, width): partial(_declared, _operation) for width in (1024, 4096, 16384)}
 
 
-def launches(case: tuple[str, int], dtype: torch.dtype) -> list[Launch]:
-    """Every kernel launch of one of `CASES`."""
-    with recorded() as found:
+def launches(case: tuple[str, int], dtype: torch.dtype, target: str = "sm_90") -> list[Launch]:
+    """Every kernel launch of one of `CASES`, as on a chip of `TARGETS`."""
+    hip = "7.0" if TARGETS[target].backend == "hip" else None
+    with recorded() as found, mock.patch.object(torch.version, "hip", hip):
         CASES[case](case[1], dtype)
     return found
 
@@ -254,9 +271,10 @@ def main() -> None:
     print(f"{'':77}" + f"{'reg spl shared':>20}" * len(TARGETS))
     for case in CASES:
         for dtype in DTYPES:
-            for found in launches(case, dtype):
+            for at in zip(*(launches(case, dtype, name) for name in TARGETS), strict=True):
+                found = at[0]
                 kernel = f"{case[0]}: {found.kernel.__module__.split('.')[-1]}.{found.kernel.__name__}"
-                cells = [resources(compile_for(target, found)) for target in TARGETS.values()]
+                cells = [resources(compile_for(t, each)) for t, each in zip(TARGETS.values(), at, strict=True)]
                 row = "".join(f"{r.registers:10d}{r.spilled:4d}{r.shared:6d}" for r in cells)
                 print(f"{kernel:56}{case[1]:>7}  {TYPE_NAMES[dtype]:6}{found.kwargs['num_warps']:>6}{row}", flush=True)
 

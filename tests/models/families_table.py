@@ -7,6 +7,7 @@ measures it here and writes docs/families.md anew.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +49,7 @@ In Gemma 3n and 4 a sweep skips a layer whose keys and values later ones take on
 
 
 class Paths(NamedTuple):
-    """What `explain` says of a model, the same on every machine."""
+    """What `explain` says of a model, but for the backends, and so the same on every machine."""
 
     model: str
     attention: str
@@ -63,11 +64,17 @@ def paths(variant: str) -> Paths:
     told = cogsym.explain(model)
     halves = ([layer.attention for layer in told.layers], [layer.mlp for layer in told.layers])
     attention, mlp = ("fast" if OWN not in half else OWN if set(half) == {OWN} else "some" for half in halves)
-    reasons = dict.fromkeys(layer.reason.replace("; checkpointed", "") for layer in told.layers if layer.reason)
+    reasons = dict.fromkeys(filter(None, (_of_the_model(layer.reason) for layer in told.layers)))
     head = (
         "fast" if told.head.startswith("loss without logits") else told.head.replace("logits by its own forward", OWN)
     )
     return Paths(type(model).__name__.removesuffix("ForCausalLM"), attention, mlp, head, " / ".join(reasons))
+
+
+def _of_the_model(reason: str) -> str:
+    """The parts of a reason that are no backend's, such as "rotary on reference: ..."."""
+    parts = reason.replace("; checkpointed", "").split("; ")
+    return "; ".join(part for part in parts if not re.match(r"\w+ on \w+: ", part))
 
 
 def variants() -> dict[Paths, list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from served import ATTENTION, SLOWER_ATTENTION
 from tiny_models import EVERY, FURTHER, PARTLY_OWN, VARIANTS, batch, exact_float64, tiny_model
 
 import cogsym
@@ -183,8 +184,8 @@ def test_an_unknown_activation_runs_the_mlp_s_own_forward_beside_our_attention()
         want = run(model, inputs)
         cogsym.prepare(model, cogsym.LayerPlan.outer(4, front=1, back=1))
         report = cogsym.explain(model).layers[1]
-        assert report.attention in ("cpp", "reference") and report.mlp == "own forward"
-        assert report.reason == "the activation Tanh has no kernel; checkpointed"
+        assert report.attention == ATTENTION and report.mlp == "own forward"
+        assert report.reason == "; ".join([*SLOWER_ATTENTION, "the activation Tanh has no kernel; checkpointed"])
         got = run(model, inputs)
     assert max(largest_errors(got, (want[0], {n: want[1][n] for n in got[1]})).values()) < 1e-12
 

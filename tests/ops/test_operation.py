@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,6 +50,19 @@ def test_an_example_is_what_it_says(best_backend: str, name: str) -> None:
     with Calls():  # a mode, for which the registered form is used
         registered = run(example)
     assert all(torch.equal(a, b) for a, b in zip(ours, registered, strict=True))
+
+
+@pytest.mark.parametrize("backend_name", ["reference", "best"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_autocast_changes_nothing_inside(name: str, backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed in float32 within an operation on bfloat16 is no affair of autocast's, forward or backward."""
+    monkeypatch.setenv("COGSYM_BACKEND", "reference" if backend_name == "reference" else "")
+    torch.manual_seed(0)
+    example = example_of(EXAMPLES[name], torch.bfloat16)
+    want = run(example)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(example)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 # ---------------------------------------------------------------- the way past the registered form
@@ -230,24 +244,27 @@ def attention_arguments(dtype: torch.dtype, device: str, name: str) -> Iterator[
     for starts, window, soft_cap, head_dim in itertools.product(given, (None, 2), (None, 5.0), (8, 7)):
         q, options = fake(head_dim, dtype, device), (1.0, window, soft_cap)
         facts = {"window": window, "soft_cap": soft_cap, "head_dim": head_dim}
-        facts["sequences"] = "whole" if starts is None else "overlapping"
+        facts["sequences"] = "whole" if starts is None else "by starts"
         forward = (q, q, q, starts, None, *options)
         yield (forward if name == "attention" else (*[q] * 6, starts, *options, True, True, True)), facts
 
 
 def test_routes_that_were_told_wrong_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU attention of float32 or with a soft cap makes all logits; it used to be called Triton's."""
+    """What the library's flash attention does not take goes to ours, and to all logits what neither takes."""
     monkeypatch.delenv("COGSYM_BACKEND", raising=False)
     cuda, half, single = torch.device("cuda"), torch.bfloat16, torch.float32
     assert route("attention", cuda, half) == ("flash", "")
-    assert route("attention", cuda, single) == ("reference", "PyTorch's flash attention takes bfloat16 and float16")
+    assert route("attention", cuda, single).reason == "PyTorch's flash attention takes bfloat16 and float16"
     assert route("attention", cuda, half, soft_cap=30.0).reason == "PyTorch's flash attention has no soft cap"
-    assert route("attention", cuda, half, sequences="overlapping").backend == "reference"
     assert route("attention", cuda, half, head_dim=320).backend == "reference"
-    assert route("attention", cuda, half, window=128, head_dim=64, sequences="end to end").backend == "flash"
+    assert route("attention", cuda, single, head_dim=128).backend == "reference"
+    assert route("attention", cuda, half, window=128, head_dim=64).backend == "flash"
     assert route("linear_cross_entropy", torch.device("mps"), half).backend == "reference"
     if backend.unavailable("triton"):
         return
+    assert route("attention", cuda, single, head_dim=64).backend == "triton"
+    assert route("attention", cuda, half, soft_cap=30.0).backend == "triton"
+    assert route("attention", cuda, half, sequences="by starts").backend == "triton"
     assert route("linear_cross_entropy", cuda, half) == ("triton", "")
     assert route("token_scores", cuda, half, soft_cap=30.0) == ("triton", "")
 
@@ -275,6 +292,14 @@ def test_without_the_extension_the_reason_is_why(monkeypatch: pytest.MonkeyPatch
     assert route("attention", cpu, torch.float32) == ("flash", "cogsym._C does not import: no compiler")
 
 
+def test_the_extension_of_other_sources_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As an editable install of another clone offers it."""
+    other = ModuleType("cogsym._C")
+    other.__file__ = str(tmp_path / "_C.so")
+    monkeypatch.setitem(sys.modules, "cogsym._C", other)
+    assert f"cogsym._C lies in {tmp_path}, expected " in (backend._missing.__wrapped__("cogsym._C") or "")
+
+
 def test_a_forced_backend_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COGSYM_BACKEND", "reference")
     assert route("rotary", torch.device("cpu"), torch.float32) == ("reference", "COGSYM_BACKEND is reference")
@@ -297,7 +322,7 @@ def test_info_says_what_the_routes_say(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows.keys() >= {name for name, operation in operations().items() if operation.part_of is None}
     served = rows["attention"].partition("; ")[2]
     assert served == (
-        "flash in bfloat16 and float16, reference in float32 (PyTorch's flash attention takes bfloat16 and float16) "
+        "flash in bfloat16 and float16, triton in float32 (PyTorch's flash attention takes bfloat16 and float16) "
         "on cuda"
     )
 

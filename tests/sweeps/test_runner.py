@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from children import in_child
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -70,6 +71,9 @@ def test_the_plan(sweep: Callable[..., Any], tasks: Any, tmp_path: Path) -> None
     sweep([{}], tasks[:1], dry_run=True)
     said = sweep.said  # type: ignore[attr-defined]
     assert said.startswith("1 configuration\n") and "7 documents in 1 piece, at most 1 live state, " in said
+    assert "Warning: the task text has 7 documents; intervals from fewer than 10 mean little.\n" in said
+    sweep([{}], [{**tasks[0], "limit": 10}], dry_run=True)
+    assert "Warning" not in sweep.said  # type: ignore[attr-defined]
     sweep("input", tasks, dry_run=True, settings=SMALL)
     assert "18 documents in 18 pieces" in sweep.said  # type: ignore[attr-defined]
 
@@ -188,6 +192,17 @@ def test_a_model_that_is_prepared(sweep: Callable[..., Any], tasks: Any, model_f
     sweep("input", tasks, model=model, tokenizer=tokenizer)
     sweep("input", tasks, out=tmp_path / "plain")
     assert_same_rows(tmp_path / "out", tmp_path / "plain")
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_a_model_that_is_offloaded(
+    sweep: Callable[..., Any], tasks: Any, model_folder: Path, tmp_path: Path, offload: Callable[..., Any]
+) -> None:
+    model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+    offload(model, *([tmp_path / "weights"] if offload is disk_offload else []), execution_device=torch.device("cpu"))
+    with pytest.raises(CogsymError, match=r"Weights of the LlamaForCausalLM are not in memory.* a layer at a time"):
+        sweep("input", tasks, model, tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
 
 
 def test_calls_that_cannot_be(sweep: Callable[..., Any], tasks: Any, model_folder: Path) -> None:

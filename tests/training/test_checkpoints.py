@@ -110,8 +110,9 @@ def test_a_run_that_was_at_its_end_trains_no_step_more(
     _model_folder: Path, _text_file: Path, out: Path, whole: Path
 ) -> None:
     """It was killed after its last checkpoint and before its model was written; Trainer alone takes a step 7 of 6."""
-    result, _ = run(_model_folder, _text_file, out, resume=True)
+    result, said = run(_model_folder, _text_file, out, resume=True)
     assert result.steps == 6
+    assert "The run is finished, at step 6 of 6; nothing is left to train." in said
     assert_same(out, whole)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from served import ATTENTION, SLOWER_ATTENTION
 from tiny_models import batch, exact_float64, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -159,8 +160,8 @@ def test_a_mixture_of_experts_runs_its_own_forward_again_beside_our_attention() 
         cogsym.prepare(model, plan, keep=keep)
         results.append(step(model, batch("plain")))
     middle = cogsym.explain(model).layers[1]
-    assert middle.attention in ("cpp", "reference") and middle.mlp == "own forward"
-    assert middle.reason == "its experts are chosen token by token; checkpointed"
+    assert middle.attention == ATTENTION and middle.mlp == "own forward"
+    assert middle.reason == "; ".join([*SLOWER_ATTENTION, "its experts are chosen token by token; checkpointed"])
     assert_equal(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
@@ -168,7 +169,7 @@ def test_bad_choices_are_refused_in_one_sentence() -> None:
     model = tiny_model("llama")
     for options, words in (
         ({"keep": "everything"}, "keep is 'everything', expected one of auto, all,"),
-        ({"keep": "all", "memory_budget": 10}, "memory_budget is 10 with keep='all'"),
+        ({"keep": "all", "memory_budget": 10}, "memory_budget is 10 where keep is 'all'"),
         ({"memory_budget": -1}, "expected a positive number of bytes"),
     ):
         with pytest.raises(cogsym.CogsymError, match=words):

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from served import TOLD
 from tiny_models import batch, exact_float64, tiny_model
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -148,12 +149,12 @@ def test_frozen_layers_run_by_hand_or_explain_says_why_not(kind: str, results: A
     alone = kind == "layers sharded"  # in float64 the logarithms of sums are float64 too: 6 heads of 8 bytes
     # Four forwards each; a run of four that keeps nothing computes three inputs again, and the first of each segment.
     assert forwards == (4, 4, 4 if alone else 8)
-    assert "layers 1-4: frozen, cpp, keeps all: 2,736 bytes a token, 0% repeated" in told[0]
-    assert "layers 1-4: frozen, cpp, keeps input: 288 bytes a token" in told[1]
+    assert f"layers 1-4: frozen, {TOLD}, keeps all: 2,736 bytes a token, 0% repeated" in told[0]
+    assert f"layers 1-4: frozen, {TOLD}, keeps input: 288 bytes a token" in told[1]
     if alone:
-        assert "layers 1-4: frozen, cpp, keeps input (not nothing: it is sharded by itself): 288 bytes" in told[2]
+        assert f"layers 1-4: frozen, {TOLD}, keeps input (not nothing: it is sharded by itself): 288 bytes" in told[2]
     else:
-        assert "layers 2-4: frozen, cpp, keeps nothing: 0 bytes a token" in told[2]
+        assert f"layers 2-4: frozen, {TOLD}, keeps nothing: 0 bytes a token" in told[2]
 
 
 if __name__ == "__main__":

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
+import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 import cogsym
-from cogsym import CogsymError, LayerPlan, RunStopped, TrainSettings
-from cogsym.data import Document, Source
+from cogsym import CogsymError, LayerPlan, RunStopped, TrainSettings, heartbeat
+from cogsym.data import Document, Source, held_out, pack, read_documents, separator_id, tokenize
+from cogsym.models.attachment import RECORD
+from cogsym.models.loading import load_tokenizer
+from cogsym.training.evaluate import bits_per_byte
+from cogsym.training.finetune import dry_run
+from cogsym.training.notices import risen
 from cogsym.training.run_folder import RunFolder
 from cogsym.training.trainer import OuterTrainer
 
@@ -55,6 +65,22 @@ def test_it_learns_and_writes_what_it_promises(whole: cogsym.TrainResult) -> Non
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert lines == whole.history
     assert [p.name for p in RunFolder(out).complete_checkpoints()] == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_the_model_is_on_its_device_before_weights_are_laid_beside_each_other(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[tuple[Any, bool]] = []
+    to = PreTrainedModel.to
+
+    def recorded(model: Any, *args: Any, **kwargs: Any) -> Any:
+        moves.append((args, hasattr(model, RECORD)))
+        return to(model, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "to", recorded)
+    run(model_folder, text_file, tmp_path / "out", steps=1)
+    expected = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert moves[0] == ((expected,), False)
 
 
 def test_plain_transformers_loads_the_result_and_only_the_outer_layers_moved(
@@ -117,6 +143,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(model_folder: Path, text_fil
     )
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_ctrl_c_saves_and_says_how_to_go_on(
     model_folder: Path,
     text_file: Path,
@@ -230,6 +257,11 @@ def test_a_run_that_is_there_is_not_overwritten(model_folder: Path, text_file: P
         CogsymError, match=r"was started with steps 1 \(now 2\), seed 0 \(now 5\); resume it with the same"
     ):
         run(model_folder, text_file, tmp_path / "out", steps=2, seed=5, resume=True)
+    with pytest.raises(
+        CogsymError,
+        match=r"was started with steps 1 \(now 2\), .* ends at 0 there; .* to train longer, give .*out/model",
+    ):
+        run(model_folder, text_file, tmp_path / "out", steps=2, resume=True)
     text_file.write_text(text_file.read_text() + '{"sw": "jambo"}\n')
     with pytest.raises(CogsymError, match="was started with other data"):
         run(model_folder, text_file, tmp_path / "out", steps=1, resume=True)
@@ -237,9 +269,11 @@ def test_a_run_that_is_there_is_not_overwritten(model_folder: Path, text_file: P
         run(model_folder, text_file, tmp_path / "new", resume=True)
 
 
-def test_bf16_keeps_trained_weights_in_float32_and_saves_the_original_dtype(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_bf16_keeps_trained_weights_in_float32_and_saves_the_dtype_of_the_base(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: torch.dtype
 ) -> None:
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=base).save_pretrained(model_folder)
     seen = []
     step = OuterTrainer.check_gradients
 
@@ -250,9 +284,27 @@ def test_bf16_keeps_trained_weights_in_float32_and_saves_the_original_dtype(
     monkeypatch.setattr(OuterTrainer, "check_gradients", look)
     result = run(model_folder, text_file, tmp_path / "out", dtype="bf16")
     assert seen[0] == {True: torch.float32, False: torch.bfloat16}
-    assert {w.dtype for w in weights(result).values()} == {torch.bfloat16}
+    assert_of_the_base_s_dtype_and_size(result, model_folder, base)
     before, after = result.bits_per_byte("sw")
     assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_float32_saves_the_dtype_of_the_base(
+    model_folder: Path, text_file: Path, tmp_path: Path, lora_rank: int | None
+) -> None:
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(model_folder)
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "dtype": None}))  # as older versions wrote
+    result = run(model_folder, text_file, tmp_path / "out", steps=2, lora_rank=lora_rank)
+    assert_of_the_base_s_dtype_and_size(result, model_folder, torch.bfloat16)
+
+
+def assert_of_the_base_s_dtype_and_size(result: cogsym.TrainResult, base: Path, dtype: torch.dtype) -> None:
+    assert {w.dtype for w in (*weights(result).values(), *result.model.parameters())} == {dtype}
+    name = "model.safetensors"
+    assert abs((result.folder / name).stat().st_size - (base / name).stat().st_size) < 100
+    assert AutoModelForCausalLM.from_pretrained(result.folder, dtype="auto").dtype == dtype
 
 
 def test_full_fine_tuning_and_lora(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -270,6 +322,30 @@ def test_full_fine_tuning_and_lora(model_folder: Path, text_file: Path, tmp_path
             model_folder, [source], tmp_path / "no", plan=LayerPlan.outer(4, final_norm=True),
             settings=TrainSettings(**SETTINGS, lora_rank=2),
         )  # fmt: skip
+
+
+def test_trained_embeddings_are_recorded_saved_and_resumed(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """With the head that is tied to them; in bfloat16, where their optimizer and they themselves are float32."""
+    tiny_model("llama", vocab_size=300, tie_word_embeddings=True).save_pretrained(model_folder)
+    plan = LayerPlan.outer(4, embeddings=True, head=True)
+    settings = TrainSettings(**{**SETTINGS, "steps": 4, "save_every": 2, "dtype": "bf16"})
+
+    def trained(resume: bool) -> cogsym.TrainResult:
+        source = Source(text_file, field="sw")
+        return cogsym.train(model_folder, [source], tmp_path / "out", plan=plan, settings=settings, resume=resume)
+
+    whole = trained(resume=False)
+    record = json.loads((tmp_path / "out" / "settings.json").read_text("utf-8"))["plan"]
+    assert record["embeddings"] and record["head"] and record["trained"] == [0, 3]
+    want, base = weights(whole), load_file(model_folder / "model.safetensors")
+    moved = {name for name, w in want.items() if not torch.equal(w.bfloat16(), base[name].bfloat16())}
+    assert "model.embed_tokens.weight" in moved and not any(".layers.1." in name for name in moved)
+    tied = AutoModelForCausalLM.from_pretrained(whole.folder)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(whole.folder)
+    resumed = weights(trained(resume=True))
+    assert resumed.keys() == want.keys() and all(torch.equal(resumed[name], w) for name, w in want.items())
 
 
 def test_pairs_with_the_loss_on_the_target(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -301,12 +377,103 @@ def test_a_loaded_model_and_documents_at_hand(model_folder: Path, tmp_path: Path
         ({"lora_rank": -1}, "lora_rank is -1, expected a whole number above 0"),
         ({"dtype": "fp8"}, "dtype is 'fp8', expected auto, bf16 or fp32"),
         ({"keep": "half"}, "keep is 'half', expected one of auto, all,"),
-        ({"memory_budget": 0}, "memory_budget is 0 with keep='auto', expected a positive number of bytes"),
+        ({"memory_budget": 0}, "memory_budget is 0 where keep is 'auto', expected a positive number of bytes"),
+        ({"warmup": 2}, "warmup is 2, expected a share of the steps, from 0 to less than 1"),
+        ({"seed": -1}, "seed is -1, expected a whole number from 0"),
+        ({"hold_out": 1.0}, "hold_out is 1.0, expected a share of the text between 0 and 1"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CogsymError, match=message):
         TrainSettings(**changes)
+
+
+def test_a_part_of_the_text_is_held_out(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Always the same documents, none of which is learned; the evaluation is that of these documents alone."""
+    tokenizer, source = load_tokenizer(model_folder), Source(text_file, "sw", weight=1.5)
+    text = tokenize(source, tokenizer, "all", 0)
+    rest, held = held_out(text, 0.2)
+    assert set(rest.selection) | set(held.selection) == set(text.selection)
+    assert not set(rest.selection) & set(held.selection) and len(held.selection) == round(
+        0.2 * len(set(text.selection))
+    )
+    assert held_out(text, 0.2)[1].selection.tolist() == held.selection.tolist()
+    result = run(model_folder, text_file, tmp_path / "out", hold_out=0.2)
+    documents = [d for i, d in enumerate(read_documents(Source(text_file, "sw"))) if i in set(held.selection)]
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    separator = separator_id(tokenizer)
+    want = bits_per_byte(model, pack(tokenize(documents, tokenizer, "all", separator), 64, None), 2)
+    assert result.bits_per_byte("held-out")[0] == pytest.approx(want, rel=1e-5)
+    with pytest.raises(CogsymError, match=r"has 1 document, expected two or more to hold 0\.2 of them out"):
+        held_out(tokenize([Document("moja")], tokenizer, "all", 0), 0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": 512}, "length is 512 tokens, expected at most the model's context, "),
+        ({"eval_every": 2}, r"eval_every is 2 and there is no held-out text; give some \(--eval\)"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_or_the_text(
+    model_folder: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    settings, source = TrainSettings(**{**SETTINGS, **changes}), Source(text_file, field="sw")
+    with pytest.raises(CogsymError, match=message):
+        cogsym.train(model_folder, [source], tmp_path / "out", settings=settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_taken_and_may_not_be_meant_is_warned_of(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    def said(name: str, **changes: Any) -> str:
+        console = Console(file=StringIO(), width=999)
+        settings = TrainSettings(**(SETTINGS | {"steps": 4} | changes))
+        source = Source(text_file, field="sw")
+        cogsym.train(model_folder, [source], tmp_path / name, settings=settings, console=console)
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    assert "Warning" not in said("plain")
+    warned = said("little", memory_budget=1000)
+    assert "Warning: the memory budget (--memory) is 0.0 MiB and frozen layers hold" in warned
+    assert "the best of four were" in said("default", learning_rate=TrainSettings().learning_rate)
+
+
+def test_a_loss_that_has_risen_is_warned_of() -> None:
+    history = [{"loss": 3.1}, {"loss": 9.75}, {"eval_sw_bits_per_byte": 4.0}]
+    warned = risen(3.0, history, 1e9)
+    assert warned and warned.startswith("Warning: the loss rose from 3 to 9.75, so the model has learned nothing")
+    assert "lower learning rate (--learning-rate) than 1e+09." in warned
+    assert risen(9.5, history, 1e9) is None and risen(3.0, [], 1e9) is None
+
+
+def test_a_dry_run_says_what_a_run_costs(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    console = Console(file=StringIO(), width=999)
+    settings, source = TrainSettings(**(SETTINGS | {"hold_out": 0.1})), Source(text_file, field="sw")
+    dry_run(model_folder, [source], tmp_path / "out", settings=settings, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert not (tmp_path / "out").exists()
+    assert "tokens: 1,024 in 8 steps\n" in said
+    assert re.search(r"time: about \d+ s, [\d,]+ tokens/s; evaluation \d+ s of it\n", said)
+    assert re.search(r"memory: about \d\.\d\d GB at its peak\ndisk: 0\.00 GB, of it 0\.00 GB for the model\n", said)
+
+
+def test_a_line_a_minute_where_no_terminal_shows_a_bar(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One when it begins, after the first step and at the end; others as time goes by, not as steps do."""
+    monkeypatch.setattr(heartbeat, "SECONDS", 0.3)
+    step = OuterTrainer.check_gradients
+    monkeypatch.setattr(OuterTrainer, "check_gradients", lambda self: (time.sleep(0.5), step(self)))
+    console = Console(file=StringIO(), width=999)
+    settings, source = TrainSettings(**(SETTINGS | {"steps": 3})), Source(text_file, field="sw")
+    cogsym.train(model_folder, [source], tmp_path / "out", settings=settings, console=console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    begun = lines.index("training begins: 3 steps, a line a minute")
+    rest = lines[begun + 1 :]
+    assert rest[0] == "step 0/3, the first is being computed"
+    line = r"step [123]/3, loss \d\.\d+, [\d,]+ tokens/s, \d:\d\d elapsed"
+    assert all(re.fullmatch(rf"{line}(, \d:\d\d left)?", text) for text in rest if not text.startswith("step 0/3"))
+    assert sum(text.startswith("step 1/3") for text in rest) >= 2 and "step 3/3" in rest[-1]
 
 
 def test_what_frozen_layers_keep_changes_no_weight_and_may_change_on_resuming(

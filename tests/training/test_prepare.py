@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
+from served import ATTENTION, MLP, PATH, SLOWER, SLOWER_ATTENTION, SLOWER_MLP
 from tiny_models import batch, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import cogsym
 from cogsym import CogsymError, LayerPlan, ops
-from cogsym.ops import backend
 
 
 def loss_of(model: Any) -> torch.Tensor:
@@ -73,11 +73,10 @@ def test_explain_says_what_runs_where() -> None:
     handle = model.model.layers[2].mlp.register_forward_hook(lambda *_: None)
     report = cogsym.explain(model)
     assert [layer.trained for layer in report.layers] == ["trained", "frozen", "frozen", "trained"]
-    assert report.layers[2].mlp == "own forward" and report.layers[2].attention in ("cpp", "reference")
-    assert report.layers[2].reason == "a hook on LlamaMLP must fire; checkpointed"
-    fast = report.layers[2].attention
-    told = f"layer 2: frozen, attention {fast}, MLP own forward (a hook on LlamaMLP must fire; checkpointed)"
-    assert told in str(report)
+    assert report.layers[2].mlp == "own forward" and report.layers[2].attention == ATTENTION
+    reasons = "; ".join([*SLOWER_ATTENTION, "a hook on LlamaMLP must fire; checkpointed"])
+    assert report.layers[2].reason == reasons
+    assert f"layer 2: frozen, attention {ATTENTION}, MLP own forward ({reasons})" in str(report)
     also = model.model.layers[2].self_attn.register_forward_hook(lambda *_: None)
     report = cogsym.explain(model)
     assert report.layers[2].path == "own forward"
@@ -85,7 +84,7 @@ def test_explain_says_what_runs_where() -> None:
     assert f"layer 2: frozen, own forward ({reasons})" in str(report)
     handle.remove()
     also.remove()
-    assert cogsym.explain(model).layers[2].path in ("cpp", "reference")
+    assert cogsym.explain(model).layers[2].path == PATH
 
 
 def test_a_hook_on_a_module_that_the_fast_path_leaves_out_still_fires(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,33 +233,35 @@ def test_inside_a_plain_trainer_only_the_outer_layers_move(tmp_path: Path) -> No
 def test_attention_that_must_be_the_model_s_own_is_told(changes: dict[str, Any], reason: str) -> None:
     model = tiny_model("llama", **changes)
     layers = cogsym.explain(cogsym.prepare(model, LayerPlan.outer(4), keep="input")).layers
-    assert (layers[0].path, layers[0].reason) == ("cpp", f"but the model's own attention: {reason}")
+    reasons = [f"but the model's own attention: {reason}", *SLOWER]
+    assert (layers[0].path, layers[0].reason) == (PATH, "; ".join(reasons))
     whole = reason == "attention dropout is on"  # to draw the same again, the whole layer is checkpointed
-    assert (layers[1].attention, layers[1].mlp) == ("own forward", "own forward" if whole else "cpp")
-    assert layers[1].reason == f"{reason}; checkpointed"
+    assert (layers[1].attention, layers[1].mlp) == ("own forward", "own forward" if whole else MLP)
+    checkpointed = f"{reason}; checkpointed" if whole else "; ".join([*SLOWER_MLP, f"{reason}; checkpointed"])
+    assert layers[1].reason == checkpointed
     layers = cogsym.explain(cogsym.prepare(model, LayerPlan.outer(4), keep="all")).layers
-    assert layers[1].reason == (reason if whole else f"{reason}; checkpointed")
+    assert layers[1].reason == (reason if whole else checkpointed)
 
 
 def test_explain_names_what_computes_and_why_nothing_faster_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model = cogsym.prepare(tiny_model("llama"), LayerPlan.outer(4))
-    fast = "reference" if backend.unavailable("cpp") else "cpp"
     report = cogsym.explain(model)
-    assert report.layers[1].path == fast and report.head == f"loss without logits, {fast}"
+    assert report.layers[1].path == PATH and report.layers[1].reason == "; ".join(SLOWER)
+    loss, why = ops.route("linear_cross_entropy", torch.device("cpu"), torch.float32)
+    assert report.head == f"loss without logits, {loss}{f' ({why})' if why else ''}"
     monkeypatch.setenv("COGSYM_BACKEND", "reference")
     report = cogsym.explain(model)
     assert report.layers[1].path == "reference"
-    if fast == "cpp":
-        assert "attention on reference: COGSYM_BACKEND is reference" in report.layers[1].reason
-        assert report.head == "loss without logits, reference (COGSYM_BACKEND is reference)"
+    assert "attention on reference: COGSYM_BACKEND is reference" in report.layers[1].reason
+    assert report.head == "loss without logits, reference (COGSYM_BACKEND is reference)"
 
 
 @pytest.mark.parametrize(
     ("dtype", "cap", "backend_of_attention", "reason"),
     [
         (torch.bfloat16, None, "flash", ""),
-        (torch.float32, None, "reference", "flash"),
-        (torch.bfloat16, 30.0, "reference", "flash"),
+        (torch.float32, None, "triton", "flash"),
+        (torch.bfloat16, 30.0, "triton", "flash"),
     ],
 )
 def test_explain_on_a_gpu_does_not_claim_a_kernel_that_is_not_taken(
@@ -277,7 +278,7 @@ def test_explain_on_a_gpu_does_not_claim_a_kernel_that_is_not_taken(
     )
     report = cogsym.explain(model).layers[0]
     assert report.attention == backend_of_attention
-    assert reason in report.reason and bool(reason) == ("attention on reference" in report.reason)
+    assert reason in report.reason and bool(reason) == ("attention on triton" in report.reason)
 
 
 def test_explain_says_how_the_head_runs() -> None:
@@ -303,6 +304,26 @@ def test_trainable_tokens_stay_trained() -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 5]})
     model = cogsym.prepare(get_peft_model(tiny_model("llama"), config), LayerPlan.outer(4, front=1, back=1))
     assert any("trainable_tokens_delta" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_adapters_that_are_switched_between_two_calls() -> None:
+    """The second call trains those that are active then, and `restore` leaves them so."""
+
+    def needed() -> set[tuple[str, str]]:
+        trained = [n.split(".") for n, p in model.named_parameters() if p.requires_grad]
+        return {(n[n.index("layers") + 1], n[-2]) for n in trained}
+
+    model, plan = get_peft_model(tiny_model("llama"), LoraConfig(r=2)), LayerPlan.outer(4, front=1, back=1)
+    model.add_adapter("other", LoraConfig(r=2))
+    cogsym.prepare(model, plan)
+    assert needed() == {("0", "default"), ("3", "default")}
+    model.set_adapter("other")
+    cogsym.prepare(model, plan)
+    assert needed() == {("0", "other"), ("3", "other")}
+    loss_of(model).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    cogsym.restore(model)
+    assert needed() == {(str(i), "other") for i in range(4)}
 
 
 @pytest.mark.parametrize("tuner", [LNTuningConfig(target_modules=["input_layernorm"]), IA3Config(

@@ -167,6 +167,22 @@ def test_a_folder_that_vanishes(
     assert not out.exists()
 
 
+def test_checkpoints_whose_folder_cannot_be_made(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder became read-only behind the first file that was written there."""
+    mkdir = os.mkdir
+
+    def refused(path: Any, *args: Any, **more: Any) -> None:
+        if Path(path).name == "checkpoints":
+            raise PermissionError(13, "Permission denied")
+        mkdir(path, *args, **more)
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(CogsymError, match=r"The folder .*out cannot be written \(Permission denied\)"):
+        run(model_folder, text_file, tmp_path / "out")
+
+
 def test_metrics_that_cannot_be_written(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,8 @@ from cogsym.sweeps.engine.unembedding import SweepHead
 from cogsym.sweeps.engine.weights import LayerSource
 from cogsym.sweeps.layers.trie import Trie
 
+_LEAST_CALLS, _WHILE = 3, 0.3  # so many calls, and seconds, are timed
+
 
 class DurationEstimate:
     """About how long passes take here, from a block and the head run on random states."""
@@ -51,7 +53,7 @@ class DurationEstimate:
         if rounded not in self._known:
             x = self._states(rounded)
             angles = x.new_zeros(1, rounded, _head_dim(self._block) // 2)
-            self._known[rounded] = _fastest(lambda: _run(self._block, x, angles)) / rounded
+            self._known[rounded] = _mean_seconds(lambda: _run(self._block, x, angles)) / rounded
         return self._known[rounded]
 
     def _head_seconds(self) -> float:
@@ -59,7 +61,7 @@ class DurationEstimate:
         if -1 not in self._known:
             x = self._states(256)
             targets = torch.zeros(256, dtype=torch.int64, device=x.device)
-            self._known[-1] = _fastest(lambda: self._head.scores(x, targets)) / 256
+            self._known[-1] = _mean_seconds(lambda: self._head.scores(x, targets)) / 256
         return self._known[-1]
 
     def _states(self, tokens: int) -> torch.Tensor:
@@ -79,16 +81,17 @@ def _head_dim(block: Block) -> int:
     return block.attention.head_dim
 
 
-def _fastest(work: Callable[[], object]) -> float:
+def _mean_seconds(work: Callable[[], object]) -> float:
+    """Of a call, after a first. The mean of a while, not the fastest: what else the machine does takes its time too."""
     with torch.inference_mode():
-        times = []
-        for _ in range(4):
-            began = time.perf_counter()
+        work()
+        began, calls = time.perf_counter(), 0
+        while calls < _LEAST_CALLS or time.perf_counter() - began < _WHILE:
             work()
+            calls += 1
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-    return min(times[1:])
+        return (time.perf_counter() - began) / calls
 
 
 def _shared(scores: Sequence[Score]) -> int:

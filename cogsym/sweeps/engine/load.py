@@ -81,6 +81,8 @@ def load_layers(
         )
     if any(hasattr(each, RECORD) for each in (model, base)):
         raise CogsymError("The model is prepared for training; call cogsym.restore(model) before a sweep.")
+    for each in (model, base):
+        _check_in_memory(each)
     if adapted:
         if needs_base and base is None:
             base = copy.deepcopy(model).unload()
@@ -100,6 +102,19 @@ def _widen(layers: LayerSource, dtype: torch.dtype | None, widened: bool | None,
         layers.widen()
     if sentence := products_sentence(layers.model, layers.device):
         say(sentence)
+
+
+def _check_in_memory(model: Any) -> None:
+    """Refuse a model of which a part is elsewhere."""
+    if not isinstance(model, torch.nn.Module):
+        return
+    devices = {p.device for p in model.parameters()}
+    if torch.device("meta") in devices or len(devices) > 1:
+        where = "not in memory" if torch.device("meta") in devices else "on several devices"
+        raise CogsymError(
+            f"Weights of the {type(model).__name__} are {where}, as accelerate's offloading leaves them; give the "
+            "sweep the model's folder, of which it reads a layer at a time where the whole does not fit."
+        )
 
 
 def _checkpoint_bytes(name: str | Path) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogsym.errors import CogsymError
+from cogsym.errors import SettingError
 from cogsym.sweeps.engine.requests import Generate, Generated
 
 
@@ -31,9 +31,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise CogsymError(f"The temperature is {self.temperature}, expected 0 (the most likely token) or more.")
+            raise SettingError("temperature", f"is {self.temperature}, expected 0 (the most likely token) or more.")
         if not 0 < self.top_p <= 1:
-            raise CogsymError(f"top_p is {self.top_p}, expected more than 0 and at most 1.")
+            raise SettingError("top_p", f"is {self.top_p}, expected more than 0 and at most 1.")
+        if not 0 <= self.seed < 2**32:
+            raise SettingError("seed", f"is {self.seed}, expected a whole number from 0 to {2**32 - 1}.")
 
     def stream(self, configuration: str, request: Generate) -> np.random.Generator:
         """The chance of one configuration and one request, whoever its neighbours are."""

@@ -47,6 +47,7 @@ class LayerSource(Protocol):
         device: where it computes.
         reasons: why layers run their own forward, one sentence each; where there is one, all of them do.
         block: a description of the first layer; None where layers run their own forward.
+        blocks: of each layer; None for one that runs its own forward altogether.
         has_base: a base checkpoint is at hand.
         widened: weights of 16 bits are multiplied in float32.
     """
@@ -54,6 +55,7 @@ class LayerSource(Protocol):
     model: Any
     device: torch.device
     reasons: list[str]
+    blocks: list[Block | None]
     has_base: bool
     widened: bool
 
@@ -104,13 +106,14 @@ class ResidentLayers:
         for module in self._training:
             module.training = False
         self._layers = {which: self._read(each) for which, each in self._models.items()}
+        self.blocks = [loaded.block for loaded in self._layers["model"]]
         for projections in self._plain():
             projections.join()
 
     @property
     def block(self) -> Block | None:
         """See `LayerSource`."""
-        return None if self.reasons else self._layers["model"][0].block
+        return None if self.reasons else self.blocks[0]
 
     def widen(self) -> None:
         """See `LayerSource`; `close` undoes it."""
@@ -195,8 +198,8 @@ class StreamedLayers:
         self._load_rest()
         # Read by a thread of their own, while the model's may have another forward for a moment.
         self._untouched = [copy.deepcopy(layer, {id(decoder.config): decoder.config}) for layer in self._layers]
-        blocks = [_block(layer, self.reasons, weights_follow=True) for layer in self._layers]
-        self.block = None if self.reasons else blocks[0]
+        self.blocks = [_block(layer, self.reasons, weights_follow=True) for layer in self._layers]
+        self.block = None if self.reasons else self.blocks[0]
 
     def pack(self) -> None:
         """See `LayerSource`. Each layer is there too shortly for it."""

@@ -164,8 +164,8 @@ def configurations(what: str | Path | Iterable[Any], num_layers: int, action: st
     """Configurations from what a user writes.
 
     Args:
-        what: a generator's name ("input", "output", "grid", "single", "blocks"); several with commas between; a JSON
-            or YAML file that holds a list; or the list itself. An entry of a list is a generator's name, a
+        what: a generator's name ("input", "output", "grid", "single", "blocks") or a JSON or YAML file that holds a
+            list; several of them with commas between; or the list itself. An entry of a list is a generator's name, a
             `Configuration`, or a mapping from actions to layers, where "3-5" means layers 3, 4 and 5:
             {"skip": [0, 1, "28-29"], "skip_mlp": 7}; {} is the whole model.
         num_layers: decoder layers in the model, L.
@@ -179,7 +179,7 @@ def configurations(what: str | Path | Iterable[Any], num_layers: int, action: st
     """
     if isinstance(what, (str, Path)):
         path = Path(what).expanduser()
-        what = _read(path) if path.suffix in user_files.SUFFIXES else [word.strip() for word in str(what).split(",")]
+        what = _read(path) if path.suffix in user_files.SUFFIXES and path.exists() else _words(str(what))
     chosen: list[Configuration] = []
     for entry in what:
         if isinstance(entry, Configuration):
@@ -211,6 +211,15 @@ def distinct(chosen: Iterable[Configuration]) -> tuple[list[Configuration], int]
     every = list(chosen)
     once = list(dict.fromkeys(every))
     return once, len(every) - len(once)
+
+
+def _words(text: str) -> list[Any]:
+    """Names, and what files among them hold."""
+    entries: list[Any] = []
+    for word in (word.strip() for word in text.split(",")):
+        path = Path(word).expanduser()
+        entries += _read(path) if path.suffix in user_files.SUFFIXES else [word]
+    return entries
 
 
 def _read(path: Path) -> list[Any]:

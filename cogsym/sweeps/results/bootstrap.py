@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+# Documents below which intervals mean little: of 2, 3, 5 and 10 draws of a normal distribution the 95 % interval holds
+# the mean 51, 74, 84 and 89 times of 100.
+FEW = 10
 _INTERVAL = (2.5, 97.5)  # percentiles
 _PIECE = 64  # configurations resampled at a time, so that their totals take little memory
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +77,18 @@ def list_parts(folder: Path) -> list[Part]:
     return [part for part, whole in _list(folder) if whole is None]
 
 
-def write_part(folder: Path, first: int, last: int, table: pa.Table, key: Mapping[str, Any]) -> Part:
+def write_part(
+    folder: Path, first: int, last: int, table: pa.Table, key: Mapping[str, Any], check: Callable[[], None]
+) -> Part:
     """Write rows, so that they are whole and on the disk, or not there.
+
+    Args:
+        folder: of the parts.
+        first: the number of the first append among the rows.
+        last: of the last one.
+        table: the rows.
+        key: of the sweep.
+        check: raises where the sweep may write no more.
 
     Raises:
         OSError: they were not written.
@@ -90,7 +100,7 @@ def write_part(folder: Path, first: int, last: int, table: pa.Table, key: Mappin
     )
     content = sink.getvalue().to_pybytes()
     path = folder / f"part-{first:06d}-{last:06d}-{_checksum(content)}.parquet"
-    write_whole(path, content)
+    write_whole(path, content, check)
     return Part(path, first, last)
 
 
@@ -138,7 +148,7 @@ def read_key_of(part: Part) -> dict[str, Any]:
     return json.loads(metadata[_KEY])
 
 
-def merge(folder: Path, parts: Sequence[Part], key: Mapping[str, Any]) -> list[Part]:
+def merge(folder: Path, parts: Sequence[Part], key: Mapping[str, Any], check: Callable[[], None]) -> list[Part]:
     """Merge the last parts into one where they are many and small; what fits no disk or memory is left as it is.
 
     Raises:
@@ -150,9 +160,10 @@ def merge(folder: Path, parts: Sequence[Part], key: Mapping[str, Any]) -> list[P
             if sum(part.path.stat().st_size for part in last) > _LARGEST:
                 break
             table = pa.concat_tables([_load(part) for part in last]).unify_dictionaries().combine_chunks()
-            whole = write_part(folder, last[0].first, last[-1].last, table, key)
+            whole = write_part(folder, last[0].first, last[-1].last, table, key, check)
             merged[-_TOGETHER:] = [whole]
             for part in last:
+                check()
                 part.path.unlink()
     return merged
 

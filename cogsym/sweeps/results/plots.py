@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _HEADLINES = ("accuracy", "log_likelihood", "bits_per_byte", "chrf++")
 _CURVES = {"input": ("first k layers", BLUE, "o"), "output": ("last k layers", VERMILION, "s")}
 _LOG_FROM = 8  # a panel whose values differ by this factor has a logarithmic axis
+_CELLS = 4  # that a map has at least
 _STEPS = (1, 2, 5, 10, 20, 50, 100)  # cells of a map from one named to the next
 _TITLE = 29  # characters that fit above a panel
 
@@ -38,7 +39,9 @@ def plot(folder: str | Path, out: str | Path | None = None, metrics: Collection[
     "directions" has a panel for each task and metric, perception on the left and production on the right, with a curve
     for the first k layers and one for the last k, their 95 % intervals, the model with every layer and, where there is
     one, the level of chance. "grid" is a map of first against last layers, "layers" has single layers and "blocks"
-    contiguous ones. An action other than skip stands in the name: "directions-revert".
+    contiguous ones, where there are a few. "removed" is what a search or a list of configurations gives: each
+    against how many layers are missing, and a curve through the best of each number. An action other than skip stands
+    in the name: "directions-revert".
 
     Args:
         folder: OUT of the sweep.
@@ -94,12 +97,16 @@ def figures(found: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
         directions = set(lines["direction"])
         if directions & set(_CURVES):
             yield f"directions{name}", _figure(lines, _draw_directions, label, 3.1)
-        if "both" in directions:
+        ends = lines.loc[lines["direction"].isin(["none", "input", "output", "both"]), "configuration"]
+        if "both" in directions and ends.nunique() >= _CELLS:
             yield f"grid{name}", _figure(lines, _draw_grid, label, 4.2)
         if "single" in directions:
             yield f"layers{name}", _figure(lines, _draw_layers, label, 3.1)
-        if "block" in directions:
+        contiguous = lines.loc[(lines["k"] > 0) & (lines["k"] == lines["last"] - lines["first"] + 1), "configuration"]
+        if "block" in directions and contiguous.nunique() >= _CELLS:
             yield f"blocks{name}", _figure(lines, _draw_blocks, label, 4.2)
+        if "other" in directions and lines["k"].nunique() > 2:
+            yield f"removed{name}", _figure(lines, _draw_removed, label, 3.1)
 
 
 def _figure(
@@ -166,6 +173,19 @@ def _draw_layers(axis: Axes, lines: pd.DataFrame, metric: Metric, missing: str) 
     _draw_levels(axis, lines)
     axis.set_xlim(-0.9, len(lines["configuration"].iloc[0]) - 0.1)
     axis.set_xlabel(f"the one layer {missing} (0 is next to the embeddings)")
+    _finish(axis, lines, metric)
+
+
+def _draw_removed(axis: Axes, lines: pd.DataFrame, metric: Metric, missing: str) -> None:
+    """Every configuration as a point, and through the best of each number of layers a curve."""
+    axis.plot(lines["k"], lines["value"], "o", color=GREY, markersize=3, zorder=1.4, label="a configuration")
+    ordered = lines.dropna(subset="value").sort_values("value", ascending=not metric.higher_is_better)
+    best = ordered.groupby("k").head(1).sort_values("k")
+    axis.fill_between(best["k"], best["low"], best["high"], color=BLUE, alpha=0.2, linewidth=0, zorder=1.3)
+    axis.plot(best["k"], best["value"], color=BLUE, marker="o", markersize=3.5, label="the best of each number")
+    axis.fill_between([], [], color=GREY, alpha=0.4, linewidth=0, label="95 % interval")
+    _draw_levels(axis, lines)
+    axis.set_xlabel(f"how many layers {missing}, of {len(lines['configuration'].iloc[0])}")
     _finish(axis, lines, metric)
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _KEY = "sweep.json"
+_OF_A_RUN = ("train.lock", "settings.json", "checkpoints")  # in the folder of a training run
 _DESCRIBED = ["task", "language", "side", "metric", "configuration", "direction", "k"]
 
 
@@ -100,8 +101,9 @@ class Results:
             remove_leftovers(folder / _KEY)
             clean(_part_folder(folder))
             key = _agreed(folder, json.loads(json.dumps(key)))
-            write_record(folder / _KEY, key)
-            return cls(folder, key, lock)
+            results = cls(folder, key, lock)
+            write_record(folder / _KEY, key, results._check_held)
+            return results
         except Timeout as error:
             raise CogsymError(f"Another sweep is writing to {folder}; wait for it, or choose another --out.") from error
         except OSError as error:
@@ -123,21 +125,24 @@ class Results:
         """
         if not rows:
             return
-        if not self._lock.held():
-            raise RunStopped(
-                f"{self._folder} was removed or replaced while the sweep was writing to it, so nothing more is written "
-                "there; start again with another --out."
-            )
+        self._check_held()
         folder, number = _part_folder(self._folder), self._parts[-1].last + 1 if self._parts else 0
         table = _table(rows, self._key["model"], self._key["revision"])
         try:
-            self._parts.append(write_part(folder, number, number, table, self._key))
+            self._parts.append(write_part(folder, number, number, table, self._key, self._check_held))
         except OSError as error:
             raise RunStopped(
                 f"Results were not written to {folder} ({reason(error)}); those before are intact, free some space and "
                 "run again with --resume."
             ) from error
-        self._parts = merge(folder, self._parts, self._key)
+        self._parts = merge(folder, self._parts, self._key, self._check_held)
+
+    def _check_held(self) -> None:
+        if not self._lock.held():
+            raise RunStopped(
+                f"{self._folder} was removed or replaced while the sweep was writing to it, so nothing more is written "
+                "there; start again with another --out."
+            )
 
     def done(self, task: str) -> set[tuple[str, str]]:
         """The (configuration code, document key) pairs that need not be asked again."""
@@ -169,6 +174,8 @@ def check_started(folder: str | Path, resume: bool) -> None:
     """
     folder = Path(folder)
     parts = list_parts(_part_folder(folder))
+    if not (folder / _KEY).exists() and any((folder / name).exists() for name in _OF_A_RUN):
+        raise CogsymError(f"{folder} holds a training run, expected a folder of the sweep's own; choose another --out.")
     if resume and not (parts or (folder / _KEY).exists()):
         raise CogsymError(f"There is no sweep in {folder} to resume; leave --resume out to start one.")
     if not resume and parts:

@@ -40,6 +40,7 @@ class Metric:
         chance: sums of statistics [..., S] to what guessing gives [...]; None where guessing has no value.
         signature: sacrebleu's, to be quoted with the value; None for the others.
         of_text: it judges what the model writes, not what it finds likely.
+        names: of a document's statistics, in their order; docs/sweeps.md lists them.
     """
 
     label: str
@@ -49,6 +50,7 @@ class Metric:
     chance: _Combine | None = None
     signature: str | None = None
     of_text: bool = False
+    names: tuple[str, ...] = ()
 
 
 def chrf_statistics(output: str, reference: str) -> Statistics:
@@ -84,6 +86,11 @@ def identify(text: str) -> str:
     sentences one in ten is taken for Malay. So read a share beside the share that the references reach.
     """
     return _identifier().classify(text)[0] if text.strip() else "zxx"
+
+
+def in_language(text: str, language: str) -> bool:
+    """Whether a text is in a language; one that is stuck in a loop is in none, whatever its phrase is taken for."""
+    return identify(text) == language and not ends_in_loop(text)
 
 
 @lru_cache(1)
@@ -172,18 +179,35 @@ def register_metric(name: str, metric: Metric) -> None:
     METRICS.register(name, metric)
 
 
-# (1 where the right option is the likeliest, 1, 1 / options)
-register_metric("accuracy", Metric("accuracy", True, 3, _ratio, chance=_guessing))
-register_metric("accuracy_per_byte", Metric("accuracy by log-probability per byte", True, 3, _ratio, chance=_guessing))
-# (log p of the right option - log p of the best wrong one, 1)
-register_metric("margin", Metric("margin of the right option, nats", True, 2, _ratio))
-# (log p, tokens) and (-log p, bytes)
-register_metric("log_likelihood", Metric("log-likelihood, nats per token", True, 2, _ratio))
-register_metric("bits_per_byte", Metric("bits per byte", False, 2, _bits_per_byte))
-register_metric("chrf++", Metric("chrF++", True, 24, _chrf, signature=_signature(_CHRF), of_text=True))
-register_metric("bleu", Metric("BLEU", True, 10, _bleu, signature=_signature(_BLEU), of_text=True))
-# (1 where it is so, 1)
-register_metric("language", Metric("share of outputs in the right language", True, 2, _ratio, of_text=True))
-register_metric("empty", Metric("share of empty outputs", False, 2, _ratio, of_text=True))
-register_metric("repeated", Metric("share of outputs that end in a loop", False, 2, _ratio, of_text=True))
-register_metric("cut", Metric("share of outputs cut at the length limit", False, 2, _ratio, of_text=True))
+_CHOSEN = ("1 where the right option is the likeliest", "1", "1 / options")
+_SHARE = ("1 where it is so", "1")
+_CHRF_NAMES = tuple(
+    f"{order}-grams of {unit} {whose}"
+    for unit, orders in (("characters", _CHRF.char_order), ("words", _CHRF.word_order))
+    for order in range(1, orders + 1)
+    for whose in ("of the output", "of the reference", "that match")
+)
+_BLEU_NAMES = (
+    "tokens of the output",
+    "tokens of the reference",
+    *(f"matching {order}-grams" for order in range(1, 5)),
+    *(f"{order}-grams of the output" for order in range(1, 5)),
+)
+_LONG = "accuracy by log-probability per byte"
+register_metric("accuracy", Metric("accuracy", True, 3, _ratio, chance=_guessing, names=_CHOSEN))
+register_metric("accuracy_per_byte", Metric(_LONG, True, 3, _ratio, chance=_guessing, names=_CHOSEN))
+_MARGIN = ("log p of the right option - log p of the best wrong one", "1")
+register_metric("margin", Metric("margin of the right option, nats", True, 2, _ratio, names=_MARGIN))
+register_metric("log_likelihood", Metric("log-likelihood, nats per token", True, 2, _ratio, names=("log p", "tokens")))
+register_metric("bits_per_byte", Metric("bits per byte", False, 2, _bits_per_byte, names=("-log p", "bytes")))
+register_metric(
+    "chrf++", Metric("chrF++", True, 24, _chrf, signature=_signature(_CHRF), of_text=True, names=_CHRF_NAMES)
+)
+register_metric("bleu", Metric("BLEU", True, 10, _bleu, signature=_signature(_BLEU), of_text=True, names=_BLEU_NAMES))
+for _name, _label, _better in (
+    ("language", "share of outputs in the right language", True),
+    ("empty", "share of empty outputs", False),
+    ("repeated", "share of outputs that end in a loop", False),
+    ("cut", "share of outputs cut at the length limit", False),
+):
+    register_metric(_name, Metric(_label, _better, 2, _ratio, of_text=True, names=_SHARE))

@@ -59,6 +59,14 @@ from cogsym.sweeps.tasks.rows import WAYS
 
 _BUILTIN = {path.stem: path for path in sorted((Path(__file__).parent / "builtin").glob("*.yaml"))}
 _SIDES = get_args(Side)
+_TWO_LETTERS = frozenset(  # ISO 639-1
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee "
+    "el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is "
+    "it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms "
+    "mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg sh si "
+    "sk sl sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh "
+    "yi yo za zh zu".split()
+)
 _Given = dict[str, Any]
 _Type = Literal["text", "number", "texts", "columns", "data"]
 
@@ -206,6 +214,12 @@ def _fitting(kind: TaskKind, task: str) -> tuple[TaskKind, list[str]]:
         if metric not in kind.known_metrics:
             raise unknown("metric", metric, kind.known_metrics, f" of {task} for the kind {kind.kind}")
     kind, notes = kind.checked()
+    code = kind.language.replace("_", "-").partition("-")[0]
+    if len(code) == 2 and code.lower() not in _TWO_LETTERS:
+        notes = [
+            *notes,
+            f"The language {kind.language!r} of {task} is no code of ISO 639-1; results carry it as it is.",
+        ]
     texts, _ = kind.columns()
     for column, way in kind.write.items():
         if column not in texts:

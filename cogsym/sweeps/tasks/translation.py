@@ -15,7 +15,7 @@ from cogsym.sweeps.tasks.metrics import (
     bleu_statistics,
     chrf_statistics,
     ends_in_loop,
-    identify,
+    in_language,
     known_languages,
 )
 from cogsym.sweeps.tasks.rows import columns_of, fill, pieces, scored_text
@@ -83,7 +83,7 @@ class Translation(FewShotKind):
         if "language" not in self.metrics:
             return []
         language = self._output_code()
-        right = sum(identify(question.answer) == language for question in questions.values())
+        right = sum(in_language(question.answer, language) for question in questions.values())
         return [
             f"{right / len(questions):.1%} of the references of the task {self.name} are identified as {language}; "
             "compare the share of outputs in the right language with that."
@@ -94,7 +94,7 @@ class Translation(FewShotKind):
         judges: dict[str, Callable[[], Statistics]] = {
             "chrf++": lambda: chrf_statistics(text, reference),
             "bleu": lambda: bleu_statistics(text, reference),
-            "language": lambda: (float(identify(text) == self._output_code()), 1.0),
+            "language": lambda: (float(in_language(text, self._output_code())), 1.0),
             "empty": lambda: (float(not text), 1.0),
             "repeated": lambda: (float(ends_in_loop(text)), 1.0),
             "cut": lambda: (float(written.ended == "length"), 1.0),

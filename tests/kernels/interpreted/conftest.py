@@ -34,6 +34,22 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies the bits of bfloat16 as if they were whole numbers."""
+    create = InterpreterBuilder.create_dot
+
+    def widened(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
+        def widen(x: TensorHandle) -> TensorHandle:
+            if x.dtype.scalar != tl.bfloat16:
+                return x
+            return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+        return create(self, widen(a), widen(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
+
+
+@pytest.fixture(autouse=True)
 def patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are patched to run interpreted, but not again in every function they call: a quarter of all time."""
     patch = triton_interpreter._patch_lang

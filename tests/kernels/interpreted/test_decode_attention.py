@@ -1,11 +1,8 @@
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import cogsym.ops
 from cogsym.kernels import decode_attention as launch
@@ -28,22 +25,6 @@ RANGES = [
     [(100, 190), (230, 232), (0, 0)],
     [(100, 190), (230, 233), (90, 91)],
 ]
-
-
-@pytest.fixture(autouse=True)
-def dot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter multiplies the bits of bfloat16 as if they were whole numbers."""
-    create = InterpreterBuilder.create_dot
-
-    def widened(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
-        def widen(x: TensorHandle) -> TensorHandle:
-            if x.dtype.scalar != tl.bfloat16:
-                return x
-            return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-        return create(self, widen(a), widen(b), *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
 
 
 def inputs(random: Random, H: int, KV: int, D: int, dtype: torch.dtype, S: int = 270) -> tuple[Tensor, ...]:

@@ -194,7 +194,7 @@ def test_the_process_keeps_to_its_budget(
     task = text if kind == "text" else translation
     used, said = peak(sweep, task, wide_model, tmp_path / "large", 150 << 20)
     pieces = int(re.search(r"8 documents in (\d+) pieces?", said)[1])
-    assert pieces < 8 and "Warning" not in said
+    assert pieces < 8 and "Warning: The memory budget" not in said
     assert 20 < used < 150 + LIBRARIES, said
     used, said = peak(sweep, task, wide_model, tmp_path / "small", 1 << 20)
     told = re.search(
@@ -214,7 +214,7 @@ def test_strict_memory_refuses_what_does_not_fit(sweep: Callable[..., Any], task
             sweep("input", tasks, settings=strict, dry_run=dry_run)
         assert not list(tmp_path.glob("out/results/*"))
     sweep("input", tasks, settings=replace(strict, memory_budget=100 << 20))
-    assert "Warning" not in sweep.said  # type: ignore[attr-defined]
+    assert "Warning: The memory budget" not in sweep.said  # type: ignore[attr-defined]
 
 
 def test_a_copy_of_the_weights_has_to_fit_into_the_budget(

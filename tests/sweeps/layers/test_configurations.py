@@ -107,3 +107,9 @@ def test_files_that_are_no_list_are_refused(tmp_path, content, told):
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(CogsymError, match=r"pipe\.yaml is a pipe or a device, expected a file"):
         configurations(tmp_path / "pipe.yaml", 5)
+
+
+def test_files_stand_among_names(tmp_path):
+    (tmp_path / "two.yaml").write_text("- {skip: [0, 2-3]}\n- blocks\n")
+    chosen = configurations(f"single, {tmp_path / 'two.yaml'}", 4)
+    assert chosen == [*single(4), code("s.ss"), *blocks(4)]

@@ -223,10 +223,10 @@ def test_killed_at_random_moments_among_merges(
 def test_a_merge_that_fails_loses_nothing(undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_whole = module.write_whole
 
-    def full(path: Path, content: bytes) -> None:
+    def full(path: Path, *more: Any) -> None:
         if "-000000-000031-" in path.name:
             raise OSError(28, "No space left on device")
-        write_whole(path, content)
+        write_whole(path, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_whole", full)
@@ -309,6 +309,26 @@ def test_what_is_not_of_the_sweep_stays(tmp_path: Path) -> None:
         path.write_text("half")
     write(tmp_path, range(2), resume=True)
     assert [path for path in (*mine, *ours) if path.exists()] == mine
+
+
+def test_a_folder_that_is_replaced_while_a_part_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process was paused in the middle of it."""
+    out, write_bytes = tmp_path / "out", Path.write_bytes
+
+    def paused(self: Path, content: Any) -> int:
+        if self.is_relative_to(out) and not (tmp_path / "old").exists():
+            out.rename(tmp_path / "old")
+            write(tmp_path / "new", range(3))
+            (tmp_path / "new").rename(out)
+        return write_bytes(self, content)
+
+    with Results.open(out, KEY) as results:
+        for _ in range(2):
+            results.append(rows_of(0))
+        with monkeypatch.context() as patch, pytest.raises(RunStopped, match="was removed or replaced while the sweep"):
+            patch.setattr(Path, "write_bytes", paused)
+            results.append(rows_of(1))
+    assert len(files(out)) == 3 and len(frame(out)) == 3 * len(CHOSEN)
 
 
 def test_a_folder_that_is_replaced_is_not_written_to(tmp_path: Path) -> None:

@@ -147,6 +147,24 @@ def test_layers_show_the_numbers(folder: Path, drawn: dict[str, Figure]) -> None
     np.testing.assert_allclose(ends, lines.loc[codes, ["low", "high"]].to_numpy())
 
 
+def test_a_search_has_its_curve_and_one_cell_is_no_map(tmp_path: Path) -> None:
+    """As greedy leaves them: every set that was tried, of which the best of each number is joined."""
+    codes = ["......", "s.....", ".s....", "..s...", ".ss...", "..ss..", ".s.s..", ".sss..", "s.ss.."]
+    letters = {".": "keep", "s": "skip"}
+    chosen = [Configuration(tuple(letters[letter] for letter in code)) for code in codes]
+    write(tmp_path / "greedy", chosen)
+    found = summary(tmp_path / "greedy")
+    pictures = dict(figures(found))
+    assert set(pictures) == {"directions", "layers", "blocks", "removed"}
+    accuracy = found[found["metric"] == "accuracy"]
+    _, curve = pictures["removed"].axes[0].lines[:2]
+    assert curve.get_xdata().tolist() == [0, 1, 2, 3]  # type: ignore[union-attr]
+    assert curve.get_ydata().tolist() == accuracy.groupby("k")["value"].max().tolist()  # type: ignore[union-attr]
+    write(tmp_path / "one", [chosen[0], chosen[4], Configuration(("skip", *["keep"] * 4, "skip"))])
+    with pytest.raises(CogsymError, match="so there is no picture of them"):
+        plot(tmp_path / "one")
+
+
 def test_a_grid_of_every_other_layer(tmp_path: Path) -> None:
     chosen = [c for c in configurations("grid", LAYERS) if c.front % 2 == c.back % 2 == 0]
     write(tmp_path, chosen, {"news": TASKS["news"]})

@@ -180,7 +180,7 @@ class Killer:
     def __init__(self, moment: str, number: int) -> None:
         self.moment, self.number = moment, number
 
-    def __call__(self, path: Path, content: bytes) -> None:
+    def __call__(self, path: Path, content: bytes, *more: Any) -> None:
         def die(*_: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -196,7 +196,7 @@ class Killer:
             else:
                 patch.setattr(Path, "replace", lambda a, b: die(replace(a, b)))
         self.number -= 1
-        write_whole(path, content)
+        write_whole(path, content, *more)
 
 
 def test_more_configurations_and_tasks_on_resume(tmp_path: Path) -> None:

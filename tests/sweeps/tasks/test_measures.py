@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,8 @@ def test_translation_by_hand(tokenizer, pairs):
     }
     loop = answered("The school is the school is the school is the", "length")
     assert [loop[name].value for name in ("language", "empty", "repeated", "cut")] == [0, 0, 1, 1]
+    in_swahili = answered(f"{PAIRS[0]['sw']} " * 4, "length")
+    assert [in_swahili[name].value for name in ("language", "empty", "repeated", "cut")] == [0, 0, 1, 1]
     empty = answered("  ", "stop")
     assert [empty[name].value for name in ("chrf++", "language", "empty", "repeated", "cut")] == [0, 0, 1, 0, 0]
 
@@ -108,3 +111,11 @@ def test_margins_are_those_of_training(model_folder, xcopa):
     (a, b), (c, d) = option_log_probabilities(model, tokenizer, questions, tokenizer.eos_token_id)
     assert value["margin"] == pytest.approx(((a - b) + (d - c)) / 2, rel=1e-5)
     assert value["accuracy"] == ((a > b) + (d > c)) / 2
+
+
+def test_a_language_that_is_no_code_is_told(pairs: Path) -> None:
+    notes = load_task(f"text:{pairs}#sw,language=zz").notes
+    assert notes == [
+        "The language 'zz' of task text:pairs.jsonl#sw is no code of ISO 639-1; results carry it as it is."
+    ]
+    assert all(load_task(f"text:{pairs}#sw,language={code}").notes == [] for code in ("sw", "swh", "sw_Latn", "pt-BR"))

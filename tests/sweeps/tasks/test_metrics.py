@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
+from cogsym.sweeps.results.parts import SCHEMA
 from cogsym.sweeps.tasks.metrics import (
     METRICS,
     bleu_statistics,
@@ -136,3 +138,13 @@ def test_languages_are_identified_and_nothing_is_no_language():
     assert identify("  ") == identify("") == "zxx"
     known = known_languages()
     assert {"sw", "id", "jv", "en"} <= set(known) and not {"su", "zxx"} & set(known)
+
+
+def test_the_statistics_of_each_metric_are_named_in_the_docs() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "sweeps.md").read_text("utf-8")
+    for name in METRICS:
+        metric = METRICS[name]
+        assert len(metric.names) == metric.size
+        assert f"| `{name}` | {'; '.join(metric.names)} |\n" in text
+    for column in SCHEMA.names:
+        assert f"`{column}`" in text
