@@ -167,7 +167,8 @@ def ninja_file(compiler: list[str], nvcc: str | None, output: Path) -> str:
     elif sys.platform == "darwin":
         link = [*compiler, *threads, "-bundle", "-undefined", "dynamic_lookup"]
     else:
-        link = [*compiler, *SANITIZE, *threads, "-shared"]
+        # The thread sanitizer's runtime is preloaded, and may be another compiler's: see .ci/sanitize.
+        link = [*compiler, *(SANITIZE if SANITIZER != "thread" else []), *threads, "-shared"]
     gpu_code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in GPU_ARCHITECTURES]
     nvcc_command = [nvcc or "nvcc", "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gpu_code]
     return f"""\

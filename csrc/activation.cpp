@@ -6,7 +6,7 @@ namespace cogsym {
 
 enum class Activation : int { silu, gelu_tanh, gelu, relu, relu2 };  // in the order of Python's ACTIVATIONS
 template <>
-constexpr int choices<Activation> = 5;
+inline constexpr int choices<Activation> = 5;
 
 namespace COGSYM_ISA {
 namespace {

@@ -22,7 +22,7 @@ enum class DType : int { float32, bfloat16, float16, float64 };
 template <class E>
 constexpr int choices = 0;
 template <>
-constexpr int choices<DType> = 4;
+inline constexpr int choices<DType> = 4;
 
 // Memory to work in, as much as the kernel returned when it was called with none; that call does nothing else.
 struct Scratch {

@@ -5,12 +5,12 @@ Of a few draws of one case, in the same magnitudes, the largest error of a tenso
     ratio = max |ours - float64| / max(max |plain - float64|, floor)
     floor = eps · max |float64| + eps_sums · max Σ |terms|
 
-eps is that of the inputs' dtype, eps_sums that of what is computed in (float32, and float64 for float64), and terms are
-what the value is a sum of. Three are taken for larger, for what is rounded to float32 on the way in PyTorch and here:
-in attention each 1 + |logit| times, as e^x makes a relative error of the absolute one of a logit and of its logsumexp;
-at the head likewise, by the magnitude of what the logit sums up; in layer norm 1 + |h| / deviation times, for the mean.
-Below the floor plain PyTorch counts as exact, or lucky. At most 2 is allowed: twice PyTorch's error, or twice the
-floor.
+eps is that of the inputs' dtype, eps_sums that of what is computed in (float32, and float64 for float64), and terms
+are what the value is a sum of. Three are taken for larger, for what is rounded to float32 on the way in PyTorch and
+here: in attention each 1 + |logit| times, as e^x makes a relative error of the absolute one of a logit and of its
+logsumexp; at the head likewise, by the magnitude of what the logit sums up; in layer norm 1 + |h| / deviation times,
+for the mean. Below the floor plain PyTorch counts as exact, or lucky. At most 2 is allowed: twice PyTorch's error, or
+twice the floor.
 
     python -m pytest tests/ops/test_fuzz.py --fuzz-examples 2000        as long as you like; prints the worst ratios
 
