@@ -21,17 +21,10 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 COMMANDS = typer.main.get_command(app).commands
 # Of pytest, pip, git and apt-get, which the documents name too.
-OTHERS = {
-    "--minutes",
-    "--shuffle",
-    "--huge",
-    "--inplace",
-    "--folder",
-    "--strict",
-    "--fuzz-examples",
-    "--build-lib",
-    "--build-temp",
-}
+OTHERS = set(
+    "--build-lib --build-temp --folder --fuzz-examples --help --huge --inplace --maxprocesses --minutes --shuffle "
+    "--strict".split()
+)
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
