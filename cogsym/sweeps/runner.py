@@ -38,10 +38,11 @@ from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
 from cogsym.sweeps.results.bootstrap import FEW
+from cogsym.sweeps.results.harness import write_harness_results
 from cogsym.sweeps.results.store import Results, Row, check_started, read_key, summary, values
 from cogsym.sweeps.settings import SweepSettings
+from cogsym.sweeps.tasks.harness import PREFIX, HarnessTask, load_harness
 from cogsym.sweeps.tasks.kinds import Side
-from cogsym.sweeps.tasks.metrics import METRICS
 from cogsym.sweeps.tasks.task import Task, load_task
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def sweep(
             and `revert` takes them away.
         configs: as `cogsym.sweeps.layers.configurations.configurations` takes them, such as
             "input,output"; or a search for them, "greedy" or "beam", by the first metric of the first task.
-        tasks: as `cogsym.sweeps.tasks.task.load_task` takes each.
+        tasks: as `cogsym.sweeps.tasks.task.load_task` takes each, or `cogsym.sweeps.tasks.harness.load_harness`.
         out: folder of the results.
         tokenizer: of the model; needed where that is not a folder or id.
         base: a folder or id, or a model of the same shapes, whose layers `revert` puts in.
@@ -93,7 +94,7 @@ def sweep(
         if not isinstance(model, (str, Path)):
             raise CogsymError("The sweep was given a model without its tokenizer; pass tokenizer=.")
         tokenizer = load_tokenizer(model)
-    loaded_tasks = [load_task(task, settings.separator) for task in tasks]
+    loaded_tasks = [loaded for task in tasks for loaded in _loaded(task, settings.separator)]
     if not loaded_tasks:
         raise CogsymError("The sweep was given no task; name at least one, such as text:news.jsonl#sw.")
     names = [task.name for task in loaded_tasks]
@@ -130,7 +131,14 @@ def sweep(
     finally:
         if isinstance(layers, ResidentLayers):
             layers.close()
+    write_harness_results(out, [task for task in loaded_tasks if isinstance(task, HarnessTask)])
     return summary(out)
+
+
+def _loaded(task: str | Path | Mapping[str, Any], separator: str | None) -> list[Task] | list[HarnessTask]:
+    if isinstance(task, str) and task.startswith(PREFIX):
+        return load_harness(task)
+    return [load_task(task, separator)]
 
 
 def _chosen(
@@ -164,7 +172,7 @@ class _Sweep:
         layers: LayerSource,
         tokenizer: Any,
         rounds: Sequence[Round],
-        tasks: Sequence[Task],
+        tasks: Sequence[Task | HarnessTask],
         settings: SweepSettings,
         console: Console,
     ) -> None:
@@ -241,7 +249,7 @@ class _Sweep:
             "sampling": sampling if sampling["temperature"] else {"temperature": 0.0},
             "truncate": self._settings.truncate,
             "products": "float32" if self._layers.widened else None,  # None: of the weights' own type
-            "tasks": {task.name: {"data": task.digest} for task in self._tasks},
+            "tasks": {task.name: task.describe() for task in self._tasks},
         }
 
     def describe(self, merged: int) -> None:
@@ -293,7 +301,7 @@ class _Sweep:
     def search(self, search: Search, results: Results, progress: SweepProgress, out: Path) -> None:
         """Ask what a search wants to know of the first metric of the first task."""
         task, name = self._tasks[0].name, self._tasks[0].metrics[0]
-        metric = METRICS[name]
+        metric = self._tasks[0].metric(name)
 
         def ask(chosen: list[Configuration]) -> dict[str, float]:
             self.ask(chosen, results, progress)
@@ -320,7 +328,12 @@ class _Sweep:
                     progress.documents(task.name, len(group), computed=False)
 
     def _ask(
-        self, task: Task, documents: list[TaskDocument], trie: Trie, results: Results, progress: SweepProgress
+        self,
+        task: Task | HarnessTask,
+        documents: list[TaskDocument],
+        trie: Trie,
+        results: Results,
+        progress: SweepProgress,
     ) -> None:
         """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved."""
         memory, most = PassMemory(self._sizes, trie), len(documents)
@@ -352,7 +365,7 @@ class _Sweep:
                     "configurations at a time and go on with --resume."
                 )
 
-    def _rows(self, task: Task, piece: Sequence[TaskDocument], trie: Trie) -> Iterator[Row]:
+    def _rows(self, task: Task | HarnessTask, piece: Sequence[TaskDocument], trie: Trie) -> Iterator[Row]:
         for c, outcomes in enumerate(self._outcomes(piece, trie)):
             answers = iter(outcomes)
             for document in piece:
