@@ -96,7 +96,10 @@ def test_every_configuration_is_hflm_s_over_a_plain_model(
     rows = summary(out).set_index(["configuration", "task", "metric"])["value"]
     for code in CODES:
         configuration = Configuration(tuple("skip" if letter == "s" else "keep" for letter in code))
-        plain = HFLM(plain_model(whole, configuration), tokenizer=tokenizer, batch_size=3)
+        model = plain_model(whole, configuration)
+        # HFLM drops the text of an end that the model itself does not name, and a row goes on while others do.
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        plain = HFLM(model, tokenizer=tokenizer, batch_size=3)
         theirs = evaluated(plain, files, 6)
         again = evaluated(LM(out, code), files, 6)
         for task, values in theirs.items():
