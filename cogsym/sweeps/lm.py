@@ -37,7 +37,7 @@ class LM(HarnessLM):
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """(log-probability, whether each token is the likeliest) of each continuation."""
-        return [tuple(self._answer(request)) for request in requests]  # type: ignore[misc]
+        return [tuple(self._answer(request)) for request in requests]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
         """Log-probability of each text."""

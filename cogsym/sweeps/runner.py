@@ -41,9 +41,8 @@ from cogsym.sweeps.results.bootstrap import FEW
 from cogsym.sweeps.results.harness import write_harness_results
 from cogsym.sweeps.results.store import Results, Row, check_started, read_key, summary, values
 from cogsym.sweeps.settings import SweepSettings
-from cogsym.sweeps.tasks.harness import PREFIX, HarnessTask, load_harness
 from cogsym.sweeps.tasks.kinds import Side
-from cogsym.sweeps.tasks.task import Task, load_task
+from cogsym.sweeps.tasks.loading import LoadedTask, load_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +71,7 @@ def sweep(
             and `revert` takes them away.
         configs: as `cogsym.sweeps.layers.configurations.configurations` takes them, such as
             "input,output"; or a search for them, "greedy" or "beam", by the first metric of the first task.
-        tasks: as `cogsym.sweeps.tasks.task.load_task` takes each, or `cogsym.sweeps.tasks.harness.load_harness`.
+        tasks: as `cogsym.sweeps.tasks.loading.load_tasks` takes them.
         out: folder of the results.
         tokenizer: of the model; needed where that is not a folder or id.
         base: a folder or id, or a model of the same shapes, whose layers `revert` puts in.
@@ -90,16 +89,10 @@ def sweep(
     """
     settings = settings or SweepSettings()
     console = console or Console(stderr=True)
-    if tokenizer is None:
-        if not isinstance(model, (str, Path)):
-            raise CogsymError("The sweep was given a model without its tokenizer; pass tokenizer=.")
-        tokenizer = load_tokenizer(model)
-    loaded_tasks = [loaded for task in tasks for loaded in _loaded(task, settings.separator)]
-    if not loaded_tasks:
-        raise CogsymError("The sweep was given no task; name at least one, such as text:news.jsonl#sw.")
-    names = [task.name for task in loaded_tasks]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise CogsymError(f"Two tasks are named {repeated[0]}; give one of them another name=.")
+    if tokenizer is None and not isinstance(model, (str, Path)):
+        raise CogsymError("The sweep was given a model without its tokenizer; pass tokenizer=.")
+    tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+    loaded_tasks = load_tasks(tasks, settings.separator)
     rounds, merged, search = _chosen(configs, num_layers(model), settings)
     if not dry_run:
         check_started(out, resume)
@@ -131,14 +124,8 @@ def sweep(
     finally:
         if isinstance(layers, ResidentLayers):
             layers.close()
-    write_harness_results(out, [task for task in loaded_tasks if isinstance(task, HarnessTask)])
+    write_harness_results(out, loaded_tasks)
     return summary(out)
-
-
-def _loaded(task: str | Path | Mapping[str, Any], separator: str | None) -> list[Task] | list[HarnessTask]:
-    if isinstance(task, str) and task.startswith(PREFIX):
-        return load_harness(task)
-    return [load_task(task, separator)]
 
 
 def _chosen(
@@ -172,7 +159,7 @@ class _Sweep:
         layers: LayerSource,
         tokenizer: Any,
         rounds: Sequence[Round],
-        tasks: Sequence[Task | HarnessTask],
+        tasks: Sequence[LoadedTask],
         settings: SweepSettings,
         console: Console,
     ) -> None:
@@ -329,7 +316,7 @@ class _Sweep:
 
     def _ask(
         self,
-        task: Task | HarnessTask,
+        task: LoadedTask,
         documents: list[TaskDocument],
         trie: Trie,
         results: Results,
@@ -365,7 +352,7 @@ class _Sweep:
                     "configurations at a time and go on with --resume."
                 )
 
-    def _rows(self, task: Task | HarnessTask, piece: Sequence[TaskDocument], trie: Trie) -> Iterator[Row]:
+    def _rows(self, task: LoadedTask, piece: Sequence[TaskDocument], trie: Trie) -> Iterator[Row]:
         for c, outcomes in enumerate(self._outcomes(piece, trie)):
             answers = iter(outcomes)
             for document in piece:

@@ -11,17 +11,19 @@ from cogsym.errors import CogsymError
 from cogsym.records import write_whole
 from cogsym.sweeps.results.store import frame
 from cogsym.sweeps.tasks.harness import HarnessTask
+from cogsym.sweeps.tasks.loading import LoadedTask
 
 FILE = "lm_eval.json"
 
 
-def write_harness_results(folder: str | Path, tasks: Sequence[HarnessTask]) -> None:
+def write_harness_results(folder: str | Path, asked: Sequence[LoadedTask]) -> None:
     """Write OUT/lm_eval.json: for each configuration what the harness's own `simple_evaluate` has as "results".
 
     Args:
         folder: OUT of the sweep.
-        tasks: of the harness, with their requests; where there are none, nothing is written.
+        asked: the sweep's tasks; where none is of the harness, nothing is written.
     """
+    tasks = [task for task in asked if isinstance(task, HarnessTask)]
     if not tasks:
         return
     answers = _answers(folder)
