@@ -104,7 +104,10 @@ _GAINED = {"train": ": outer", "sweep": ": grid", "generate": "8 prompts"}
 _PARTS = ("ops", "train", "sweep", "generate", "install")
 # The result and the table that each name on a page stands for.
 TABLES: dict[str, tuple[str, Callable[[str, Path], str]]] = {
-    **{name: (name, chosen) for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install")},
+    **{
+        name: (name, chosen)
+        for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install", "harness")
+    },
     "ops": ("ops", partial(chosen, words="SmolLM2.*bfloat16")),
     "train": ("train", partial(chosen, words="SmolLM2.*: outer")),
     "sweep": ("sweep", partial(chosen, words=r"SmolLM2.*: (grid|input)")),

@@ -38,11 +38,11 @@ from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
 from cogsym.sweeps.results.bootstrap import FEW
+from cogsym.sweeps.results.harness import write_harness_results
 from cogsym.sweeps.results.store import Results, Row, check_started, read_key, summary, values
 from cogsym.sweeps.settings import SweepSettings
 from cogsym.sweeps.tasks.kinds import Side
-from cogsym.sweeps.tasks.metrics import METRICS
-from cogsym.sweeps.tasks.task import Task, load_task
+from cogsym.sweeps.tasks.loading import LoadedTask, load_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +71,7 @@ def sweep(
             and `revert` takes them away.
         configs: as `cogsym.sweeps.layers.configurations.configurations` takes them, such as
             "input,output"; or a search for them, "greedy" or "beam", by the first metric of the first task.
-        tasks: as `cogsym.sweeps.tasks.task.load_task` takes each.
+        tasks: as `cogsym.sweeps.tasks.loading.load_tasks` takes them.
         out: folder of the results.
         tokenizer: of the model; needed where that is not a folder or id.
         base: a folder or id, or a model of the same shapes, whose layers `revert` puts in.
@@ -89,16 +89,10 @@ def sweep(
     """
     settings = settings or SweepSettings()
     console = console or Console(stderr=True)
-    if tokenizer is None:
-        if not isinstance(model, (str, Path)):
-            raise CogsymError("The sweep was given a model without its tokenizer; pass tokenizer=.")
-        tokenizer = load_tokenizer(model)
-    loaded_tasks = [load_task(task, settings.separator) for task in tasks]
-    if not loaded_tasks:
-        raise CogsymError("The sweep was given no task; name at least one, such as text:news.jsonl#sw.")
-    names = [task.name for task in loaded_tasks]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise CogsymError(f"Two tasks are named {repeated[0]}; give one of them another name=.")
+    if tokenizer is None and not isinstance(model, (str, Path)):
+        raise CogsymError("The sweep was given a model without its tokenizer; pass tokenizer=.")
+    tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+    loaded_tasks = load_tasks(tasks, settings.separator)
     rounds, merged, search = _chosen(configs, num_layers(model), settings)
     if not dry_run:
         check_started(out, resume)
@@ -130,6 +124,7 @@ def sweep(
     finally:
         if isinstance(layers, ResidentLayers):
             layers.close()
+    write_harness_results(out, loaded_tasks)
     return summary(out)
 
 
@@ -164,7 +159,7 @@ class _Sweep:
         layers: LayerSource,
         tokenizer: Any,
         rounds: Sequence[Round],
-        tasks: Sequence[Task],
+        tasks: Sequence[LoadedTask],
         settings: SweepSettings,
         console: Console,
     ) -> None:
@@ -241,7 +236,7 @@ class _Sweep:
             "sampling": sampling if sampling["temperature"] else {"temperature": 0.0},
             "truncate": self._settings.truncate,
             "products": "float32" if self._layers.widened else None,  # None: of the weights' own type
-            "tasks": {task.name: {"data": task.digest} for task in self._tasks},
+            "tasks": {task.name: task.describe() for task in self._tasks},
         }
 
     def describe(self, merged: int) -> None:
@@ -293,7 +288,7 @@ class _Sweep:
     def search(self, search: Search, results: Results, progress: SweepProgress, out: Path) -> None:
         """Ask what a search wants to know of the first metric of the first task."""
         task, name = self._tasks[0].name, self._tasks[0].metrics[0]
-        metric = METRICS[name]
+        metric = self._tasks[0].metric(name)
 
         def ask(chosen: list[Configuration]) -> dict[str, float]:
             self.ask(chosen, results, progress)
@@ -320,7 +315,12 @@ class _Sweep:
                     progress.documents(task.name, len(group), computed=False)
 
     def _ask(
-        self, task: Task, documents: list[TaskDocument], trie: Trie, results: Results, progress: SweepProgress
+        self,
+        task: LoadedTask,
+        documents: list[TaskDocument],
+        trie: Trie,
+        results: Results,
+        progress: SweepProgress,
     ) -> None:
         """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved."""
         memory, most = PassMemory(self._sizes, trie), len(documents)
@@ -352,7 +352,7 @@ class _Sweep:
                     "configurations at a time and go on with --resume."
                 )
 
-    def _rows(self, task: Task, piece: Sequence[TaskDocument], trie: Trie) -> Iterator[Row]:
+    def _rows(self, task: LoadedTask, piece: Sequence[TaskDocument], trie: Trie) -> Iterator[Row]:
         for c, outcomes in enumerate(self._outcomes(piece, trie)):
             answers = iter(outcomes)
             for document in piece:

@@ -85,7 +85,8 @@ def test_a_study_of_shapes_runs(name: str, run: Callable[..., list[Line]], monke
     assert lines and {line["part"] for line in lines} == {name}
     for line in lines:
         if line["variants"]:
-            assert OURS in line["variants"] and len(line["variants"]) > 1 and not line["skipped"]
+            assert OURS in line["variants"] and len(line["variants"]) > 1
+            assert not line["skipped"] or name == "stored"  # as a quick run of bench sweep
     if name == "streamed":
         for result in lines[0]["variants"].values():
             assert 0 < result["seconds"] < result["seconds_in_all"] and result["peak_bytes"] > 10**8

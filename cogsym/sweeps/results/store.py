@@ -28,6 +28,7 @@ from cogsym.sweeps.results.parts import (
     read_parts,
     write_part,
 )
+from cogsym.sweeps.tasks.aggregations import metric_of
 from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import METRICS
 
@@ -49,10 +50,10 @@ class Row:
         language: of the task.
         side: whether the task asks what the model understands or what it says.
         document: the document's key, unique in the task.
-        metric: a name in `cogsym.sweeps.tasks.metrics.METRICS`.
+        metric: a name in `cogsym.sweeps.tasks.metrics.METRICS`, or "acc,none" and the like of lm-evaluation-harness.
         value: the metric of this document alone.
         statistics: summed over documents they give the metric of all of them; as many in every row of a metric.
-        text: what the model wrote, where it wrote.
+        text: what the model wrote, where it wrote; of a task of lm-evaluation-harness all responses, as JSON.
     """
 
     configuration: Configuration
@@ -221,11 +222,12 @@ def values(folder: str | Path, task: str, metric: str) -> dict[str, float]:
         CogsymError: there are no results, or a part is damaged.
     """
     table = _everything(folder)
+    combine = metric_of(_tasks(folder).get(task, {}), metric).combine
     for name, wanted in (("task", task), ("metric", metric)):
         table = table.filter(pc.equal(table.column(name).cast(pa.string()), wanted))
     found: dict[str, float] = {}
     for cells in _cells(table):
-        together = METRICS[metric].combine(cells.statistics.sum(axis=0))
+        together = combine(cells.statistics.sum(axis=0))
         found |= {line["configuration"]: float(value) for line, value in zip(cells.described, together, strict=True)}
     return found
 
@@ -244,14 +246,15 @@ def summary(folder: str | Path, resamples: int = 1000, seed: int = 0) -> pd.Data
     """
     import pandas as pd
 
-    summaries = []
+    summaries, tasks = [], _tasks(folder)
     for cells in _cells(_everything(folder)):
-        if cells.metric not in METRICS:
+        described = tasks.get(cells.described[0]["task"], {})
+        if cells.metric not in METRICS and "metrics" not in described:
             raise CogsymError(
                 f"{folder} has results of the metric {cells.metric!r}, expected one of {', '.join(METRICS)}; it was "
                 "written by another version of cogsym."
             )
-        metric = METRICS[cells.metric]
+        metric = metric_of(described, cells.metric)
         kept = next((c for c, line in enumerate(cells.described) if line["direction"] == "none"), None)
         estimates = paired_bootstrap(cells.statistics, cells.present, kept, metric.combine, resamples, seed)
         estimates["chance"] = (
@@ -351,6 +354,11 @@ def _everything(folder: str | Path) -> pa.Table:
     if not tables:
         raise CogsymError(f"{folder} holds no results; give the folder that a sweep wrote, its --out.")
     return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+
+
+def _tasks(folder: str | Path) -> dict[str, Any]:
+    """What the key says of each task."""
+    return read_key(folder)["tasks"]
 
 
 def _part_folder(folder: Path) -> Path:
