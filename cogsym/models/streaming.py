@@ -276,7 +276,7 @@ def _identity(file: FileIO) -> tuple[int, ...]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _fill(file: FileIO, begin: int, out: Tensor) -> None:

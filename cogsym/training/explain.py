@@ -56,7 +56,8 @@ class LayerReport:
         return in_one_word(self.attention, self.mlp)
 
     def __str__(self) -> str:
-        line = f"{self.trained}{' and on disk' if self.on_disk else ''}, {self.path}{f' ({self.reason})' if self.reason else ''}"
+        trained = f"{self.trained}{' and on disk' if self.on_disk else ''}"
+        line = f"{trained}, {self.path}{f' ({self.reason})' if self.reason else ''}"
         if self.keep:
             keeps = f"{self.keep}{f' ({self.keep_reason})' if self.keep_reason else ''}"
             line += f", keeps {keeps}: {self.bytes_per_token:,} bytes a token, {self.repeated:.0%} repeated"

@@ -1,9 +1,9 @@
 """Frozen layers whose weights stay on disk: read when they are computed with, and once more for the backward pass.
 
-Two places in memory hold them: that of the layer which computes, and that of the one which is read meanwhile by a thread
-of its own. Which one that is follows from what came next the last time, as each step of training takes its layers in
-the same order; the first time it is the next one above in the forward pass, and below in the backward pass. A layer
-that comes unexpectedly is waited for.
+Two places in memory hold them: that of the layer which computes, and that of the one which is read meanwhile by a
+thread of its own. Which one that is follows from what came next the last time, as each step of training takes its
+layers in the same order; the first time it is the next one above in the forward pass, and below in the backward pass. A
+layer that comes unexpectedly is waited for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from cogsym.decoder import decoder_of, layers_of
 from cogsym.errors import CogsymError
-from cogsym.models import Block, UnknownLayerError, precision, read_block
+from cogsym.models import UnknownLayerError, precision, read_block
 from cogsym.models.block import KeptBlock
 from cogsym.models.half import Dial
 from cogsym.models.inputs import LayerInputs
