@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cogsym.errors import CogsymError
+from cogsym.memory import give_back_freed_memory
 from cogsym.models.loading import checkpoint_dtype, load_config, load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.training.settings import TrainSettings
@@ -42,6 +43,7 @@ def load(
     half = None if settings.dtype == "auto" and products == "float32" else torch.bfloat16
     loaded, saved = torch.float32 if settings.dtype == "fp32" else half, checkpoint_dtype(model)
     if settings.stream:
+        give_back_freed_memory()
         layers = load_config(model).get_text_config().num_hidden_layers
         network = load_streamed(model, plan or LayerPlan.outer(layers), loaded)
     else:

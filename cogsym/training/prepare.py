@@ -102,10 +102,10 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
     memory = Memory(keep, memory_budget)
     decoder = decoder_of(model)
     parts = plan.parts(model)
-    if hasattr(model, RECORD):
-        restore(model)
     if (on := next((i for i in plan.trained if on_disk(layers_of(model)[i])), None)) is not None:
         raise CogsymError(f"The plan trains layer {on}, whose weights are on disk; load the model with the same plan.")
+    if hasattr(model, RECORD):
+        restore(model)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     adapters = hasattr(model, "peft_config")
     wanted = [(p, _needs_gradient(part, p, adapters)) for part in parts for p in part.parameters]
