@@ -19,8 +19,8 @@ _GIVEN_BACK = 4 * 2**20  # bytes
 def give_back_freed_memory() -> None:
     """Have the C library return blocks of 4 MB and more to the system as they are freed, in this process.
 
-    glibc keeps those of up to 32 MB for blocks to come once it has seen some: weights,
-    gradients and the optimizer's states of a layer are of that size, and the holes between them come to hundreds of MB.
+    glibc keeps those of up to 32 MB for blocks to come once it has seen some: weights, gradients and the optimizer's
+    states of a layer are of that size, and the holes between them come to hundreds of MB.
     """
     mallopt = libc_function("mallopt")
     if mallopt:
