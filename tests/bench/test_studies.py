@@ -30,7 +30,6 @@ OF_TINY_SHAPE = (
     "linear_cross_entropy",
     "longest",
     "streamed",
-    "streamed_train",
 )
 OF_A_FOLDER = ("swahili", "swahili_sweep", "train_speed")
 
@@ -187,7 +186,6 @@ def test_the_scripts_measure_nothing_by_themselves() -> None:
     allowed = {
         "train_speed": {"time.perf_counter"},  # of the steps of a run
         "streamed": {"time.perf_counter", "json.dumps"},  # in its process; the files of its model
-        "streamed_train": {"time.perf_counter", "json.dumps"},  # in its process; what it reports
         "noise": {"time.perf_counter"},  # to be a tenth slower
         "swahili": {"json.dumps"},  # what is noted of a training run
     }
