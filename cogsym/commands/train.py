@@ -102,6 +102,15 @@ def train(
         str | None,
         option("What frozen layers may hold, such as 4GB; half of what is free by default.", panel="Memory"),
     ] = None,
+    stream: Annotated[
+        bool,
+        option(
+            "Leave frozen layers on disk and read each as it is needed, for a model larger than memory; MODEL is a "
+            "folder, and --keep input or nothing keeps the rest small too.",
+            "--stream",
+            panel="Memory",
+        ),
+    ] = False,
     eval_every: Annotated[int | None, option("Evaluate every so many steps too.", panel="Run")] = None,
     save_every: Annotated[int, option("Write a checkpoint every so many steps.", panel="Run")] = 200,
     dry: Annotated[
@@ -140,6 +149,7 @@ def train(
         lora_rank=lora_rank,
         keep=keep,
         memory_budget=None if memory is None else parse_bytes(memory),
+        stream=stream,
         loss=loss.value,
         separator=separator,
         hold_out=held_out_share,

@@ -24,12 +24,12 @@ from cogsym.decoder import layers_name_of, layers_of
 from cogsym.errors import CogsymError, RunStopped, SettingError
 from cogsym.memory import out_of_memory
 from cogsym.models import precision
-from cogsym.models.loading import checkpoint_dtype, load_model, load_tokenizer
 from cogsym.plan import LayerPlan
 from cogsym.records import reason, replacing
 from cogsym.training.estimate import estimate
 from cogsym.training.explain import explain
 from cogsym.training.keep import Memory
+from cogsym.training.load import load
 from cogsym.training.notices import notices, risen
 from cogsym.training.prepare import prepare, restore
 from cogsym.training.run_folder import RunFolder, check_inputs, open_run_folder
@@ -45,6 +45,7 @@ class TrainResult:
 
     Attributes:
         model: the trained model in the dtype of its base, on the CPU or GPU it trained on; adapters are merged into it.
+            Layers that were streamed have no weights in it; `folder` has them.
         folder: where it was saved, for plain `from_pretrained`.
         steps: optimizer steps in all.
         trained_parameters: how many were trained.
@@ -171,7 +172,7 @@ def _read(
     products = _products(settings.dtype)
     if resume:  # the arithmetic that it began with, on whichever machine
         products = RunFolder(out).read_record().get("products", products)
-    network, tokenizer, stored = _loaded(model, tokenizer, settings.dtype, products)
+    network, tokenizer, stored = load(model, tokenizer, plan, settings, products)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if context and settings.length > context:
         raise SettingError(
@@ -304,22 +305,6 @@ def _products(dtype: str) -> str:
 def _device() -> torch.device:
     """Where the Trainer will put the model."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _loaded(
-    model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str, products: str
-) -> tuple[Any, Any, dict[str, torch.dtype]]:
-    """The model and its tokenizer, from a name or as they are, and the dtypes that its parameters are saved in."""
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise CogsymError("train was given a loaded model without its tokenizer; pass tokenizer=.")
-        return model, tokenizer, {n: p.dtype for n, p in model.named_parameters()}
-    half = None if dtype == "auto" and products == "float32" else torch.bfloat16
-    loaded, saved = torch.float32 if dtype == "fp32" else half, checkpoint_dtype(model)
-    network = load_model(model, loaded)
-    # Where transformers keeps a parameter in another precision than asked, it does so in the base too.
-    dtypes = {n: saved if p.dtype == loaded else p.dtype for n, p in network.named_parameters()}
-    return network, tokenizer or load_tokenizer(model), dtypes
 
 
 def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bool) -> TrainingArguments:

@@ -25,7 +25,7 @@ SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not 
 OF_TINY_SHAPE = (
     "attention", "decode_attention", "frozen", "linear", "linear_cross_entropy", "longest", "stored", "streamed",
 )  # fmt: skip
-OF_A_FOLDER = ("swahili", "swahili_sweep", "train_speed")
+OF_A_FOLDER = ("harness", "swahili", "swahili_sweep", "train_speed")
 
 
 def script(name: str) -> Any:
@@ -115,6 +115,12 @@ def test_methods_of_training_are_scored(
     assert lora == alone and lora["facts"]["trained_parameters"] < outer["facts"]["trained_parameters"]
     assert outer["facts"]["trained_parameters"] < whole["facts"]["trained_parameters"]
     assert before["facts"]["xcopa_sw"]["questions"] == 12 and outer["facts"]["tried"].keys() == {"0.0003"}
+
+
+def test_the_harness_is_timed_over_a_sweep(run: Callable[..., list[Line]], model_folder: Path, texts: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[lm_eval]'")
+    (line,) = run("harness", "--model", model_folder, "--data", texts)
+    assert len(line["variants"]) == 2 and line["facts"]["done"] > 0
 
 
 def test_a_sweep_is_noted(run: Callable[..., list[Line]], model_folder: Path, texts: Path, tmp_path: Path) -> None:
