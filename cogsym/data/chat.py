@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def _messages(value: Any, field: str, where: str) -> list[dict[str, Any]]:
     return [{key: v for key, v in message.items() if v is not None} for message in value]
 
 
-def _marked(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Chat | None:
+def _marked(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Chat | None:
     """A chat by a template with generation markers."""
     rendered: Any = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -116,10 +116,10 @@ def _marked(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBa
     return _chat(text, tokens, spans, np.array(rendered["assistant_masks"], dtype=bool))
 
 
-def _by_prefixes(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Chat | None:
+def _by_prefixes(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Chat | None:
     """A chat by a template without them; None where one of the assistant's turns is not found in it."""
 
-    def render(shown: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+    def render(shown: list[dict[str, Any]], prompt: bool = False) -> str:
         return str(tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=prompt))
 
     turns = _turns(messages, render)
@@ -133,7 +133,7 @@ def _by_prefixes(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokeni
     return _chat(text, tokens, spans, learned)
 
 
-def _turns(messages: Sequence[dict[str, Any]], render: Callable[..., str]) -> list[tuple[int, int]] | None:
+def _turns(messages: list[dict[str, Any]], render: Callable[..., str]) -> list[tuple[int, int]] | None:
     """Where the assistant's turns begin and end in the text of a chat, in characters."""
     text = render(messages)
     turns = []
