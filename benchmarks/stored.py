@@ -50,8 +50,8 @@ def cases(setting: Setting) -> list[CaseSpec]:
             rows = max(1, tokens // length)
             name = f"{shape.name}: a step, {rows} x {length} tokens"
             found.append(CaseSpec(name, partial(step, model, layers, rows, length, setting), ROUNDS))
-        asked = [("grid", "choices"), ("grid", "passages"), ("input,output", "choices"), ("input,output", "passages")]
-        for what, kind in asked if setting.full else asked[2:3]:
+        asked = [("input,output", "choices"), ("input,output", "passages"), ("grid", "choices")]
+        for what, kind in asked if setting.full else asked[:1]:
             name = f"{shape.name}: {what} ({len(sets[what])}), 8 {kind}"
             found.append(CaseSpec(name, partial(scored, model, layers, sets[what], kind, setting), ROUNDS))
         for prompts in (1, 8, 32) if setting.full else (1,):
