@@ -27,6 +27,14 @@ def train(
         str | None,
         option('How a pair becomes a text, columns in braces: "English: {en}\\nSwahili: {sw}".', panel="Text"),
     ] = None,
+    chat: Annotated[
+        str | None,
+        option(
+            "The column with a chat, a list of messages with role and content: the tokenizer's chat template writes it "
+            "out, and what the assistant says is learned.",
+            panel="Text",
+        ),
+    ] = None,
     loss: Annotated[Loss, option("Learn all the text, or the last column of the template.", panel="Text")] = Loss.all,
     evaluate: Annotated[
         list[str] | None,
@@ -164,7 +172,7 @@ def train(
 
     def source(text: str) -> Source:
         parsed = Source.parse(text)
-        return parsed if parsed.field else Source(parsed.path, template=template, weight=parsed.weight)
+        return parsed if parsed.field else Source(parsed.path, template=template, weight=parsed.weight, chat=chat)
 
     sources = [source(text) for text in data]
     held_out: dict[str, Source] = {}
@@ -174,10 +182,11 @@ def train(
         if name in held_out:
             raise CogsymError(f"--eval is given two texts of the name {name}, {text} the second; rename one file.")
         held_out[name] = held
-    if template is not None and all(s.template is None for s in (*sources, *held_out.values())):
-        raise CogsymError(
-            f"--template is given and every text names a column, as {data[0]} does; leave the column or --template out."
-        )
+    for name, value in (("--template", template), ("--chat", chat)):
+        if value is not None and all(s.field for s in (*sources, *held_out.values())):
+            raise CogsymError(
+                f"{name} is given and every text names a column, as {data[0]} does; leave the column or {name} out."
+            )
     if dry:
         if resume:
             raise CogsymError("--dry-run says what a run costs from its beginning; leave --resume out.")

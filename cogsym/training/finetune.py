@@ -359,7 +359,8 @@ def _with_adapters(model: Any, plan: LayerPlan, rank: int) -> Any:
 
 def _digest(text: Text) -> str:
     if isinstance(text, Source):
-        return f"{content_digest(text)} {text.field} {text.template} {text.weight}"
+        read = f"{content_digest(text)} {text.field} {text.template} {text.weight}"
+        return f"{read} {text.chat}" if text.chat else read
     return hashlib.sha256(repr([(d.text, d.target_start) for d in text]).encode()).hexdigest()
 
 
