@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from cogsym.data.sources import Document, Loss, Source, content_digest, read_once, selection
 from cogsym.errors import CogsymError
+from cogsym.ranks import rank_here
 from cogsym.records import replacing
 
 if TYPE_CHECKING:
@@ -263,5 +264,5 @@ def _progress(large: bool) -> Progress:
         _DocumentsPerSecond(),
         TimeRemainingColumn(),
         console=console,
-        disable=not (large and console.is_terminal),
+        disable=rank_here() > 0 or not (large and console.is_terminal),
     )
