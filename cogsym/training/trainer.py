@@ -280,8 +280,8 @@ class RunCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
         # A signal reaches each rank at a moment of its own; all stop after the same step.
-        self.stopped_by = self._ranks.largest(self.stopped_by or 0) or None
-        if self.stopped_by is not None:
+        if stopped_by := self._ranks.largest(self.stopped_by or 0):
+            self.stopped_by = stopped_by  # not without one: it may come while the ranks are asked
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True

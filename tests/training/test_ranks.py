@@ -86,7 +86,9 @@ def test_a_signal_to_one_rank_ends_both_and_one_process_goes_on(steady: Path, te
     assert status != 0 and "cogsym: Stopped at step " in said and sentences(said) == 1
     two = alone(steady, text_file, tmp_path / "two", resume=True, batch_size=ROWS // 2, steps=100)
     assert two.steps == 100
-    assert_same_run(one, tmp_path / "two")
+    # The line of the ten steps in which it stopped says the mean loss of those after.
+    assert two.history[-1]["tokens"] == one.history[-1]["tokens"]
+    assert two.bits_per_byte("news-sw") == pytest.approx(one.bits_per_byte("news-sw"), rel=1e-3)
     assert json.loads((tmp_path / "two" / "settings.json").read_text())["ranks"] == 2
 
 
