@@ -74,11 +74,11 @@ class OuterTrainer(Trainer):
         self._order = SharedOrder(train_dataset)
         return self._order
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, which tells the order nothing of an epoch that begins in its middle."""
         if self._order is not None:
-            self._order.set_epoch(epoch)
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+            self._order.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count the tokens of all ranks, in rows in which something is learned."""
