@@ -86,7 +86,7 @@ def train(
     schedule: Annotated[Schedule, option("How the rate falls to 0.", panel="Optimisation")] = Schedule.cosine,
     warmup: Annotated[float, option("Share of the steps in which the rate rises.", panel="Optimisation")] = 0.05,
     weight_decay: Annotated[float, option("Of AdamW.", panel="Optimisation")] = 0.0,
-    batch_size: Annotated[int, option("Rows a forward pass.", panel="Optimisation")] = 4,
+    batch_size: Annotated[int, option("Rows a forward pass, of each rank under torchrun.", panel="Optimisation")] = 4,
     accumulation: Annotated[int, option("Forward passes an optimizer step.", panel="Optimisation")] = 1,
     epochs: Annotated[float, option("Passes over the text.", panel="Optimisation")] = 1.0,
     steps: Annotated[int | None, option("Optimizer steps, instead of epochs.", panel="Optimisation")] = None,

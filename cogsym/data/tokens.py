@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from cogsym.data.chat import Chat, read_chats, template_of
 from cogsym.data.sources import Document, Loss, Source, content_digest, read_once, selection
 from cogsym.errors import CogsymError
+from cogsym.ranks import rank_here
 from cogsym.records import replacing
 
 if TYPE_CHECKING:
@@ -312,5 +313,5 @@ def _progress(large: bool) -> Progress:
         _DocumentsPerSecond(),
         TimeRemainingColumn(),
         console=console,
-        disable=not (large and console.is_terminal),
+        disable=rank_here() > 0 or not (large and console.is_terminal),
     )
