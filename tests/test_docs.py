@@ -22,8 +22,9 @@ PAGES = [*DOCS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 COMMANDS = typer.main.get_command(app).commands
 # Of pytest, setuptools and mkdocs, which the documents name too.
 OTHERS = set(
-    "--build-lib --build-temp --folder --fuzz-examples --help --huge --inplace --maxprocesses --minutes --shuffle "
-    "--part --strict".split()
+    "--build-lib --build-temp --folder --fuzz-examples --help --huge --inplace --machine_rank --main_process_ip "
+    "--main_process_port --maxprocesses --minutes --multi_gpu --nnodes --no-python --nproc-per-node --num_machines "
+    "--num_processes --part --rdzv-backend --rdzv-endpoint --shuffle --strict".split()
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -55,7 +56,7 @@ def test_options_exist(page: Path) -> None:
         for option in command.params
         for name in (*option.opts, *option.secondary_opts)
     }
-    named = re.findall(r"(?<![\w-])--[a-z][a-z-]*\w", page.read_text("utf-8"))
+    named = re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text("utf-8"))
     assert set(named) <= known | OTHERS
 
 
