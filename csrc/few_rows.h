@@ -71,7 +71,7 @@ inline Pair spread(const W* from) {
 template <>
 inline Pair spread(const bfloat16* from) {
 #if defined(__AVX512F__)
-    const auto words = (vector_t<uint32_t>)_mm512_castps_si512(_mm512_broadcastss_ps(_mm_load_ss((const float*)from)));
+    const auto words = (vector_t<uint32_t>)_mm512_set1_epi32(int(load<uint32_t>(from)));
 #elif defined(__AVX__)
     auto words = (vector_t<uint32_t>)_mm256_broadcast_ss((const float*)from);
     // Or GCC takes the word apart first, and each of its halves has a long way to the lanes.
