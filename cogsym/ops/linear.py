@@ -90,7 +90,7 @@ def multiply_into(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> T
     """
     ours = _linear.implementation(x, weight, None) if transposed else _input_gradient.implementation(x, weight)
     if ours in (_cpp, _cpp_input_gradient):
-        return _product(x, weight, None, transposed, out)
+        return product(x, weight, None, transposed, out)
     weight = weight.to(x.dtype)
     return torch.mm(x, weight.t() if transposed else weight, out=out)
 
@@ -132,8 +132,15 @@ def _facts(x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
     return {"weight_dtype": weight.dtype, "rows": x.numel() // max(x.shape[-1], 1)}
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, out: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, or x W, by csrc/linear.cpp."""
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    out: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ + b, or x W, by csrc/linear.cpp; with `scale`, [rows of the weight], the weight is int8."""
     N, K = weight.shape if transposed else weight.shape[::-1]
     y = x.new_empty(*x.shape[:-1], N) if out is None else out
     if not y.numel():
@@ -141,20 +148,22 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, o
     if not K:
         return y.zero_() if bias is None else y.copy_(bias)
     rows, weight, bias = cpp.rows(x), cpp.contiguous_rows(weight), None if bias is None else cpp.table(bias)
+    scale = None if scale is None else scale.contiguous()
     cpp.extension.linear(
-        rows.data_ptr(), weight.data_ptr(), cpp.address(bias), y.data_ptr(), rows.stride(0), weight.stride(0),
-        len(rows), N, K, transposed, cpp.DTYPES[x.dtype], cpp.DTYPES[weight.dtype],
+        rows.data_ptr(), weight.data_ptr(), cpp.address(scale), cpp.address(bias), y.data_ptr(), rows.stride(0),
+        weight.stride(0), len(rows), N, K, transposed, cpp.DTYPES[x.dtype],
+        cpp.DTYPES[torch.float32 if scale is not None else weight.dtype],
         cpp.DTYPES[torch.float32 if bias is None else bias.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _product(x, weight, bias, True)
+    return product(x, weight, bias, True)
 
 
 def _cpp_input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    return _product(dy, weight, None, False)
+    return product(dy, weight, None, False)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,7 +198,8 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
     )
 
 
-def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+def linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of a product of x by a weight [N, K] or its transpose, from their shapes."""
     rows = 1
     for size in x[:-1]:
         rows *= size
@@ -205,7 +215,7 @@ _linear = register_operation(
         facts=_facts,
         fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)),
         autograd=(_setup, _backward),
-        flops=_flops,
+        flops=linear_flops,
         example=_example,
     )
 )
@@ -217,7 +227,7 @@ _input_gradient = register_operation(
         backends=(backend.cpp(_cpp_input_gradient, _refuses),),
         facts=lambda dy, weight: {"weight_dtype": weight.dtype},
         fake=lambda dy, weight: dy.new_empty(*dy.shape[:-1], weight.shape[1]),
-        flops=_flops,
+        flops=linear_flops,
         part_of="linear",
     )
 )
