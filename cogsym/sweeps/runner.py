@@ -104,9 +104,11 @@ def sweep(
         check_started(out, resume)
     needs_base = any(ACTIONS[name].needs_base for asked in rounds for c in asked.configurations for name in c.actions)
     # A resumed sweep keeps the arithmetic that it began with, on whichever machine.
-    widened = read_key(out).get("products") is not None if resume and not dry_run else None
+    before = read_key(out) if resume and not dry_run else {}
+    widened = before.get("products") is not None if before else None
+    weights = settings.weights or before.get("weights")
     layers = load_layers(
-        model, base, tokenizer, settings.stream, settings.dtype, widened, needs_base, partial(_say, console)
+        model, base, tokenizer, settings.stream, settings.dtype, widened, weights, needs_base, partial(_say, console)
     )
     try:
         running = _Sweep(layers, tokenizer, rounds, loaded_tasks, settings, console)
@@ -241,6 +243,7 @@ class _Sweep:
             "sampling": sampling if sampling["temperature"] else {"temperature": 0.0},
             "truncate": self._settings.truncate,
             "products": "float32" if self._layers.widened else None,  # None: of the weights' own type
+            **({"weights": "int8"} if self._layers.int8 else {}),
             "tasks": {task.name: {"data": task.digest} for task in self._tasks},
         }
 
