@@ -64,8 +64,9 @@ def test_a_widened_model_is_the_float32_model_of_its_weights(family: str, dtype:
     assert not any(hasattr(module, "_cogsym_forward") or "forward" in vars(module) for module in model.modules())
 
 
-def test_its_weights_take_half_the_bytes() -> None:
-    model = tiny_model("llama", torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma3"])
+def test_its_weights_take_half_the_bytes(family: str) -> None:
+    model = tiny_model(family, torch.bfloat16)
     stored = sum(p.nbytes for p in model.parameters() if p.dim() == 2)
     precision.widen(model)
     assert sum(p.nbytes for p in model.parameters() if p.dim() == 2) == stored

@@ -81,7 +81,7 @@ def case(model: str, layers: int, rows: int, length: int, kind: str, setting: Se
         agreeing.append(competitor)
         result.counts[competitor.name] = {"difference": difference(gradients, truth[1])}
     for competitor in agreeing:
-        result.variants[competitor.name] = competitor.variant(job, partial(_step, optimizer))
+        result.variants[competitor.name] = competitor.variant(job, partial(take_step, optimizer))
         result.counts[competitor.name] |= _bytes(competitor, job, optimizer)
     return result
 
@@ -122,7 +122,7 @@ def make_job(
     return Job(net, plan, {"input_ids": ids, "labels": ids}, autocast, adapters)
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Loss) -> None:
+def take_step(optimizer: torch.optim.Optimizer, loss: Loss) -> None:
     """Forward, backward, AdamW."""
     loss().backward()
     optimizer.step()
@@ -132,9 +132,9 @@ def _step(optimizer: torch.optim.Optimizer, loss: Loss) -> None:
 def _bytes(competitor: Competitor[Job, Loss], job: Job, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Bytes kept for the backward pass, a token's share, and the most that a step holds."""
     with competitor.applied(job) as loss:
-        _step(optimizer, loss)  # the optimizer's own state is there from now on
+        take_step(optimizer, loss)  # the optimizer's own state is there from now on
         kept = method.saved_bytes(loss, [*job.model.parameters(), *job.model.buffers()])
-        peak = method.peak_bytes(partial(_step, optimizer, loss), job.device)
+        peak = method.peak_bytes(partial(take_step, optimizer, loss), job.device)
     return {"kept_bytes_a_token": kept / job.inputs["input_ids"].numel(), "peak_bytes": peak}
 
 

@@ -105,7 +105,7 @@ def sweep(
         memory_budget=None if memory is None else parse_bytes(memory),
         strict_memory=strict_memory,
         stream=stream,
-        weights=None if weights is None else weights.value,
+        weights="int8" if weights is Stored.int8 else None,
         dtype={Dtype.auto: None, Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}[dtype],
     )
     found = run(model, configs, task, out, base=base, settings=settings, resume=resume, dry_run=dry_run)

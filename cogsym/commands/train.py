@@ -148,7 +148,7 @@ def train(
         lora_rank=lora_rank,
         keep=keep,
         memory_budget=None if memory is None else parse_bytes(memory),
-        frozen_weights=None if frozen is None else frozen.value,
+        frozen_weights="int8" if frozen is Stored.int8 else None,
         loss=loss.value,
         separator=separator,
         hold_out=held_out_share,

@@ -123,7 +123,8 @@ def to_original(model: nn.Module) -> None:
         known = attachment(module)
         if not isinstance(known, _Quantised) or known.original is None:
             continue
-        module.weight.data = known.original.read().to(module.weight.device)
+        weight: Any = module.weight
+        weight.data = known.original.read().to(weight.device)
         for hook in known.hooks:
             hook.remove()
         detach(module, _forward)

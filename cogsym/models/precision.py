@@ -24,12 +24,13 @@ _WIDENED = "_cogsym_widened"  # the attribute of a module that says what its own
 def widen(model: nn.Module) -> None:
     """Let a model with weights of 16 bits compute in float32, in place.
 
-    Modules whose forward another library has replaced, and those that are no plain `nn.Linear` or `nn.Embedding`, have
-    their own weights widened.
+    Modules whose forward another library has replaced, and those that are no plain `nn.Linear` or `nn.Embedding` (nor
+    Gemma's scaled one), have their own weights widened.
     """
     for module in model.modules():
-        if module.__class__ in _FORWARDS and module.weight.dtype in HALF_DTYPES and "forward" not in vars(module):
-            attach(module, _FORWARDS[module.__class__], True)
+        forward = _forward_of(module)
+        if forward and module.weight.dtype in HALF_DTYPES and "forward" not in vars(module):
+            attach(module, forward, True)
         elif not is_stored(module):
             own = {**module._parameters, **module._buffers}
             half = {name: t.dtype for name, t in own.items() if t is not None and t.dtype in HALF_DTYPES}
@@ -44,7 +45,7 @@ def narrow(model: nn.Module) -> None:
     """Undo `widen`; what is stored in float32 by now stays so only where `widen` did not put it there."""
     for module in model.modules():
         if is_stored(module):
-            detach(module, _FORWARDS[module.__class__])
+            detach(module, _forward_of(module))
         for name, dtype in vars(module).pop(_WIDENED, {}).items():
             tensor = getattr(module, name)
             tensor.data = tensor.data.to(dtype)
@@ -61,7 +62,7 @@ def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 
 def is_stored(module: nn.Module) -> bool:
     """Whether a module computes in float32 from a weight as it lies."""
-    forward = _FORWARDS.get(module.__class__)
+    forward = _forward_of(module)
     return forward is not None and attached(module, forward) and not foreign_forward(module)
 
 
@@ -109,4 +110,19 @@ def _embedding_forward(module: nn.Embedding, ids: Tensor) -> Tensor:
     return rows if attachment(module) is None else rows.float()
 
 
+def _scaled_embedding_forward(module: Any, ids: Tensor) -> Tensor:
+    if attachment(module) is None:
+        rows: Tensor = module.__class__.forward(module, ids)
+        return rows
+    return nn.Embedding.forward(module, ids).float() * module.embed_scale.to(module.weight.dtype).float()
+
+
 _FORWARDS: dict[type, Any] = {nn.Linear: _linear_forward, nn.Embedding: _embedding_forward}
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """The forward that lets a module compute from a weight as it lies; None where there is none."""
+    # Gemma's, of which each of its generations in transformers has a copy.
+    if module.__class__.__name__.endswith("TextScaledWordEmbedding") and isinstance(module, nn.Embedding):
+        return _scaled_embedding_forward
+    return _FORWARDS.get(module.__class__)

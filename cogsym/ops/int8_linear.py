@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cogsym.ops import backend, cpp
 from cogsym.ops.checks import check_floating, check_rows
-from cogsym.ops.linear import linear_flops, product
+from cogsym.ops.linear import linear_flops, product, widen_int8
 from cogsym.ops.operation import Example, Operation, Sizes, register_operation
 from cogsym.ops.products import native
 
@@ -79,12 +79,8 @@ def int8_linear_input_gradient(dy: Tensor, weight: Tensor, scale: Tensor) -> Ten
 def dequantised(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """W in a dtype, [N, K], from int8 and the scales of its rows; each number is rounded once."""
     if weight.is_cpu and cpp.extension is not None and dtype in _WIDENED and backend.forced() != "reference":
-        weight, scale = cpp.contiguous_rows(weight), scale.contiguous()
         out = weight.new_empty(weight.shape, dtype=dtype)
-        cpp.extension.dequantised(
-            weight.data_ptr(), scale.data_ptr(), out.data_ptr(), weight.stride(0), *weight.shape, cpp.DTYPES[dtype],
-            torch.get_num_threads(),
-        )  # fmt: skip
+        widen_int8(cpp.contiguous_rows(weight), scale.contiguous(), out)
         return out
     wide = torch.promote_types(dtype, torch.float32)
     return (weight.to(wide) * scale.to(wide)[:, None]).to(dtype)
@@ -147,13 +143,13 @@ def _kernel_multiplies(x: Tensor) -> bool:
 
 def _cpp(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     if _kernel_multiplies(x):
-        return product(x, weight, bias, True, scale=scale)
+        return product(x, weight, bias, True, scale=scale.contiguous())
     return int8_linear_reference(x, weight, scale, bias)
 
 
 def _cpp_input_gradient(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if _kernel_multiplies(dy):
-        return product(dy, weight, None, False, scale=scale)
+        return product(dy, weight, None, False, scale=scale.contiguous())
     return int8_linear_input_gradient_reference(dy, weight, scale)
 
 

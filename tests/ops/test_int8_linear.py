@@ -102,9 +102,9 @@ def test_quantised_to_the_nearest(best_backend: str, dtype: torch.dtype) -> None
 
 def test_what_does_not_fit_is_refused() -> None:
     (weight, scale), x = quantise(torch.randn(3, 4)), torch.randn(2, 4)
-    with pytest.raises(TypeError, match="weight has dtype torch.float32, expected torch.int8"):
+    with pytest.raises(TypeError, match=r"weight has dtype torch\.float32, expected torch\.int8"):
         int8_linear(x, weight.float(), scale)
-    with pytest.raises(TypeError, match="scale has dtype torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"scale has dtype torch\.bfloat16"):
         int8_linear(x, weight, scale.bfloat16())
     with pytest.raises(ValueError, match=r"scale has shape \(2,\), expected \(3,\)"):
         int8_linear(x, weight, scale[:2])
