@@ -4,8 +4,7 @@ Neither torch nor CMake is needed, only a C++17 compiler (`$CXX`, else c++, g++ 
 compiled once for each instruction set of the target, and the extension picks one when it is imported. Without a
 compiler, or where it fails, the package installs without the extension and its operations run in plain PyTorch.
 
-With COGSYM_CUDA=1 and nvcc at hand, csrc/cuda is compiled too. COGSYM_SANITIZE names sanitizers, as -fsanitize does:
-docs/sanitizers.md.
+COGSYM_SANITIZE names sanitizers, as -fsanitize does: docs/sanitizers.md.
 """
 
 from __future__ import annotations
@@ -51,7 +50,6 @@ KERNEL_FLAGS += ["-Wno-pass-failed"]  # clang says which `omp simd` loops it lea
 # A report names lines and ends the process; -O1 keeps the frames that it shows, and compiles in a third of the time.
 SANITIZER = os.environ.get("COGSYM_SANITIZE")
 SANITIZE = [f"-fsanitize={SANITIZER}", "-fno-sanitize-recover=all", "-O1", "-g1"] if SANITIZER else []
-GPU_ARCHITECTURES = ("80", "90", "100")
 
 
 class BuildFailed(Exception):
@@ -87,7 +85,7 @@ def compile_extension(folder: Path, output: Path, verbose: bool) -> None:
     ninja = find_ninja()
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(ninja_file(compiler, find_nvcc(), output))
+    (folder / "build.ninja").write_text(ninja_file(compiler, output))
     result = subprocess.run([ninja, "-C", str(folder), *(["-v"] if verbose else [])])
     if result.returncode != 0:
         raise BuildFailed(f"ninja ended with status {result.returncode}; its output is above.")
@@ -115,16 +113,6 @@ def find_ninja() -> str:
     return found
 
 
-def find_nvcc() -> str | None:
-    """nvcc, where CUDA sources are asked for."""
-    if os.environ.get("COGSYM_CUDA") != "1":
-        return None
-    nvcc = shutil.which("nvcc")
-    if not nvcc:
-        print("cogsym: COGSYM_CUDA is 1 but nvcc is not on the path; CUDA sources are not built.", file=sys.stderr)
-    return nvcc
-
-
 def accepts(compiler: list[str], flags: list[str], program: str = "int main() { return 0; }") -> bool:
     """Whether the compiler builds `program` with `flags`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +128,7 @@ def target_machine(compiler: list[str]) -> str:
     return result.stdout.split("-")[0] if result.returncode == 0 else platform.machine()
 
 
-def ninja_file(compiler: list[str], nvcc: str | None, output: Path) -> str:
+def ninja_file(compiler: list[str], output: Path) -> str:
     """The text of build.ninja."""
     import pybind11
 
@@ -151,33 +139,23 @@ def ninja_file(compiler: list[str], nvcc: str | None, output: Path) -> str:
     files = " ".join(f"F({Path(name).stem}, isa)" for name in KERNEL_SOURCES)
     define = [f"-DCOGSYM_VARIANTS(V)={' '.join(f'V({name})' for name in variants)}", f"-DCOGSYM_FILES(F, isa)={files}"]
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    cuda_sources = sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
-    shared = [*include, *threads, *define, *(["-DCOGSYM_CUDA"] if cuda_sources else [])]
+    shared = [*include, *threads, *define]
 
-    builds = [edge("cxx", f"{Path(name).stem}.o", CSRC / name, shared) for name in SHARED_SOURCES]
+    builds = [edge(f"{Path(name).stem}.o", CSRC / name, shared) for name in SHARED_SOURCES]
     for variant, flags in variants.items():
         for name in KERNEL_SOURCES:
             kernel = [*threads, f"-DCOGSYM_ISA={variant}", *KERNEL_FLAGS, *flags]
-            builds.append(edge("cxx", f"{Path(name).stem}.{variant}.o", CSRC / name, kernel))
-    builds += [edge("nvcc", f"cuda.{source.stem}.o", source, []) for source in cuda_sources]
+            builds.append(edge(f"{Path(name).stem}.{variant}.o", CSRC / name, kernel))
     objects = [build.split(":")[0].removeprefix("build ") for build in builds]
 
-    if cuda_sources:
-        link = [str(nvcc), "-shared", "--cudart", "static", "-Xcompiler", ",".join(threads)]
-    elif sys.platform == "darwin":
+    if sys.platform == "darwin":
         link = [*compiler, *threads, "-bundle", "-undefined", "dynamic_lookup"]
     else:
         # The thread sanitizer's runtime is preloaded, and may be another compiler's: see .ci/sanitize.
         link = [*compiler, *(SANITIZE if SANITIZER != "thread" else []), *threads, "-shared"]
-    gpu_code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in GPU_ARCHITECTURES]
-    nvcc_command = [nvcc or "nvcc", "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gpu_code]
     return f"""\
 rule cxx
   command = {shell(compiler + CXX_FLAGS + SANITIZE)} $flags -MMD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-rule nvcc
-  command = {shell(nvcc_command)} $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -187,9 +165,9 @@ default {escape(str(output))}
 """
 
 
-def edge(rule: str, target: str, source: Path, flags: list[str]) -> str:
+def edge(target: str, source: Path, flags: list[str]) -> str:
     """One compilation."""
-    return f"build {target}: {rule} {escape(str(source))}\n  flags = {shell(flags)}\n"
+    return f"build {target}: cxx {escape(str(source))}\n  flags = {shell(flags)}\n"
 
 
 def shell(words: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Write the tables of the README and of the page of results from the committed results: `python benchmarks/readme.py`.
+"""Write the tables of the README and of the pages of results from the committed results: `python benchmarks/readme.py`.
 
 Each table stands between <!-- table: NAME --> and <!-- end -->, once for each class of machines whose folder of
 `benchmarks/results` has that result (`cogsym.bench.machine.machine_class`); no table mixes two. A test compares them,
@@ -18,7 +18,7 @@ from cogsym.bench.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", RESULTS / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", RESULTS / "README.md")
 
 
 def study(name: str) -> Study:
@@ -87,14 +87,32 @@ def allocator(name: str, path: Path) -> str:
     return report.markdown(["time over the floor", "", "memory kept", "given back"], rows)
 
 
+def gained(name: str, path: Path) -> str:
+    """Of one case of each question: ours, and the fastest of the others."""
+    rows = []
+    for part, words in _GAINED.items():
+        case = next(case for case in report.read(path.with_name(f"{part}.json"))["cases"] if words in case["name"])
+        variants = {label: v for label, v in case["variants"].items() if "over_cogsym" in v and "cogsym" not in label}
+        label, best = min(variants.items(), key=lambda item: item[1]["over_cogsym"]["median"])
+        ours = case["variants"]["cogsym"]["seconds"]
+        line = [f"{ours:.3g}", label, f"{best['seconds']:.3g}", report.spread(best["over_cogsym"])]
+        rows.append([f"{part}: {case['name'].partition(': ')[2]}", *line])
+    return report.markdown(["", "cogsym, seconds", "fastest other", "seconds", "time / cogsym"], rows)
+
+
+_GAINED = {"train": ": outer", "sweep": ": grid", "generate": "8 prompts"}
 _PARTS = ("ops", "train", "sweep", "generate", "install")
 # The result and the table that each name on a page stands for.
 TABLES: dict[str, tuple[str, Callable[[str, Path], str]]] = {
-    **{name: (name, chosen) for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install")},
+    **{
+        name: (name, chosen)
+        for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install", "harness")
+    },
     "ops": ("ops", partial(chosen, words="SmolLM2.*bfloat16")),
     "train": ("train", partial(chosen, words="SmolLM2.*: outer")),
     "sweep": ("sweep", partial(chosen, words=r"SmolLM2.*: (grid|input)")),
     "generate": ("generate", partial(chosen, words="SmolLM2")),
+    "gained": ("train", gained),
     "noise": ("noise", grouped),
     **{f"whole_{part}": (part, whole) for part in _PARTS},
     "allocator": ("train_glibc", allocator),

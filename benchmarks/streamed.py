@@ -19,30 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from cogsym.bench import process
 from cogsym.bench.case import OURS, Case, CaseSpec, Line, Setting
+from cogsym.bench.checkpoint import WORDS, write_model
 from cogsym.bench.method import Variant
 from cogsym.bench.models import shape_of
 from cogsym.bench.report import Table
 from cogsym.bench.study import Study, main
 from cogsym.sweeps.results.store import frame
 
-WORDS = "habari ya leo mtoto anasoma kitabu shuleni mama anapika chakula kizuri sana".split()
 QUESTIONS, CONTEXT_WORDS, OPTION_WORDS, ROUNDS = 20, 36, 8, 3
 CONFIGS, BUDGET = "output", 500 * 10**6
 ROUNDING = 0.5  # nats of a margin in bfloat16, random weights; the margins themselves are of some 5
 STREAMED = f"{OURS}, streamed"
-WRITE_MODEL = """
-import torch
-from cogsym.bench.models import build
-
-model = build(name, None, torch.bfloat16, torch.device("cpu"))
-model.save_pretrained(folder, max_shard_size="200MB")
-print(model.num_parameters())
-"""
 SWEEP = """
 import resource, time
 import cogsym
@@ -70,18 +60,6 @@ def cases(setting: Setting) -> list[CaseSpec]:
     ]
 
 
-def write_tokenizer(folder: Path) -> None:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>").save_pretrained(folder)
-
-
 def write_questions(file: Path) -> None:
     chance = random.Random(0)
 
@@ -97,9 +75,7 @@ def write_questions(file: Path) -> None:
 
 def case(model: str, work: Path) -> Case:
     folder, questions = work / "model", work / "questions.jsonl"
-    # In a process of its own: a child's peak begins at what its parent has held.
-    parameters = int(process.run_python(WRITE_MODEL, name=model, folder=str(folder)))
-    write_tokenizer(folder)
+    parameters = write_model(model, folder)
     write_questions(questions)
     task = {
         "name": "choices", "kind": "choice", "data": str(questions), "template": "{question} {option}",

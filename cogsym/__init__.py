@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cogsym.training.finetune import TrainResult, train
     from cogsym.training.prepare import prepare, restore
     from cogsym.training.settings import TrainSettings
+    from cogsym.training.streamed import load_streamed
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "TrainResult",
     "TrainSettings",
     "explain",
+    "load_streamed",
     "prepare",
     "register_action",
     "register_family",
@@ -54,6 +56,7 @@ _MODULES = {
     "TrainResult": "cogsym.training.finetune",
     "TrainSettings": "cogsym.training.settings",
     "explain": "cogsym.training.explain",
+    "load_streamed": "cogsym.training.streamed",
     "prepare": "cogsym.training.prepare",
     "register_action": "cogsym.sweeps.layers.actions",
     "register_family": "cogsym.models.families",

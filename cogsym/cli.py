@@ -20,6 +20,7 @@ from cogsym.commands.options import option, option_of, quiet_transformers
 from cogsym.commands.sweep import sweep
 from cogsym.commands.train import train
 from cogsym.errors import CogsymError, SettingError
+from cogsym.ranks import rank_here, speaks
 
 app = typer.Typer(
     name="cogsym",
@@ -140,13 +141,18 @@ def info() -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's error is one sentence and an exit status, never a traceback."""
+    """Run the command line; a user's error is one sentence and an exit status, never a traceback.
+
+    Of several ranks the first one speaks, and another one where something is wrong there alone.
+    """
+    if rank_here():
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (until the process ends)
     try:
         app()
     except SettingError as error:
-        _end(f"{option_of(error.name)} {error.problem}", error.exit_status)
+        _end(f"{option_of(error.name)} {error.problem}", error.exit_status, speaks(error))
     except CogsymError as error:
-        _end(str(error), error.exit_status)
+        _end(str(error), error.exit_status, speaks(error))
     except (MemoryError, RuntimeError) as error:
         from cogsym.memory import out_of_memory
 
@@ -158,12 +164,13 @@ def main() -> None:
             1,
         )
     except KeyboardInterrupt:
-        _end("stopped at once; nothing after the last checkpoint was saved.", 130)
+        _end("stopped at once; nothing after the last checkpoint was saved.", 130, not rank_here())
 
 
-def _end(sentence: str, status: int) -> NoReturn:
+def _end(sentence: str, status: int, tell: bool = True) -> NoReturn:
     with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"cogsym: {sentence}", file=sys.stderr)
+        if tell:
+            print(f"cogsym: {sentence}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -30,3 +30,7 @@ class RunStopped(CogsymError):
     def __init__(self, message: str, exit_status: int = 1) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+
+
+class OtherRankFailed(RunStopped):
+    """A rank of the same run could not go on, so that this one cannot either."""

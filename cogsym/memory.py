@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
+from collections.abc import Callable
 
 import psutil
 import torch
 
 from cogsym.errors import CogsymError
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_GIVEN_BACK = 4 * 2**20  # bytes
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library return blocks of 4 MB and more to the system as they are freed, in this process.
+
+    glibc keeps those of up to 32 MB for blocks to come once it has seen some: weights, gradients and the optimizer's
+    states of a layer are of that size, and the holes between them come to hundreds of MB.
+    """
+    mallopt = libc_function("mallopt")
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, _GIVEN_BACK)
+
+
+def libc_function(name: str) -> Callable[..., int] | None:
+    """A function of the C library, where that is glibc."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def parse_bytes(text: str) -> int:

@@ -178,6 +178,11 @@ class FolderLock:
         self._lock.acquire(timeout=0)
         self._file = self._identity()
 
+    def try_out(self) -> None:
+        """Raise as `acquire` does where it would, and leave the folder as it is."""
+        self.acquire()
+        self.release()
+
     def held(self) -> bool:
         """Whether the lock still guards the folder: not so once the folder was removed or replaced."""
         return self._lock.is_locked and self._identity() == self._file

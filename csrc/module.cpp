@@ -15,9 +15,6 @@
 
 #include "cpu.h"
 #include "kernels.h"
-#ifdef COGSYM_CUDA
-#include "cuda/rms_norm.h"
-#endif
 
 // From setup.py: COGSYM_VARIANTS(V) is V(baseline) V(avx2) ..., COGSYM_FILES(F, isa) is F(rms_norm, isa) ...
 #define COGSYM_DECLARE_FILE(file, isa) extern const Kernel file##_kernels[];
@@ -259,17 +256,4 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("set_isa", &set_isa, arg("name"), "Use another variant; ValueError where this processor cannot run it.");
     m.def("signatures", &signatures, "(name, what it computes, [(argument, type)]) of every kernel.");
     add_kernels(m);
-#ifdef COGSYM_CUDA
-    m.def(
-        "rms_norm_cuda",
-        [](std::uintptr_t x, std::uintptr_t weight, std::uintptr_t y, int64_t rows, int64_t D, double eps,
-           double offset, int dtype, int weight_dtype, std::uintptr_t stream) {
-            const auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
-            cuda::rms_norm(pointer(x), pointer(weight), pointer(y), rows, D, float(eps), float(offset), DType(dtype),
-                           DType(weight_dtype), pointer(stream));
-        },
-        py::call_guard<py::gil_scoped_release>(), arg("x"), arg("weight"), arg("y"), arg("rows"), arg("D"), arg("eps"),
-        arg("offset"), arg("dtype"), arg("weight_dtype"), arg("stream"),
-        "y, for contiguous tensors on the current CUDA device.");
-#endif
 }

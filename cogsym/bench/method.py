@@ -8,7 +8,6 @@ calls, so that each finds its inputs in memory; and `launch_bound` says whether 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import statistics
@@ -22,6 +21,8 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from torch import Tensor
+
+from cogsym.memory import libc_function
 
 LEAST_ROUNDS = 5  # fewer say nothing of the spread
 LONG_CALL = 0.5  # seconds: what such a call finds in caches at its start no longer matters
@@ -175,7 +176,7 @@ def keep_freed_memory() -> None:
     whose logits and copies of them are such blocks, can take twice as long for that alone. A user has this by
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 in the environment (mallopt(3)).
     """
-    mallopt = _libc_function("mallopt")
+    mallopt = libc_function("mallopt")
     if mallopt:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
@@ -185,14 +186,9 @@ def release_freed_memory() -> None:
     """Return to the system what has been freed: the C library keeps the holes between blocks, of each variant others,
     which is gigabytes where those of many take turns."""
     gc.collect()
-    trim = _libc_function("malloc_trim")
+    trim = libc_function("malloc_trim")
     if trim:
         trim(0)
-
-
-def _libc_function(name: str) -> Callable[..., int] | None:
-    """A function of the C library, where that is glibc."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:

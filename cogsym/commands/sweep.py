@@ -16,7 +16,8 @@ def sweep(
         list[str],
         option(
             "What to ask: a built-in task with its data, such as xcopa-sw:sw.test.jsonl; text:PATH#FIELD,language=sw "
-            "for bits per byte; or a task file. Settings follow after commas: limit=100. Repeatable."
+            "for bits per byte; a task file; or lm_eval:NAME, one of lm-evaluation-harness. Settings follow after "
+            "commas: limit=100. Repeatable."
         ),
     ],
     out: Annotated[Path, option("Folder for the results.")],

@@ -27,6 +27,14 @@ def train(
         str | None,
         option('How a pair becomes a text, columns in braces: "English: {en}\\nSwahili: {sw}".', panel="Text"),
     ] = None,
+    chat: Annotated[
+        str | None,
+        option(
+            "The column with a chat, a list of messages with role and content: the tokenizer's chat template writes it "
+            "out, and what the assistant says is learned.",
+            panel="Text",
+        ),
+    ] = None,
     loss: Annotated[Loss, option("Learn all the text, or the last column of the template.", panel="Text")] = Loss.all,
     evaluate: Annotated[
         list[str] | None,
@@ -78,7 +86,7 @@ def train(
     schedule: Annotated[Schedule, option("How the rate falls to 0.", panel="Optimisation")] = Schedule.cosine,
     warmup: Annotated[float, option("Share of the steps in which the rate rises.", panel="Optimisation")] = 0.05,
     weight_decay: Annotated[float, option("Of AdamW.", panel="Optimisation")] = 0.0,
-    batch_size: Annotated[int, option("Rows a forward pass.", panel="Optimisation")] = 4,
+    batch_size: Annotated[int, option("Rows a forward pass, of each rank under torchrun.", panel="Optimisation")] = 4,
     accumulation: Annotated[int, option("Forward passes an optimizer step.", panel="Optimisation")] = 1,
     epochs: Annotated[float, option("Passes over the text.", panel="Optimisation")] = 1.0,
     steps: Annotated[int | None, option("Optimizer steps, instead of epochs.", panel="Optimisation")] = None,
@@ -110,6 +118,15 @@ def train(
             panel="Memory",
         ),
     ] = None,
+    stream: Annotated[
+        bool,
+        option(
+            "Leave frozen layers on disk and read each as it is needed, for a model larger than memory; MODEL is a "
+            "folder, and --keep input or nothing keeps the rest small too.",
+            "--stream",
+            panel="Memory",
+        ),
+    ] = False,
     eval_every: Annotated[int | None, option("Evaluate every so many steps too.", panel="Run")] = None,
     save_every: Annotated[int, option("Write a checkpoint every so many steps.", panel="Run")] = 200,
     dry: Annotated[
@@ -149,6 +166,7 @@ def train(
         keep=keep,
         memory_budget=None if memory is None else parse_bytes(memory),
         frozen_weights="int8" if frozen is Stored.int8 else None,
+        stream=stream,
         loss=loss.value,
         separator=separator,
         hold_out=held_out_share,
@@ -163,7 +181,7 @@ def train(
 
     def source(text: str) -> Source:
         parsed = Source.parse(text)
-        return parsed if parsed.field else Source(parsed.path, template=template, weight=parsed.weight)
+        return parsed if parsed.field else Source(parsed.path, template=template, weight=parsed.weight, chat=chat)
 
     sources = [source(text) for text in data]
     held_out: dict[str, Source] = {}
@@ -173,10 +191,11 @@ def train(
         if name in held_out:
             raise CogsymError(f"--eval is given two texts of the name {name}, {text} the second; rename one file.")
         held_out[name] = held
-    if template is not None and all(s.template is None for s in (*sources, *held_out.values())):
-        raise CogsymError(
-            f"--template is given and every text names a column, as {data[0]} does; leave the column or --template out."
-        )
+    for name, value in (("--template", template), ("--chat", chat)):
+        if value is not None and all(s.field for s in (*sources, *held_out.values())):
+            raise CogsymError(
+                f"{name} is given and every text names a column, as {data[0]} does; leave the column or {name} out."
+            )
     if dry:
         if resume:
             raise CogsymError("--dry-run says what a run costs from its beginning; leave --resume out.")

@@ -41,7 +41,7 @@ def read_records(path: Path, texts: Sequence[str], others: Sequence[str] = ()) -
     for where, record in reader_of(path)(path, fields, texts):
         _require_fields(fields, record, f"{path}, {where},")
         for field in texts:
-            _require_text(record[field], field, f"{path}, {where}")
+            require_text(record[field], field, f"{path}, {where}")
         yield where, record
 
 
@@ -53,7 +53,12 @@ def _require_fields(fields: Sequence[str], available: Mapping[str, Any] | Sequen
             )
 
 
-def _require_text(value: Any, field: str, where: str) -> None:
+def require_text(value: Any, field: str, where: str) -> None:
+    """Refuse what is no text.
+
+    Raises:
+        CogsymError: the value is no string, or one that cannot be written as UTF-8.
+    """
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise CogsymError(f"{where}: field {field!r} is {kind}, expected a string.")

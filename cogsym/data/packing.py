@@ -22,8 +22,8 @@ def pack(
     """Pack the documents of one or several sources into rows of `length` tokens.
 
     For training (`seed` given) a document is [separator] + tokens + [separator]: the first separator gives the first
-    token a context, and the last one is the end, which the model learns to predict. Documents are shuffled by the seed
-    and each put into the fullest open row that has room for it.
+    token a context, and the last one is the end, which the model learns to predict, but for a chat's: its turns have
+    ends of their own. Documents are shuffled by the seed and each put into the fullest open row that has room for it.
 
     For evaluation (`seed=None`) documents keep their order and have no closing separator, so that the loss is of the
     text itself: every token on which it counts is predicted exactly once, and
@@ -76,7 +76,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     - `input_ids`: documents end to end, padded with the separator.
     - `labels`: `input_ids` where the loss counts (the model shifts them by one), else -100: on a document's first
-      token, before its target, and on padding.
+      token, before its target, on what a chat's assistant did not say, and on padding.
     - `position_ids`: count from 0 in every document, and in the padding. Given these, no attention mask and
       `use_cache=False`, transformers lets no document attend to another (`masking_utils.find_packed_sequence_indices`);
       with a cache it does, and says nothing.
@@ -99,9 +99,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         self._row_starts = np.concatenate([[0], np.cumsum(np.bincount(rows))])
         self.num_documents = sum(len(part.selection) for part in parts)
         self.num_bytes = sum(int(part.num_bytes[part.selection].sum()) for part in parts)
-        self.num_loss_tokens = sum(
-            int((np.diff(part.offsets) - part.loss_starts)[part.selection].sum()) for part in parts
-        ) + (self.num_documents if closing else 0)
+        self.num_loss_tokens = sum(int(part.num_loss_tokens[part.selection].sum()) for part in parts)
+        if closing:
+            self.num_loss_tokens += sum(len(part.selection) for part in parts if part.learned is None)
         self.fill = float(pieces.size.sum() / (len(self) * length))
 
     def __len__(self) -> int:
@@ -137,6 +137,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         input_ids[first - begin : last - begin] = tokens[first - 1 : last - 1]
         counted = max(1, int(part.loss_starts[document]) + 1 - begin)
         labels[counted:] = input_ids[counted:]
+        if part.learned is not None:
+            learned = part.learned[part.offsets[document] : part.offsets[document + 1]]
+            labels[first - begin : last - begin][learned[first - 1 : last - 1] == 0] = IGNORE
+            labels[last - begin :] = IGNORE
 
 
 def _cut(parts: Sequence[TokenizedDocuments], length: int, seed: int | None) -> _Pieces:
@@ -154,7 +158,23 @@ def _cut(parts: Sequence[TokenizedDocuments], length: int, seed: int | None) -> 
     begin = piece * (length - 1)
     size = np.minimum(length, np.repeat(total, counts) - begin)
     counted = np.maximum(1, loss_start[chosen] + 1 - begin)
-    return _Pieces(part[chosen], document[chosen], begin, size).take(np.flatnonzero(size > counted))
+    pieces = _Pieces(part[chosen], document[chosen], begin, size).take(np.flatnonzero(size > counted))
+    return pieces.take(np.flatnonzero(_has_learned(parts, pieces)))
+
+
+def _has_learned(parts: Sequence[TokenizedDocuments], pieces: _Pieces) -> np.ndarray:
+    """Whether a piece has tokens that are learned, bool [P]; for those of chats, others are taken to."""
+    has = np.ones(len(pieces.size), dtype=bool)
+    for p, part in enumerate(parts):
+        if part.learned is None:
+            continue
+        of = pieces.part == p
+        offset, end = part.offsets[pieces.document[of]], part.offsets[pieces.document[of] + 1]
+        before = np.concatenate([[0], np.cumsum(part.learned, dtype=np.int64)])
+        # A piece's first position is context: it predicts the document's tokens from `begin` to `begin + size - 1`.
+        first, last = (np.minimum(offset + at, end) for at in (pieces.begin[of], (pieces.begin + pieces.size)[of] - 1))
+        has[of] = before[last] > before[first]
+    return has
 
 
 def _assign_rows(sizes: np.ndarray, length: int, open_rows: int) -> np.ndarray:

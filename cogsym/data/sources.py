@@ -48,23 +48,28 @@ class Source:
     is the text of a document with fields in braces (`{{` and `}}` for literal braces):
     `Source(Path("pairs.tsv"), template="English: {en}\\nSwahili: {sw}")`.
 
+    Chats, of which the assistant's turns are learned: `Source(Path("chats.jsonl"), chat="messages")`, a column of lists
+    of messages with "role" and "content", written out by the tokenizer's chat template.
+
     Attributes:
         path: The file or folder.
-        field: The column that holds the text; "text" if neither this nor `template` is given.
+        field: The column that holds the text; "text" if neither this, `template` nor `chat` is given.
         template: A document's text with column names in braces. A backslash followed by n, as a shell passes it, means
             a new line.
         weight: How many times the documents are seen in one pass. 2 repeats each of them; 0.5 keeps half of them, drawn
             at random but always the same half; 2.5 does both.
+        chat: The column that holds the messages.
 
     Raises:
-        CogsymError: `weight` is not a positive number, `field` and `template` are both given, or `template` has no
-            field or cannot be read.
+        CogsymError: `weight` is not a positive number, two of `field`, `template` and `chat` are given, or `template`
+            has no field or cannot be read.
     """
 
     path: Path
     field: str | None = None
     template: str | None = None
     weight: float = 1.0
+    chat: str | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -76,6 +81,9 @@ class Source:
                     "own fields."
                 )
             _parse_template(self.template)
+        if self.chat is not None and (self.field is not None or self.template is not None):
+            other = "template" if self.field is None else "field"
+            raise CogsymError(f"{self.path} has both a chat ({self.chat!r}) and a {other}; give one.")
 
     @classmethod
     def parse(cls, text: str) -> "Source":

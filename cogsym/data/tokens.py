@@ -17,19 +17,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from cogsym.data.chat import Chat, read_chats, template_of
 from cogsym.data.sources import Document, Loss, Source, content_digest, read_once, selection
 from cogsym.errors import CogsymError
+from cogsym.ranks import rank_here
 from cogsym.records import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HOLD_OUT_SEED = 0  # fixed, so that what is held out is so in every run
-_FORMAT = 1  # part of the cache key: raise it when the meaning of a stored array changes
+_FORMAT = 2  # part of the cache key: raise it when the meaning of a stored array changes
 _BATCH = 2048  # documents handed to the tokenizer's threads at a time, and
 _BATCH_CHARACTERS = 1 << 22  # how long they may be together: their encodings take about a hundred bytes a character
 
-_SCHEMA = pa.schema({"tokens": pa.large_list(pa.int32()), "loss_start": pa.int32(), "num_bytes": pa.int64()})
+_SCHEMA = pa.schema(
+    {
+        "tokens": pa.large_list(pa.int32()),
+        "loss_start": pa.int32(),
+        "num_bytes": pa.int64(),
+        "learned": pa.large_list(pa.uint8()),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +53,8 @@ class TokenizedDocuments:
         num_bytes: int64 [D], UTF-8 bytes of the text on which the loss counts.
         selection: int64 [N], the documents to use, in order and repeated as the source's weight says.
         separator_id: The token that stands between documents.
+        learned: uint8 [total], 1 for the tokens on which the loss counts, of chats; None where it counts on all from
+            `loss_starts` on, and on the separator that ends a document.
     """
 
     tokens: np.ndarray
@@ -52,6 +63,14 @@ class TokenizedDocuments:
     num_bytes: np.ndarray
     selection: np.ndarray
     separator_id: int
+    learned: np.ndarray | None = None
+
+    @property
+    def num_loss_tokens(self) -> np.ndarray:
+        """int64 [D], the tokens of each document on which the loss counts."""
+        if self.learned is None:
+            return np.diff(self.offsets) - self.loss_starts
+        return np.diff(np.concatenate([[0], np.cumsum(self.learned, dtype=np.int64)])[self.offsets])
 
 
 def held_out(documents: TokenizedDocuments, share: float) -> tuple[TokenizedDocuments, TokenizedDocuments]:
@@ -135,7 +154,7 @@ def tokenize(
     backend.no_truncation()
 
     if isinstance(source, Source):
-        batch = _tokenize_source(source, backend, loss, cache_dir)
+        batch = _tokenize_source(source, tokenizer, backend, loss, separator_id, cache_dir)
         selected = selection(source, batch.num_rows)
     else:
         batch = _tokenize_documents(source, backend, loss, "documents")
@@ -150,6 +169,7 @@ def tokenize(
         num_bytes=batch.column("num_bytes").to_numpy(),
         selection=selected,
         separator_id=separator_id,
+        learned=batch.column("learned").values.to_numpy() if isinstance(source, Source) and source.chat else None,
     )
 
 
@@ -160,18 +180,46 @@ def _disagreement(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> Cogs
     )
 
 
-def _tokenize_source(source: Source, backend: Tokenizer, loss: Loss, cache_dir: Path | None) -> pa.RecordBatch:
-    if cache_dir is None:
+def _tokenize_source(
+    source: Source,
+    tokenizer: "PreTrainedTokenizerBase",
+    backend: Tokenizer,
+    loss: Loss,
+    separator_id: int,
+    cache_dir: Path | None,
+) -> pa.RecordBatch:
+    def tokenized() -> pa.RecordBatch:
+        if source.chat:
+            return _batch_of_chats(source, list(read_chats(source, tokenizer, separator_id)))
         return _tokenize_documents(read_once(source, loss), backend, loss, source.path.name)
-    key = json.dumps([_FORMAT, backend.to_str(), content_digest(source), source.field, source.template, loss])
+
+    if cache_dir is None:
+        return tokenized()
+    how = [source.chat, template_of(tokenizer), separator_id] if source.chat else [source.field, source.template, loss]
+    key = json.dumps([_FORMAT, backend.to_str(), content_digest(source), *how])
     file = cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.arrow"
     cached = _load(file)
     if cached is None:
-        _store(_tokenize_documents(read_once(source, loss), backend, loss, source.path.name), file)
+        _store(tokenized(), file)
         cached = _load(file)
         if cached is None:
             raise CogsymError(f"{file} was damaged as it was written; check the disk or choose another cache folder.")
     return cached
+
+
+def _batch_of_chats(source: Source, chats: Sequence[Chat]) -> pa.RecordBatch:
+    """One row of `_SCHEMA` a chat."""
+    if not chats:
+        raise CogsymError(f"{source.path} holds no chat; expected at least one line or row with messages in it.")
+    offsets = pa.array(np.cumsum([0, *(len(chat.tokens) for chat in chats)], dtype=np.int64))
+    tokens, learned = (np.concatenate([getattr(c, name) for c in chats]) for name in ("tokens", "learned"))
+    columns = [
+        pa.LargeListArray.from_arrays(offsets, pa.array(tokens)),
+        pa.array([int(chat.learned.argmax()) for chat in chats], pa.int32()),
+        pa.array([chat.num_bytes for chat in chats], pa.int64()),
+        pa.LargeListArray.from_arrays(offsets, pa.array(learned.astype(np.uint8))),
+    ]
+    return pa.record_batch(columns, schema=_SCHEMA)
 
 
 def _tokenize_documents(documents: Sequence[Document], backend: Tokenizer, loss: Loss, name: str) -> pa.RecordBatch:
@@ -197,7 +245,8 @@ def _tokenize_documents(documents: Sequence[Document], backend: Tokenizer, loss:
             progress.advance(task, len(batch))
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     tokens = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(chunks)))
-    return pa.record_batch([tokens, pa.array(loss_starts), pa.array(num_bytes)], schema=_SCHEMA)
+    none = pa.LargeListArray.from_arrays(np.zeros_like(offsets), pa.array([], pa.uint8()))
+    return pa.record_batch([tokens, pa.array(loss_starts), pa.array(num_bytes), none], schema=_SCHEMA)
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[tuple[int, list[Document]]]:
@@ -215,9 +264,10 @@ def _batches(documents: Sequence[Document]) -> Iterator[tuple[int, list[Document
 
 def _checksum(batch: pa.RecordBatch) -> int:
     """CRC-32 of the arrays: Arrow itself would not notice a damaged byte."""
-    tokens = batch.column("tokens")
+    tokens, learned = batch.column("tokens"), batch.column("learned")
+    plain = (batch.column("loss_start"), batch.column("num_bytes"))
     checksum = 0
-    for array in (tokens.values, tokens.offsets, batch.column("loss_start"), batch.column("num_bytes")):
+    for array in (tokens.values, tokens.offsets, *plain, learned.values, learned.offsets):
         checksum = zlib.crc32(array.to_numpy(), checksum)
     return checksum
 
@@ -263,5 +313,5 @@ def _progress(large: bool) -> Progress:
         _DocumentsPerSecond(),
         TimeRemainingColumn(),
         console=console,
-        disable=not (large and console.is_terminal),
+        disable=rank_here() > 0 or not (large and console.is_terminal),
     )

@@ -164,7 +164,7 @@ def check_model_folder(name: str | Path) -> Path | None:
         )
     for file in files:
         try:
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(file, framework="numpy") as opened:  # for torch it would map the whole file for writing
                 opened.keys()
         except OSError as error:
             raise CogsymError(f"{file} cannot be read ({reason(error)}); mend that and try again.") from error

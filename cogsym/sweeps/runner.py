@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,17 +20,16 @@ from cogsym.memory import free_bytes, out_of_memory
 from cogsym.models.loading import load_tokenizer
 from cogsym.models.paths import own_forwards
 from cogsym.models.precision import stream_dtype
+from cogsym.ranks import Ranks, join
 from cogsym.signals import as_interrupts, exit_status
 from cogsym.sweeps.engine.agreement import check_agreement
+from cogsym.sweeps.engine.answers import Answers
 from cogsym.sweeps.engine.budget import PassMemory, TokenBytes, largest
 from cogsym.sweeps.engine.duration import DurationEstimate
-from cogsym.sweeps.engine.fallback import generate_fallback
 from cogsym.sweeps.engine.forward import Engine
-from cogsym.sweeps.engine.generate import generate
 from cogsym.sweeps.engine.load import load_layers, num_layers
-from cogsym.sweeps.engine.requests import Generate, Outcome, Score, TaskDocument
+from cogsym.sweeps.engine.requests import Generate, TaskDocument
 from cogsym.sweeps.engine.sampling import Stops
-from cogsym.sweeps.engine.score import score
 from cogsym.sweeps.engine.unembedding import SweepHead
 from cogsym.sweeps.engine.weights import LayerSource, ResidentLayers, StreamedLayers
 from cogsym.sweeps.layers.actions import ACTIONS
@@ -38,11 +39,11 @@ from cogsym.sweeps.layers.search import SEARCHES, Round, Search, SearchSettings
 from cogsym.sweeps.layers.trie import Trie
 from cogsym.sweeps.progress import SweepProgress, counted
 from cogsym.sweeps.results.bootstrap import FEW
+from cogsym.sweeps.results.harness import write_harness_results
 from cogsym.sweeps.results.store import Results, Row, check_started, read_key, summary, values
 from cogsym.sweeps.settings import SweepSettings
 from cogsym.sweeps.tasks.kinds import Side
-from cogsym.sweeps.tasks.metrics import METRICS
-from cogsym.sweeps.tasks.task import Task, load_task
+from cogsym.sweeps.tasks.loading import LoadedTask, load_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +72,7 @@ def sweep(
             and `revert` takes them away.
         configs: as `cogsym.sweeps.layers.configurations.configurations` takes them, such as
             "input,output"; or a search for them, "greedy" or "beam", by the first metric of the first task.
-        tasks: as `cogsym.sweeps.tasks.task.load_task` takes each.
+        tasks: as `cogsym.sweeps.tasks.loading.load_tasks` takes them.
         out: folder of the results.
         tokenizer: of the model; needed where that is not a folder or id.
         base: a folder or id, or a model of the same shapes, whose layers `revert` puts in.
@@ -87,52 +88,58 @@ def sweep(
         CogsymError: something the user can put right.
         RunStopped: it ended early; the results so far are kept.
     """
-    settings = settings or SweepSettings()
-    console = console or Console(stderr=True)
-    if tokenizer is None:
-        if not isinstance(model, (str, Path)):
+    settings, ranks = settings or SweepSettings(), join()
+    console = console or Console(stderr=True) if ranks.first else Console(file=io.StringIO(), quiet=True)
+
+    def prepared(stack: ExitStack) -> tuple[_Sweep, list[LoadedTask], list[Round], Search | None]:
+        """Everything that is asked for, checked and loaded, before any rank writes."""
+        if tokenizer is None and not isinstance(model, (str, Path)):
             raise CogsymError("The sweep was given a model without its tokenizer; pass tokenizer=.")
-        tokenizer = load_tokenizer(model)
-    loaded_tasks = [load_task(task, settings.separator) for task in tasks]
-    if not loaded_tasks:
-        raise CogsymError("The sweep was given no task; name at least one, such as text:news.jsonl#sw.")
-    names = [task.name for task in loaded_tasks]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise CogsymError(f"Two tasks are named {repeated[0]}; give one of them another name=.")
-    rounds, merged, search = _chosen(configs, num_layers(model), settings)
-    if not dry_run:
-        check_started(out, resume)
-    needs_base = any(ACTIONS[name].needs_base for asked in rounds for c in asked.configurations for name in c.actions)
-    # A resumed sweep keeps the arithmetic that it began with, on whichever machine.
-    before = read_key(out) if resume and not dry_run else {}
-    widened = before.get("products") is not None if before else None
-    weights = settings.weights or before.get("weights")
-    layers = load_layers(
-        model, base, tokenizer, settings.stream, settings.dtype, widened, weights, needs_base, partial(_say, console)
-    )
-    try:
-        running = _Sweep(layers, tokenizer, rounds, loaded_tasks, settings, console)
+        read = tokenizer or load_tokenizer(model)
+        loaded_tasks = load_tasks(tasks, settings.separator)
+        rounds, merged, search = _chosen(configs, num_layers(model), settings)
+        if not dry_run:
+            check_started(out, resume)
+        needs_base = any(ACTIONS[n].needs_base for asked in rounds for c in asked.configurations for n in c.actions)
+        # A resumed sweep keeps the arithmetic that it began with, on whichever machine.
+        before = read_key(out) if resume and not dry_run else {}
+        widened = before.get("products") is not None if before else None
+        weights = settings.weights or before.get("weights")
+        say = partial(_say, console)
+        layers = load_layers(model, base, read, settings.stream, settings.dtype, widened, weights, needs_base, say)
+        if isinstance(layers, ResidentLayers):
+            stack.callback(layers.close)
+        running = _Sweep(layers, read, rounds, loaded_tasks, settings, console, ranks)
         running.check_memory()
         running.describe(merged)
         running.check_memory()
+        if not dry_run:
+            running.check_agreement()
+        return running, loaded_tasks, rounds, search
+
+    with ExitStack() as stack:
+        running, loaded_tasks, rounds, search = ranks.agreed(lambda: prepared(stack))
         if dry_run:
             return None
-        running.check_agreement()
-        key = running.key(str(model) if isinstance(model, (str, Path)) else layers.model.config.name_or_path)
-        with Results.open(out, key, resume=resume) as results, as_interrupts(), running.progress() as progress:
+        key = running.key(str(model) if isinstance(model, (str, Path)) else None)
+        results = stack.enter_context(Results.open(out, key, resume=resume, ranks=ranks))
+        with as_interrupts(), running.progress() as progress:
             try:
                 if search:
                     running.search(search, results, progress, Path(out))
                 else:
                     running.ask(rounds[0].configurations, results, progress)
             except KeyboardInterrupt as error:
-                raise RunStopped(
+                stopped = RunStopped(
                     f"The sweep was stopped; what {out} holds is whole, go on with --resume.", exit_status(error)
-                ) from error
-    finally:
-        if isinstance(layers, ResidentLayers):
-            layers.close()
-    return summary(out)
+                )
+                raise ranks.once(stopped) from error
+
+    def ended() -> pd.DataFrame:
+        write_harness_results(out, loaded_tasks)
+        return summary(out)
+
+    return ranks.on_first(ended)
 
 
 def _chosen(
@@ -166,10 +173,12 @@ class _Sweep:
         layers: LayerSource,
         tokenizer: Any,
         rounds: Sequence[Round],
-        tasks: Sequence[Task],
+        tasks: Sequence[LoadedTask],
         settings: SweepSettings,
         console: Console,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._layers, self._tokenizer, self._tasks, self._settings = layers, tokenizer, tasks, settings
         self._say, self._console = partial(_say, console), console
         self._streamed = isinstance(layers, StreamedLayers)
@@ -188,7 +197,8 @@ class _Sweep:
         self._leave_room_for_packing()
         ends = getattr(layers.model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
-        self._ends = [i for i in {*ends, tokenizer.eos_token_id} if i is not None]
+        stops = Stops(tokenizer, [i for i in {*ends, tokenizer.eos_token_id} if i is not None])
+        self._answers = Answers(layers, self._engine, self._head, stops, settings.sampling)
 
     def _check_actions(self, names: set[str]) -> None:
         if self._layers.reasons and not all(ACTIONS[name].whole for name in names):
@@ -231,12 +241,12 @@ class _Sweep:
         tokens = max((request.tokens for request in document.requests), key=len)
         check_agreement(self._engine, self._head, tokens, f"{document.key} of {task.name}")
 
-    def key(self, name: str) -> dict[str, Any]:
-        """What a result depends on beside its configuration."""
+    def key(self, name: str | None) -> dict[str, Any]:
+        """What a result depends on beside its configuration; a model has a name of its own."""
         revisions = self._layers.revisions()
         sampling = asdict(self._settings.sampling)
         return {
-            "model": name,
+            "model": name or self._layers.model.config.name_or_path,
             "revision": revisions["model"],
             "base": revisions.get("base"),
             "tokenizer": hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -244,7 +254,7 @@ class _Sweep:
             "truncate": self._settings.truncate,
             "products": "float32" if self._layers.widened else None,  # None: of the weights' own type
             **({"weights": "int8"} if self._layers.int8 else {}),
-            "tasks": {task.name: {"data": task.digest} for task in self._tasks},
+            "tasks": {task.name: task.describe() for task in self._tasks},
         }
 
     def describe(self, merged: int) -> None:
@@ -279,28 +289,31 @@ class _Sweep:
             f"{counted(slots, 'live state')}, {largest:,.0f} MiB of {self._budget / 2**20:,.0f} MiB"
             f"{' in the first round' if len(counts) > 1 else ''}"
         )
+        if self._ranks.size > 1:
+            self._say(f"{self._ranks.size} ranks share the documents out; progress is that of one of them")
         if self._layers.reasons or self._streamed:
             return
         block = next(self._layers.walk([(0, {"model"})]))["model"].block
         assert block is not None
         estimate = DurationEstimate(block, self._head, self._layers)
         seconds = sum(times * estimate.seconds(t, docs) for t, times in self._rounds for docs in self._documents)
-        self._say(f"about {seconds:,.0f} s")
+        self._say(f"about {seconds / self._ranks.size:,.0f} s")
 
     def progress(self) -> SweepProgress:
-        """Of all rounds."""
-        progress = SweepProgress(self._console, len(self._rounds) * sum(map(len, self._documents)))
+        """Of all rounds, this rank's share."""
+        share = sum(len(documents[self._ranks.rank :: self._ranks.size]) for documents in self._documents)
+        progress = SweepProgress(self._console, len(self._rounds) * share)
         self._engine.on_forwards = progress.forwards
         return progress
 
     def search(self, search: Search, results: Results, progress: SweepProgress, out: Path) -> None:
         """Ask what a search wants to know of the first metric of the first task."""
         task, name = self._tasks[0].name, self._tasks[0].metrics[0]
-        metric = METRICS[name]
+        metric = self._tasks[0].metric(name)
 
         def ask(chosen: list[Configuration]) -> dict[str, float]:
             self.ask(chosen, results, progress)
-            return values(out, task, name)
+            return self._ranks.on_first(lambda: values(out, task, name))
 
         def report(words: str, value: float) -> None:
             self._say(f"{words}: {metric.label} {value:.4g}")
@@ -308,22 +321,37 @@ class _Sweep:
         search.run(ask, metric.higher_is_better, report)
 
     def ask(self, chosen: Sequence[Configuration], results: Results, progress: SweepProgress) -> None:
-        """Ask everything about some configurations that is not in `results` yet."""
+        """Ask everything about some configurations that is not in `results` yet; of several ranks each its share."""
+        found = self._ranks.on_first(lambda: {task.name: results.done(task.name) for task in self._tasks})
         for task, documents in zip(self._tasks, self._documents, strict=True):
-            done = results.done(task.name)
-
-            def missing(document: TaskDocument, done: set[tuple[str, str]] = done) -> tuple[Configuration, ...]:
-                return tuple(c for c in chosen if (c.code, document.key) not in done)
-
-            for some, alike in groupby(documents, missing):
-                group = list(alike)
+            done, alike = found[task.name], dict[tuple[Configuration, ...], list[TaskDocument]]()
+            for document in documents:
+                missing = tuple(c for c in chosen if (c.code, document.key) not in done)
+                alike.setdefault(missing, []).append(document)
+            for some, share in self._shared(alike):
                 if some:
-                    self._ask(task, group, Trie(some, self._engine.topology), results, progress)
+                    self._ask(task, share, Trie(some, self._engine.topology), results, progress)
                 else:
-                    progress.documents(task.name, len(group), computed=False)
+                    progress.documents(task.name, len(share), computed=False)
+        self._ranks.wait()
+
+    def _shared(
+        self, groups: Mapping[tuple[Configuration, ...], list[TaskDocument]]
+    ) -> Iterator[tuple[tuple[Configuration, ...], list[TaskDocument]]]:
+        """Of groups of documents that this rank has, every so many-th, counted through them all."""
+        before = 0
+        for some, group in groups.items():
+            if share := group[(self._ranks.rank - before) % self._ranks.size :: self._ranks.size]:
+                yield some, share
+            before += len(group)
 
     def _ask(
-        self, task: Task, documents: list[TaskDocument], trie: Trie, results: Results, progress: SweepProgress
+        self,
+        task: LoadedTask,
+        documents: list[TaskDocument],
+        trie: Trie,
+        results: Results,
+        progress: SweepProgress,
     ) -> None:
         """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved."""
         memory, most = PassMemory(self._sizes, trie), len(documents)
@@ -355,8 +383,9 @@ class _Sweep:
                     "configurations at a time and go on with --resume."
                 )
 
-    def _rows(self, task: Task, piece: Sequence[TaskDocument], trie: Trie) -> Iterator[Row]:
-        for c, outcomes in enumerate(self._outcomes(piece, trie)):
+    def _rows(self, task: LoadedTask, piece: Sequence[TaskDocument], trie: Trie) -> Iterator[Row]:
+        requests = [request for document in piece for request in document.requests]
+        for c, outcomes in enumerate(self._answers(requests, trie)):
             answers = iter(outcomes)
             for document in piece:
                 of_document = list(islice(answers, len(document.requests)))
@@ -372,30 +401,6 @@ class _Sweep:
                         statistics=measure.statistics,
                         text=measure.text,
                     )
-
-    def _outcomes(self, piece: Sequence[TaskDocument], trie: Trie) -> list[list[Outcome]]:
-        """[configuration][request of the piece]."""
-        requests = [request for document in piece for request in document.requests]
-        outcomes: list[list[Any]] = [[None] * len(requests) for _ in trie.configurations]
-        scores = [(i, request) for i, request in enumerate(requests) if isinstance(request, Score)]
-        prompts = [(i, request) for i, request in enumerate(requests) if isinstance(request, Generate)]
-        if scores:
-            found = score(self._engine, self._head, trie, [request for _, request in scores])
-            for row, answers in zip(outcomes, found, strict=True):
-                for (i, _), answer in zip(scores, answers, strict=True):
-                    row[i] = answer
-        if prompts:
-            written = self._generate(trie, [request for _, request in prompts])
-            for row, texts in zip(outcomes, written, strict=True):
-                for (i, _), text in zip(prompts, texts, strict=True):
-                    row[i] = text
-        return outcomes
-
-    def _generate(self, trie: Trie, requests: list[Generate]) -> Any:
-        stops, sampling = Stops(self._tokenizer, self._ends), self._settings.sampling
-        if trie.topology == "whole":
-            return generate_fallback(self._layers, trie.configurations, requests, stops, sampling)
-        return generate(self._engine, self._head, trie, requests, stops, sampling)
 
 
 def _say(console: Console, sentence: str) -> None:

@@ -25,16 +25,17 @@ from torch import Tensor
 
 from cogsym.models.block import Block, KeptBlock
 from cogsym.models.inputs import LayerInputs
+from cogsym.training.streamed import StreamedBlock
 
 Keep = Literal["all", "attention", "input", "offload", "nothing"]
 KEEPS: tuple[Keep, ...] = ("all", "attention", "input", "offload", "nothing")
 
 
-def run_frozen(block: Block, x: Tensor, inputs: LayerInputs, keep: Keep) -> Tensor:
+def run_frozen(block: Block | StreamedBlock, x: Tensor, inputs: LayerInputs, keep: Keep) -> Tensor:
     """The output of a block none of whose parameters needs a gradient, [B, T, D].
 
     Args:
-        block: its projections must be plain `nn.Linear`.
+        block: its projections must be plain `nn.Linear`, in memory or read when it runs.
         x: the residual stream, [B, T, D].
         inputs: the layer's keywords, with `positions` where attention is ours.
         keep: what is held until the backward pass, where `x` needs a gradient.
@@ -64,7 +65,7 @@ class _Run:
     """
 
     def __init__(self) -> None:
-        self.steps: list[tuple[Block, LayerInputs]] = []
+        self.steps: list[tuple[Block | StreamedBlock, LayerInputs]] = []
         self.first: weakref.ref[Any] | None = None
         self._inputs: dict[int, Tensor] = {}
 
@@ -100,7 +101,9 @@ class _FrozenBlock(torch.autograd.Function):
     """One frozen block; its only gradient is that of its input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Block, inputs: LayerInputs, keep: Keep, run: _Run | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, block: Block | StreamedBlock, inputs: LayerInputs, keep: Keep, run: _Run | None
+    ) -> Tensor:
         y, kept = block.run(x, inputs, keep if keep in ("all", "attention") else "input")
         ctx.block, ctx.inputs, ctx.run = block, inputs, run
         ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)

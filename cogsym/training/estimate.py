@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from cogsym.data import PackedDataset
+from cogsym.decoder import layers_of
 from cogsym.training.settings import TrainSettings
+from cogsym.training.streamed import on_disk
 
 _REPEATS = 2  # of a batch that is timed
 _OPTIMIZER_BYTES = 8  # of AdamW, for each trained parameter
@@ -60,13 +62,21 @@ def estimate(
     with torch.no_grad():
         evaluated = evaluations * sum(map(len, held_out.values())) / batch * (_mean_seconds(forward) if held_out else 0)
     checkpoint = trained * (4 + _OPTIMIZER_BYTES)
-    return [
+    streamed = [block for layer in layers_of(model) if (block := on_disk(layer))]
+    lines = [
         f"tokens: {tokens:,} in {steps:,} steps",
         f"time: about {duration(seconds + evaluated)}, {tokens / seconds:,.0f} tokens/s"
         + (f"; evaluation {duration(evaluated)} of it" if held_out else ""),
         f"memory: about {gigabytes(memory + _OPTIMIZER_BYTES * trained)} at its peak",
         f"disk: {gigabytes(stored + _CHECKPOINTS * checkpoint)}, of it {gigabytes(stored)} for the model",
     ]
+    if streamed:
+        read = sum(block.nbytes for block in streamed)
+        lines.append(
+            f"streamed: {gigabytes(read)} of {len(streamed)} frozen layers stay on disk, read in each forward pass and "
+            "in each backward pass"
+        )
+    return lines
 
 
 def duration(seconds: float) -> str:

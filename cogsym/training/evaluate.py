@@ -32,14 +32,19 @@ def bits_per_byte(model: Any, dataset: PackedDataset, batch_size: int = 8) -> fl
         dataset: documents packed with `seed=None`, so that each token of the text is predicted exactly once.
         batch_size: rows a forward pass.
     """
+    return bits(model, dataset, range(len(dataset)), batch_size) / dataset.num_bytes
+
+
+def bits(model: Any, dataset: PackedDataset, rows: Sequence[int], batch_size: int) -> float:
+    """Those of some rows of `dataset`, of which each is a part of the sum that `bits_per_byte` divides."""
     nats = 0.0
     with _evaluating(model):
-        for start in range(0, len(dataset), batch_size):
-            rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            batch = {key: torch.stack([row[key] for row in rows]).to(model.device) for key in rows[0]}
+        for start in range(0, len(rows), batch_size):
+            asked = [dataset[i] for i in rows[start : start + batch_size]]
+            batch = {key: torch.stack([row[key] for row in asked]).to(model.device) for key in asked[0]}
             labels = batch.pop("labels")
             nats -= _log_probabilities(model, labels, **batch).sum().item()
-    return nats / math.log(2) / dataset.num_bytes
+    return nats / math.log(2)
 
 
 def option_log_probabilities(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -36,6 +37,7 @@ class LayerReport:
         keep_reason: why not "nothing", where that was chosen; empty elsewhere.
         bytes_per_token: what it then holds for the backward pass.
         repeated: the part of its arithmetic, forward and input gradient, that it does twice.
+        on_disk: its weights are read as it computes.
     """
 
     index: int
@@ -47,6 +49,7 @@ class LayerReport:
     keep_reason: str = ""
     bytes_per_token: int = 0
     repeated: float = 0.0
+    on_disk: bool = False
 
     @property
     def path(self) -> str:
@@ -54,7 +57,8 @@ class LayerReport:
         return in_one_word(self.attention, self.mlp)
 
     def __str__(self) -> str:
-        line = f"{self.trained}, {self.path}{f' ({self.reason})' if self.reason else ''}"
+        trained = f"{self.trained}{' and on disk' if self.on_disk else ''}"
+        line = f"{trained}, {self.path}{f' ({self.reason})' if self.reason else ''}"
         if self.keep:
             keeps = f"{self.keep}{f' ({self.keep_reason})' if self.keep_reason else ''}"
             line += f", keeps {keeps}: {self.bytes_per_token:,} bytes a token, {self.repeated:.0%} repeated"
@@ -101,9 +105,10 @@ def explain(model: nn.Module) -> Explanation:
             f"{sum(m.weight.nbytes for m in quantised) / 1e6:,.1f} MB"
         )
     reports: list[LayerReport] = []
+    here = next(p.device for p in parts["embeddings"].parameters)  # and where layers on disk compute
     gradient_below = any(p.requires_grad for p in parts["embeddings"].parameters)
     for i, layer in enumerate(layers_of(model)):
-        report = _report(i, layer, _trained(parts[f"layer {i}"], adapters))
+        report = _report(i, layer, _trained(parts[f"layer {i}"], adapters), here)
         reports.append(_with_memory(report, layer, record.memory, gradient_below))
         gradient_below |= report.trained != "frozen"
     return Explanation(summary, tuple(reports), _head(model))
@@ -130,7 +135,7 @@ def _trained(part: Part, adapters: bool) -> str:
     return "trained" if needed == {True} else "frozen"
 
 
-def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
+def _report(index: int, layer: nn.Module, trained: str, here: torch.device) -> LayerReport:
     """How a layer runs, without what it keeps."""
 
     def own(reason: str, how: How | None = None) -> LayerReport:
@@ -159,7 +164,7 @@ def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
         reasons.append(f"but the model's own attention: {foreign}")
     if how.frozen and (reason := why_whole(block, {}, training=True)):
         return own(foreign or reason, how)
-    found = routes(block, next(layer.parameters()).device, computed_dtype(layer))
+    found = routes(block, here if known.streamed else next(layer.parameters()).device, computed_dtype(layer))
     attention, mlp = map(half_path, found)
     reasons += [
         f"{name} on {route.backend}: {route.reason}" for each in found for name, route in each.items() if route.reason
@@ -170,7 +175,7 @@ def _report(index: int, layer: nn.Module, trained: str) -> LayerReport:
     again = "; checkpointed" if how.frozen else ""
     reasons += [f"{half.reason}{again}" for half in block.halves if half.reason]
     reasons += norm_reasons(block)
-    return LayerReport(index, trained, attention, mlp, "; ".join(reasons))
+    return LayerReport(index, trained, attention, mlp, "; ".join(reasons), on_disk=known.streamed is not None)
 
 
 def _with_memory(report: LayerReport, layer: nn.Module, memory: Memory, gradient_below: bool) -> LayerReport:

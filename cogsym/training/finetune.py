@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,16 +26,18 @@ from cogsym.decoder import layers_name_of, layers_of
 from cogsym.errors import CogsymError, RunStopped, SettingError
 from cogsym.memory import out_of_memory
 from cogsym.models import precision
-from cogsym.models.loading import checkpoint_dtype, load_model, load_tokenizer
 from cogsym.plan import LayerPlan
+from cogsym.ranks import Ranks, gone, join
 from cogsym.records import reason, replacing
 from cogsym.training.estimate import estimate
 from cogsym.training.explain import explain
 from cogsym.training.keep import Memory
+from cogsym.training.load import load
 from cogsym.training.notices import notices, risen
 from cogsym.training.prepare import prepare, restore
 from cogsym.training.run_folder import RunFolder, check_inputs, open_run_folder
 from cogsym.training.settings import TrainSettings
+from cogsym.training.shares import SharedRows, shared_batch
 from cogsym.training.trainer import OuterTrainer, RunCallback
 
 Text = Source | Sequence[Document]
@@ -45,6 +49,7 @@ class TrainResult:
 
     Attributes:
         model: the trained model in the dtype of its base, on the CPU or GPU it trained on; adapters are merged into it.
+            Layers that were streamed have no weights in it; `folder` has them.
         folder: where it was saved, for plain `from_pretrained`.
         steps: optimizer steps in all.
         trained_parameters: how many were trained.
@@ -101,11 +106,13 @@ def train(
         CogsymError: input that cannot be used, each with its reason; or `out` holds what no run wrote.
         RunStopped: ended early, by a signal, a full disk or a loss that is not finite; the message says what was saved.
     """
-    out, console = Path(out), console or Console(stderr=True)
-    run = _read(model, data, out, tokenizer, plan, evaluate, settings or TrainSettings(), resume, cache_dir)
-    with open_run_folder(out, run.record, resume) as folder:
-        network, callback, steps, trained = _trained(run, folder, console)
-        _save(network, run.tokenizer, callback.history, folder)
+    out, ranks = Path(out), join()
+    console = console or Console(stderr=True) if ranks.first else Console(file=io.StringIO(), quiet=True)
+    asked = (model, data, out, tokenizer, plan, evaluate, settings or TrainSettings(), resume, cache_dir, ranks)
+    run = ranks.agreed(lambda: _read(*asked))
+    with _opened(out, run.record, resume, ranks) as folder:
+        network, callback, steps, trained = _trained(run, folder, console, ranks)
+        ranks.on_first(lambda: _save(network, run.tokenizer, callback.history, folder))
     rate = callback.history[-1].get("tokens_per_second", 0.0) if callback.history else 0.0
     return TrainResult(network, folder.model, steps, trained, callback.seconds, rate, callback.history)
 
@@ -124,7 +131,10 @@ def dry_run(
 ) -> None:
     """Say what `train` would cost with the same arguments, in tokens, time, memory and disk, and write nothing."""
     console = console or Console(stderr=True)
-    run = _read(model, data, Path(out), tokenizer, plan, evaluate, settings or TrainSettings(), False, cache_dir)
+    if (ranks := join()).size > 1:
+        raise CogsymError(f"A dry run says what one process takes and was started as {ranks.size}; start it alone.")
+    settings = settings or TrainSettings()
+    run = _read(model, data, Path(out), tokenizer, plan, evaluate, settings, False, cache_dir, ranks)
     adapted = _prepared(run, console)
     stored = sum(p.numel() * run.stored.get(n, p.dtype).itemsize for n, p in run.network.named_parameters())
     for line in estimate(
@@ -136,13 +146,17 @@ def dry_run(
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run trains, and on what; `stored` are the dtypes that the parameters are saved in."""
+    """What a run trains, and on what.
+
+    `stored` are the dtypes that the parameters are saved in, `batch` is (rows a forward pass, such passes a step).
+    """
 
     network: Any
     tokenizer: Any
     stored: dict[str, torch.dtype]
     plan: LayerPlan
     settings: TrainSettings
+    batch: tuple[int, int]
     products: str
     rows: PackedDataset
     held_out: dict[str, PackedDataset]
@@ -159,6 +173,7 @@ def _read(
     settings: TrainSettings,
     resume: bool,
     cache_dir: Path | None,
+    ranks: Ranks,
 ) -> _Run:
     """Everything that is asked for, checked, loaded and packed."""
     if settings.eval_every and not (evaluate or settings.hold_out):
@@ -168,10 +183,12 @@ def _read(
     model_folder = Path(model).expanduser() if isinstance(model, (str, Path)) else None
     check_inputs(out, model_folder if model_folder and model_folder.exists() else None, sources)
     RunFolder(out).check_ours(resume)  # before the model is loaded, which may take long
-    products = _products(settings.dtype)
-    if resume:  # the arithmetic that it began with, on whichever machine
-        products = RunFolder(out).read_record().get("products", products)
-    network, tokenizer, stored = _loaded(model, tokenizer, settings.dtype, products)
+    products, began_as = _products(settings.dtype), ranks.size
+    if resume:  # the arithmetic that it began with, on whichever machine, and the rows a step
+        record = RunFolder(out).read_record()
+        products, began_as = record.get("products", products), record.get("ranks", 1)
+    batch = shared_batch(settings, began_as, ranks.size)
+    network, tokenizer, stored = load(model, tokenizer, plan, settings, products)
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if context and settings.length > context:
         raise SettingError(
@@ -199,9 +216,19 @@ def _read(
         "plan": dataclasses.asdict(plan),
         "settings": dataclasses.asdict(settings),
         "products": products,
+        "ranks": began_as,
         "data": [_digest(text) for text in data],
     }
-    return _Run(network, tokenizer, stored, plan, settings, products, rows, held_out, record)
+    return _Run(network, tokenizer, stored, plan, settings, batch, products, rows, held_out, record)
+
+
+@contextmanager
+def _opened(out: Path, record: dict[str, Any], resume: bool, ranks: Ranks) -> Iterator[RunFolder]:
+    """The folder of the run, which the first rank holds for all."""
+    with ExitStack() as stack:
+        held: list[RunFolder] = []
+        ranks.on_first(lambda: held.append(stack.enter_context(open_run_folder(out, record, resume))))
+        yield held[0] if held else RunFolder(out)
 
 
 def _prepared(run: _Run, console: Console) -> Any:
@@ -245,29 +272,36 @@ def _undone(run: _Run, adapted: Any) -> Any:
     return network
 
 
-def _trained(run: _Run, folder: RunFolder, console: Console) -> tuple[Any, RunCallback, int, int]:
+def _trained(run: _Run, folder: RunFolder, console: Console, ranks: Ranks) -> tuple[Any, RunCallback, int, int]:
     """(The trained model in its base's dtype, what the callback saw, optimizer steps, parameters trained)."""
     network, settings, rows, held_out = run.network, run.settings, run.rows, run.held_out
     use_cache = network.config.use_cache  # Trainer switches it off, for good
     adapted = _prepared(run, console)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    checkpoint = folder.checkpoint_to_resume(partial(console.print, highlight=False, markup=False, soft_wrap=True))
-    callback = RunCallback(folder, checkpoint, console)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    checkpoint = ranks.on_first(lambda: folder.checkpoint_to_resume(say))
+    if ranks.size > 1:
+        batch, passes = run.batch
+        say(f"{ranks.size} ranks, {batch} rows each a forward pass, {batch * passes * ranks.size} rows a step")
+    callback = RunCallback(folder, checkpoint, console, ranks)
     trainer = OuterTrainer(
         model=adapted,
-        args=_arguments(folder.checkpoints, settings, bool(held_out), checkpoint is None),
-        train_dataset=rows,
+        args=_arguments(folder.checkpoints, settings, run.batch, bool(held_out), checkpoint is None),
+        train_dataset=SharedRows(rows, ranks.size * run.batch[0]) if ranks.size > 1 else rows,
         eval_dataset=held_out,
         callbacks=[callback],
         bf16=run.products == "bfloat16",
         folder=folder,
         history=callback.history,
+        ranks=ranks,
     )
     trainer.remove_callback(PrinterCallback)
     callback.trainer = trainer
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (RuntimeError, MemoryError) as error:
+        if ranks.lost(error):
+            raise gone() from error
         if not out_of_memory(error):
             raise
         kept = folder.complete_checkpoints()
@@ -278,13 +312,15 @@ def _trained(run: _Run, folder: RunFolder, console: Console) -> tuple[Any, RunCa
     finally:
         callback.close()
         network.config.use_cache = use_cache
-    if callback.stopped_by is not None:
-        raise RunStopped(
+    if stopped_by := ranks.largest(callback.stopped_by or 0):
+        stopped = RunStopped(
             f"Stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, and saved; "
             "the same command with --resume goes on from there.",
-            exit_status=128 + callback.stopped_by,
+            exit_status=128 + stopped_by,
         )
-    if sentence := risen(trainer.first_loss, callback.history, settings.learning_rate):
+        raise ranks.once(stopped)
+    first_loss = ranks.total(trainer.first_loss) / ranks.size
+    if sentence := risen(first_loss, callback.history, settings.learning_rate):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     return _undone(run, adapted), callback, trainer.state.global_step, trained
 
@@ -312,28 +348,15 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _loaded(
-    model: str | Path | PreTrainedModel, tokenizer: Any, dtype: str, products: str
-) -> tuple[Any, Any, dict[str, torch.dtype]]:
-    """The model and its tokenizer, from a name or as they are, and the dtypes that its parameters are saved in."""
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise CogsymError("train was given a loaded model without its tokenizer; pass tokenizer=.")
-        return model, tokenizer, {n: p.dtype for n, p in model.named_parameters()}
-    half = None if dtype == "auto" and products == "float32" else torch.bfloat16
-    loaded, saved = torch.float32 if dtype == "fp32" else half, checkpoint_dtype(model)
-    network = load_model(model, loaded)
-    # Where transformers keeps a parameter in another precision than asked, it does so in the base too.
-    dtypes = {n: saved if p.dtype == loaded else p.dtype for n, p in network.named_parameters()}
-    return network, tokenizer or load_tokenizer(model), dtypes
-
-
-def _arguments(folder: Path, settings: TrainSettings, evaluates: bool, fresh: bool) -> TrainingArguments:
+def _arguments(
+    folder: Path, settings: TrainSettings, batch: tuple[int, int], evaluates: bool, fresh: bool
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=batch[0],
         per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=batch[1],
+        ddp_find_unused_parameters=False,
         num_train_epochs=settings.epochs,
         max_steps=settings.steps or -1,
         learning_rate=settings.learning_rate,
@@ -380,7 +403,8 @@ def _with_adapters(model: Any, plan: LayerPlan, rank: int) -> Any:
 
 def _digest(text: Text) -> str:
     if isinstance(text, Source):
-        return f"{content_digest(text)} {text.field} {text.template} {text.weight}"
+        read = f"{content_digest(text)} {text.field} {text.template} {text.weight}"
+        return f"{read} {text.chat}" if text.chat else read
     return hashlib.sha256(repr([(d.text, d.target_start) for d in text]).encode()).hexdigest()
 
 

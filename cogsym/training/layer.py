@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from cogsym.errors import CogsymError
 from cogsym.models import Block, UnknownLayerError, read_block
-from cogsym.models.guard import Watch
+from cogsym.models.guard import Watch, why_own
 from cogsym.models.half import OwnHalf
 from cogsym.training.autograd import Keep
 from cogsym.training.keep import Memory
+from cogsym.training.streamed import StreamedBlock
 
 
 class How(NamedTuple):
@@ -22,7 +24,7 @@ class How(NamedTuple):
         block: its description; None where all of it runs its own forward.
         reason: why it does; empty where it does not.
         trained: a parameter in it needs a gradient.
-        frozen: none does, and its weights can be used without calling their modules.
+        frozen: none does, and its weights can be used without calling their modules, in memory or once they are read.
     """
 
     block: Block | None
@@ -38,17 +40,18 @@ class PreparedLayer:
         index: 0 next to the embeddings.
         memory: what frozen layers keep.
         sharded: FSDP2 had sharded it before it was prepared, and its weights are there only while it runs.
+        streamed: what computes with it where its weights are on disk.
     """
 
-    def __init__(self, index: int, memory: Memory, sharded: bool) -> None:
-        self.index, self.memory, self.sharded = index, memory, sharded
+    def __init__(self, index: int, memory: Memory, sharded: bool, streamed: StreamedBlock | None) -> None:
+        self.index, self.memory, self.sharded, self.streamed = index, memory, sharded, streamed
         self._watch: Watch | None = None
         self._how = How(None, "", False, False)
         self._own_attention: dict[str, Block] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy reads its own layer anew."""
-        return {"index": self.index, "memory": self.memory, "sharded": self.sharded}
+        return {"index": self.index, "memory": self.memory, "sharded": self.sharded, "streamed": self.streamed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -67,18 +70,40 @@ class PreparedLayer:
             self._own_attention[reason] = self._how.block.with_own_attention(reason)
         return self._own_attention[reason]
 
+    def refuse(self, *_: Any, **__: Any) -> None:
+        """In the place of a layer's own forward, where its weights are on disk.
+
+        Raises:
+            CogsymError: always.
+        """
+        raise CogsymError(
+            f"Layer {self.index} is read from disk as cogsym's operations need it, and this call runs the layer's own "
+            f"forward ({self._how.reason or 'a cache, attention weights, dropout or torch.compile'}); leave that out, "
+            "or load the model into memory."
+        )
+
     def _read(self, layer: nn.Module) -> How:
         trained = any(p.requires_grad for p in layer.parameters())
         if self.sharded:
             return How(None, "it was sharded before the model was prepared", trained, False)
         try:
-            block = read_block(layer)
+            block = read_block(layer, weights_follow=self.streamed is not None)
         except UnknownLayerError as error:
             return How(None, str(error), trained, False)
         if all(isinstance(half, OwnHalf) for half in block.halves):
             reasons = dict.fromkeys(half.reason for half in block.halves)
             return How(None, " and ".join(reasons), trained, False)
+        if self.streamed is not None:
+            return self._read_streamed(layer, block, trained)
         return How(block, "", trained, not trained and all(p.plain() for p in block.projections()))
+
+    def _read_streamed(self, layer: nn.Module, block: Block, trained: bool) -> How:
+        """As `_read`: what another library put on modules that are not the ones that compute would do nothing."""
+        assert self.streamed is not None
+        reason = next(filter(None, (why_own(module, weights_follow=True) for module in layer.modules())), "")
+        if not self.streamed.same_modules():
+            reason = "its modules were replaced"
+        return How(None, reason, trained, False) if reason else How(block, "", trained, not trained)
 
 
 def wants(block: Block, kwargs: Mapping[str, Any], what: str) -> bool:

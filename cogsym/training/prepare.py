@@ -43,6 +43,7 @@ from cogsym.plan import LayerPlan, Part
 from cogsym.training.autograd import run_frozen
 from cogsym.training.keep import Memory
 from cogsym.training.layer import PreparedLayer, possible, wants, why_whole
+from cogsym.training.streamed import on_disk
 
 # Newer releases checkpoint in the class's forward, which a prepared layer does not call; older ones around the call.
 _CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
@@ -114,7 +115,14 @@ def prepare(
         raise CogsymError(f"frozen_weights is {frozen_weights!r}, expected 'int8', or None for weights as they are.")
     memory = Memory(keep, memory_budget)
     decoder = decoder_of(model)
+    if frozen_weights and any(map(on_disk, layers_of(model))):
+        raise CogsymError(
+            f"frozen_weights is {frozen_weights!r} and the frozen layers are read from disk, as they are stored; leave "
+            "one of the two out."
+        )
     parts = plan.parts(model)
+    if (on := next((i for i in plan.trained if on_disk(layers_of(model)[i])), None)) is not None:
+        raise CogsymError(f"The plan trains layer {on}, whose weights are on disk; load the model with the same plan.")
     if hasattr(model, RECORD):
         restore(model)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -131,13 +139,13 @@ def prepare(
         )
     frozen: list[Projections] = []
     for i, layer in enumerate(layers_of(model)):
-        known = PreparedLayer(i, memory, isinstance(layer, FSDPModule))
+        known = PreparedLayer(i, memory, isinstance(layer, FSDPModule), on_disk(layer))
         attach(layer, layer_forward, known)
         how = known.read(layer)
         if how.block is not None and how.frozen:
             if not how.block.dropout:
                 memory.blocks[i] = how.block
-            frozen += how.block.projections()
+            frozen += how.block.projections() if known.streamed is None else ()
     head = find_head(model)
     _attach_with_signature(decoder, decoder_forward, True)
     if head is not None:
@@ -146,7 +154,7 @@ def prepare(
     setattr(model, RECORD, Prepared(plan, requires_grad, memory, head))
     if frozen_weights:
         try:
-            frozen_to_int8(model, [module for projections in frozen for module in projections.modules])
+            frozen_to_int8(model, [module for each in frozen if each.plain() for module in each.modules])
         except CogsymError:
             restore(model)
             raise
@@ -229,11 +237,12 @@ def record_of(model: nn.Module) -> Prepared:
 def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A prepared layer's forward; the arguments are those of its class's."""
     known: PreparedLayer | None = attachment(layer)
-    own = partial(type(layer).forward, layer)
+    own: Any = partial(type(layer).forward, layer)
     if known is None:
         return own(hidden_states, *args, **kwargs)
     how, x = known.read(layer), hidden_states
-    block, inputs = how.block, LayerInputs(kwargs)
+    block, inputs, streamed = how.block, LayerInputs(kwargs), known.streamed
+    own = known.refuse if streamed else own
     if block is None or args or (layer.training and block.dropout):
         return _run_own(layer, partial(own, **kwargs), x, args, known.memory)
     if wants(block, kwargs, "output_attentions") or not _has_tables(block, inputs):
@@ -244,11 +253,14 @@ def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
             inputs.positions = block.positions(inputs, x, layer.training)
         except UnknownMaskError as error:
             block = known.with_own_attention(str(error)) if by_hand else block
+            streamed = streamed and streamed.with_own_attention(str(error))
     if by_hand:
         if why_whole(block, kwargs, layer.training):
             return _run_own(layer, partial(own, **kwargs), x, args, known.memory)
         keep = known.memory.of(known.index, x)
-        return run_frozen(block, x, inputs, possible(layer, keep))
+        return run_frozen(streamed or block, x, inputs, possible(layer, keep))
+    if streamed:
+        return own(x)
     if _CHECKPOINTS_FORWARD and _checkpointed(layer) and inputs.cache is None:
         return layer._gradient_checkpointing_func(partial(block.forward, inputs=inputs), x)
     return block.forward(x, inputs)

@@ -35,7 +35,8 @@ from cogsym.training.settings import FREE_TO_CHANGE, TrainSettings
 
 _KEPT = 2  # checkpoints: where the last one is damaged there is one before it
 _LOCK = "train.lock"
-_RECORD = {"model", "plan", "settings", "products", "data"}  # what settings.json says
+_RECORD = {"model", "plan", "settings", "products", "ranks", "data"}  # what settings.json says
+_LATER = {"products", "ranks"}  # of which an earlier version wrote none
 
 
 class RunFolder:
@@ -179,8 +180,9 @@ class RunFolder:
         Raises:
             CogsymError: that.
         """
-        # An earlier version wrote no "products".
-        before, now = _fixed({"products": record["products"], **self.read_record()}), _fixed(record)
+        # An earlier version wrote no "products" and no "ranks".
+        written = {name: record[name] for name in _LATER} | self.read_record()
+        before, now = _fixed(written), _fixed(record)
         different = differences(before, now)
         for name in ("steps", "epochs"):
             before["settings"].pop(name, None), now["settings"].pop(name, None)
@@ -257,7 +259,7 @@ def open_run_folder(out: Path, record: dict[str, Any], resume: bool) -> Iterator
     Args:
         out: OUT, made where it is missing.
         record: what is asked of the run, which settings.json will hold: "model", "plan", "settings", "products" (the
-            type that they are computed in), "data".
+            type that they are computed in), "ranks" (with which it began), "data".
         resume: go on with the run that is there, which was asked the same but for `FREE_TO_CHANGE`.
 
     Raises:
@@ -297,7 +299,7 @@ def _record(path: Path) -> dict[str, Any] | None:
             record = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.keys() | {"products"} == _RECORD else None
+    return record if isinstance(record, dict) and record.keys() | _LATER == _RECORD else None
 
 
 def _fixed(record: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from cogsym.errors import SettingError
 from cogsym.training.keep import Memory
 
 # What a resumed run may change: how, not what. One that needed too much memory goes on with less.
-FREE_TO_CHANGE = ("keep", "memory_budget")
+FREE_TO_CHANGE = ("keep", "memory_budget", "stream")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class TrainSettings:
             result.
         memory_budget: bytes that they may hold, with "auto"; None is half of what is free.
         frozen_weights: "int8" holds those of frozen layers' linear maps in 8 bits, as in `cogsym.prepare`.
+        stream: leave frozen layers on disk and read each when it is needed, as `cogsym.load_streamed` does.
         loss: "all" the text, or "target", what follows the first field of a template.
         separator: the token between documents; None takes the tokenizer's bos or eos.
         hold_out: share of the documents of each source that are not trained on but evaluated, as "held-out"; None
@@ -62,6 +63,7 @@ class TrainSettings:
     keep: str = "auto"
     memory_budget: int | None = None
     frozen_weights: Literal["int8"] | None = None
+    stream: bool = False
     loss: Literal["all", "target"] = "all"
     separator: str | None = None
     hold_out: float | None = None

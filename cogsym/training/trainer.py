@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cogsym.data import PackedDataset
+from cogsym.data.packing import IGNORE
 from cogsym.errors import RunStopped
 from cogsym.heartbeat import Heartbeat, clock
+from cogsym.ranks import Ranks
 from cogsym.records import reason, write_whole
 from cogsym.signals import handled
 from cogsym.training import checkpoint
-from cogsym.training.evaluate import bits_per_byte
+from cogsym.training.evaluate import bits
 from cogsym.training.run_folder import RunFolder
+from cogsym.training.shares import SharedOrder
 
 _LOGGED = ("loss", "grad_norm", "learning_rate")
 
@@ -35,7 +38,8 @@ class OuterTrainer(Trainer):
     """Trainer for a prepared model.
 
     It writes checkpoints of the trained parameters alone, evaluates in bits per byte, computes in bfloat16 where asked
-    while the trained parameters stay in float32, and stops at a loss or gradient that is not finite.
+    while the trained parameters stay in float32, and stops at a loss or gradient that is not finite. Of several ranks
+    the first one writes, and each evaluates its share.
 
     Attributes:
         first_loss: that of its first step; 0 before it.
@@ -46,10 +50,11 @@ class OuterTrainer(Trainer):
     eval_dataset: Any
 
     def __init__(
-        self, *args: Any, bf16: bool, folder: RunFolder, history: list[dict[str, float]], **kwargs: Any
+        self, *args: Any, bf16: bool, folder: RunFolder, history: list[dict[str, float]], ranks: Ranks, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._bf16, self._folder, self._history = bf16, folder, history
+        self._bf16, self._folder, self._history, self._ranks = bf16, folder, history, ranks
+        self._order: SharedOrder | None = None
         self.first_loss, self._stepped = 0.0, False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -61,6 +66,24 @@ class OuterTrainer(Trainer):
                 self.state = state
                 return self.callback_handler.on_train_begin(self.args, self.state, self.control)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Trainer's, but that ranks never see a row twice, where they do not share the rows out evenly."""
+        if self._ranks.size == 1:
+            return super()._get_train_sampler(train_dataset)
+        self._order = SharedOrder(train_dataset)
+        return self._order
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, which tells the order nothing of an epoch that begins in its middle."""
+        if self._order is not None:
+            self._order.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens of all ranks, in rows in which something is learned."""
+        learned = (inputs["labels"] != IGNORE).any(dim=1).sum() * inputs["labels"].shape[1]
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(learned).sum())
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Trainer's contexts, and autocast.
@@ -74,9 +97,9 @@ class OuterTrainer(Trainer):
         return stack
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, which must be finite."""
+        """The model's own loss, which must be finite; of several ranks all stop at the gradient that it gives."""
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-        if not math.isfinite(float(loss.detach())):
+        if self._ranks.size == 1 and not math.isfinite(float(loss.detach())):
             raise self._not_finite("loss", float(loss.detach()))
         if not self._stepped:  # each forward pass of a step has a part of its loss
             self.first_loss += float(loss.detach())
@@ -87,7 +110,7 @@ class OuterTrainer(Trainer):
         self._stepped = True
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if not torch.isfinite(norm):
-            raise self._not_finite("norm of the gradient", float(norm))
+            raise self._ranks.once(self._not_finite("norm of the gradient", float(norm)))
 
     def _not_finite(self, what: str, value: float) -> RunStopped:
         kept = self._folder.complete_checkpoints()
@@ -104,9 +127,10 @@ class OuterTrainer(Trainer):
         datasets: dict[str, PackedDataset] = eval_dataset or self.eval_dataset
         metrics = {}
         for name, dataset in datasets.items():
+            share = range(self._ranks.rank, len(dataset), self._ranks.size)
             with self.compute_loss_context_manager():
-                value = bits_per_byte(self.model, dataset, self.args.per_device_eval_batch_size)
-            metrics[f"{metric_key_prefix}_{name}_bits_per_byte"] = value
+                found = bits(self.model, dataset, share, self.args.per_device_eval_batch_size)
+            metrics[f"{metric_key_prefix}_{name}_bits_per_byte"] = self._ranks.total(found) / dataset.num_bytes
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -139,8 +163,11 @@ class OuterTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write what a run goes on from, and remove the checkpoints that are not needed any more."""
-        self._folder.check_held()
         self.store_flos()
+        self._ranks.on_first(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
+        self._folder.check_held()
         step = self.state.global_step
         try:
             with self._folder.new_checkpoint(step) as new:
@@ -164,14 +191,14 @@ class RunCallback(TrainerCallback):
         history: the lines of `metrics.jsonl`, of earlier parts of the run too.
     """
 
-    def __init__(self, folder: RunFolder, resumed: Path | None, console: Console) -> None:
+    def __init__(self, folder: RunFolder, resumed: Path | None, console: Console, ranks: Ranks) -> None:
         self.trainer: OuterTrainer | None = None
         self.stopped_by: int | None = None
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         if resumed:
             self.history = [json.loads(line) for line in (resumed / checkpoint.METRICS).read_text("utf-8").splitlines()]
-        self._folder, self._console = folder, console
+        self._folder, self._console, self._ranks = folder, console, ranks
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -191,8 +218,9 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the lines up to the checkpoint that the run goes on from, and start the clock."""
-        with self._writing_metrics():
-            _write_lines(self._folder.metrics, self.history, self._folder.check_held)
+        if self._ranks.first:
+            with self._writing_metrics():
+                _write_lines(self._folder.metrics, self.history, self._folder.check_held)
         if state.global_step >= state.max_steps:
             self._say(
                 f"The run is finished, at step {state.global_step} of {state.max_steps}; nothing is left to train."
@@ -251,7 +279,9 @@ class RunCallback(TrainerCallback):
             self._say(self._state)
         if state.global_step >= state.max_steps:
             control.should_log = True
-        if self.stopped_by is not None:
+        # A signal reaches each rank at a moment of its own; all stop after the same step.
+        if stopped_by := self._ranks.largest(self.stopped_by or 0):
+            self.stopped_by = stopped_by  # not without one: it may come while the ranks are asked
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
@@ -265,6 +295,8 @@ class RunCallback(TrainerCallback):
         if self.seconds:
             line["tokens_per_second"] = round((state.num_input_tokens_seen - self._tokens) / self.seconds, 1)
         self.history.append(line)
+        if not self._ranks.first:
+            return
         with self._writing_metrics(), self._folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self._console.is_terminal:

@@ -66,6 +66,34 @@ def test_values_and_gradients(
         assert_no_worse(linear_input_gradient(dy, weight), wide, dx, f"dx, {what}", scale)
 
 
+@pytest.mark.parametrize("weight_dtype", HALF)
+def test_many_rows_by_widened_blocks(
+    monkeypatch: pytest.MonkeyPatch, poisoned: None, assert_no_worse: Callable[..., None], weight_dtype: torch.dtype
+) -> None:
+    """Two blocks of the weight, of unequal sizes, their memory first made where nothing has a gradient."""
+    module = sys.modules["cogsym.ops.linear"]
+    monkeypatch.setattr(module, "_library_leads", lambda: True)
+    widened = []
+    by_blocks = module._by_blocks
+    monkeypatch.setattr(module, "_by_blocks", lambda *given: (widened.append(given[1].shape), by_blocks(*given))[1])
+    rows, outputs, inputs = 513, 1101, 700
+    x, dy = torch.randn(rows, 3 * inputs)[:, inputs : 2 * inputs], torch.randn(rows, outputs)
+    weight, bias = torch.randn(outputs, inputs + 5).to(weight_dtype)[:, 5:], torch.randn(outputs).to(weight_dtype)
+    with torch.inference_mode():
+        linear(x, weight)
+    for given in (bias, None):
+        exact = x.double() @ weight.double().t() + (0 if given is None else given.double())
+        leaf = x.clone().requires_grad_()
+        y = linear(leaf, weight, given)
+        assert_no_worse(y.detach(), plain(x, weight, given), exact, "y", exact.abs())
+        y.backward(dy)
+        assert leaf.grad is not None
+        assert_no_worse(leaf.grad, plain(dy, weight.t(), None), dy.double() @ weight.double(), "dx")
+    assert widened == [weight.shape] * 5
+    x[-1, 1] = torch.inf
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight.float()), equal_nan=True)
+
+
 @pytest.mark.parametrize("needs", [*itertools.product((False, True), repeat=3)])
 def test_each_gradient(cpu_backend: str, needs: tuple[bool, bool, bool]) -> None:
     inputs = [torch.randn(5, 4, 13), torch.randn(7, 13).bfloat16(), torch.randn(7)]

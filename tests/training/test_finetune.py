@@ -496,3 +496,32 @@ def test_what_frozen_layers_keep_changes_no_weight_and_may_change_on_resuming(
     resumed = run(model_folder, text_file, tmp_path / "all", resume=True, keep="input")
     assert {keep for keep, gradient in seen if gradient} == {"input"}
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(resumed).items())
+
+
+def test_a_run_learns_what_the_assistant_says(model_folder: Path, tmp_path: Path) -> None:
+    """A two-turn chat, its questions random: bits per byte of its answers fall, and a resumed run is the same run."""
+    tokenizer = load_tokenizer(model_folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(model_folder)
+    path = tmp_path / "chats.jsonl"
+    first, second = ({"role": "assistant", "content": text} for text in ("habari za leo", "mama anapika"))
+    asked = [{"role": "user", "content": f"{n * 37 % 100}"} for n in range(20)]
+    rows = [[question, first, question, second] for question in asked]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), "utf-8")
+    source = Source(path, chat="messages")
+
+    def train(resume: bool, source: Source) -> cogsym.TrainResult:
+        settings = TrainSettings(**SETTINGS)
+        return cogsym.train(
+            model_folder, [source], tmp_path / "out", evaluate={"c": source}, settings=settings, resume=resume
+        )
+
+    before, after = train(False, source).bits_per_byte("c")
+    assert after < 0.7 * before
+    assert train(True, source).steps == 8
+    assert "chat_template" in "".join(p.name for p in (tmp_path / "out" / "model").iterdir())
+    with pytest.raises(CogsymError, match="other data"):
+        train(True, Source(path, chat="messages", weight=2))

@@ -6,16 +6,12 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
-from safetensors import safe_open
 from torch import Tensor
 
 from cogsym.decoder import decoder_of, layers_of
@@ -24,8 +20,9 @@ from cogsym.models import Block, UnknownLayerError, precision, read_block
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.guard import why_own
 from cogsym.models.int8 import to_int8
-from cogsym.models.loading import build_model, check_model_folder, load_config
+from cogsym.models.loading import build_model, load_config
 from cogsym.models.projections import Projections
+from cogsym.models.streaming import Layout, WeightFiles, empty_model, layers_prefix, read_around_layers, stored_shapes
 from cogsym.sweeps.layers.actions import Weights
 
 
@@ -151,7 +148,7 @@ class ResidentLayers:
         for which, model in self._models.items():
             weights, widened = dict(model.named_parameters()), precision.stored_dtypes(model)
             dtypes = {name: widened.get(name, t.dtype) for name, t in weights.items()}
-            result[which] = _digest(weights, partial(_held, weights), dtypes)
+            result[which] = _digest(weights, weights.__getitem__, dtypes)
         return result
 
     def close(self) -> None:
@@ -201,19 +198,23 @@ class StreamedLayers:
         self.widened, self.int8 = False, int8
         config = load_config(folder)
         self._dtype = dtype or config.dtype or torch.float32
-        with init_empty_weights(include_buffers=False):
-            self.model = build_model(folder, config, dtype=self._dtype).eval()
-        self._layers, decoder = layers_of(self.model), decoder_of(self.model)
-        self._files: dict[Weights, _Checkpoint] = {"model": _Checkpoint(folder)}
+        self.model = empty_model(folder, config, self._dtype)
+        self._files: dict[Weights, WeightFiles] = {"model": WeightFiles(folder)}
         if base is not None:
             with init_empty_weights():
                 check_same_shape(self.model, build_model(base, load_config(base)))
-            self._files["base"] = _Checkpoint(base)
-        (self._prefix,) = (f"{name}." for name, module in self.model.named_modules() if module is self._layers)
-        self._load_rest()
+            self._files["base"] = WeightFiles(base)
+        self._prefix, layers = layers_prefix(self.model), layers_of(self.model)
+        read_around_layers(self.model, self._files["model"], self.device, self._dtype)
+        if base is not None:
+            shapes = stored_shapes(self.model)
+            # A base may have fewer tokens than the model.
+            self._files["base"].check(shapes, {n: s for n, s in shapes.items() if n.startswith(self._prefix)})
         # Read by a thread of their own, while the model's may have another forward for a moment.
-        self._untouched = [copy.deepcopy(layer, {id(decoder.config): decoder.config}) for layer in self._layers]
-        self.blocks = [_block(layer, self.reasons, weights_follow=True) for layer in self._layers]
+        config = decoder_of(self.model).config
+        self._untouched = [copy.deepcopy(layer, {id(config): config}) for layer in layers]
+        self.blocks = [_block(layer, self.reasons, weights_follow=True) for layer in layers]
+        self._layouts = [Layout(layer, _block(layer, [], weights_follow=True)) for layer in self._untouched]
         self.block = None if self.reasons else self.blocks[0]
 
     def pack(self) -> None:
@@ -238,107 +239,24 @@ class StreamedLayers:
         names = [name for name, _ in self.model.named_parameters()]
 
         return {
-            which: _digest(names, file.mapped, dict.fromkeys(names, self._dtype)) for which, file in self._files.items()
+            which: _digest(names, files.read, dict.fromkeys(names, self._dtype)) for which, files in self._files.items()
         }
 
     def _load(self, layer: int, weights: set[Weights]) -> dict[Weights, Loaded]:
         """A layer of its own with these weights, so that nothing holds them once it is dropped."""
-        names, config, loaded = self._untouched[layer].state_dict().keys(), decoder_of(self.model).config, {}
+        layout, config, loaded = self._layouts[layer], decoder_of(self.model).config, {}
         for which in weights:
-            tensors = self._files[which].read(f"{self._prefix}{layer}.", names)
+            memory = torch.empty(layout.nbytes, dtype=torch.uint8)
+            layout.read(self._files[which], f"{self._prefix}{layer}.", memory)
             module = copy.deepcopy(self._untouched[layer], {id(config): config})
-            module.load_state_dict({n: t.to(self.device, self._dtype) for n, t in tensors.items()}, assign=True)
+            layout.put(module, memory.to(self.device))
             loaded[which] = Loaded(module, block := _block(module, []))
-            for projections in block.projections() if block else ():
+            for projections in block.projections() if self.int8 and block else ():
                 if projections.plain():
-                    _lay(projections, self.int8)
+                    _lay(projections, True)
             if self.widened:
                 precision.widen(module)
         return loaded
-
-    def _load_rest(self) -> None:
-        """Everything but the decoder layers."""
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        if shared := next((name for name in tied if name.startswith(self._prefix)), None):
-            raise CogsymError(
-                f"The layers of {type(self.model).__name__} share weights such as {shared}, so they cannot be "
-                "streamed; leave streaming off."
-            )
-        self._files["model"].check_tied(tied)
-        weights = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
-        names = [*weights]
-        for which, file in self._files.items():
-            # A base may have fewer tokens than the model.
-            shaped = [name for name in names if which == "model" or name.startswith(self._prefix)]
-            file.check(names, {name: tuple(weights[name].shape) for name in shaped})
-        rest = [name for name in names if not name.startswith(self._prefix)]
-        for name, tensor in self._files["model"].read("", rest).items():
-            set_module_tensor_to_device(self.model, name, self.device, value=tensor, dtype=self._dtype)
-        self.model.tie_weights()
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self.device)
-
-
-class _Checkpoint:
-    """The tensors of a folder by name."""
-
-    def __init__(self, folder: str | Path) -> None:
-        path = check_model_folder(folder)
-        if path is None:
-            raise CogsymError(
-                f"Layers are streamed from a local folder, and {str(folder)!r} is none; download it first."
-            )
-        self._folder = path
-        self._where: dict[str, Path] = {}
-        for file in sorted(path.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                self._where |= dict.fromkeys(opened.keys(), file)
-
-    def check(self, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse a checkpoint that does not have its weights as the model has them."""
-        missing = [name for name in names if name not in self._where]
-        if missing:
-            raise CogsymError(
-                f"{self._folder} holds no weight named {missing[0]}, so its layers cannot be streamed; leave streaming "
-                "off."
-            )
-        for name, shape in shapes.items():
-            with self.mapped(name) as weight:
-                if weight.shape != shape:
-                    raise CogsymError(
-                        f"{self._folder} holds {name} of shape {tuple(weight.shape)}, expected {shape}, as its "
-                        "config.json says; fetch or write the two again."
-                    )
-
-    def check_tied(self, tied: Mapping[str, str]) -> None:
-        """Refuse weights that are to be one and are not; transformers then lets them be two."""
-        for name, source in tied.items():
-            if name in self._where and source in self._where:
-                with self.mapped(name) as one, self.mapped(source) as other:
-                    if not torch.equal(one, other):
-                        raise CogsymError(
-                            f"{self._folder} holds different weights named {name} and {source}, which its config.json "
-                            "ties; load the model and save it again with tie_word_embeddings=False."
-                        )
-
-    @contextmanager
-    def mapped(self, name: str) -> Iterator[Tensor]:
-        """A tensor in the file itself, for as long as it lasts."""
-        with safe_open(self._where[name], framework="pt") as opened:
-            yield opened.get_tensor(name)
-
-    def read(self, prefix: str, names: Any) -> dict[str, Tensor]:
-        """Copies of the tensors `prefix` + name, by name; the files are closed again, so that no page stays mapped."""
-        result: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            opened: dict[Path, Any] = {}
-            for name in names:
-                file = self._where[prefix + name]
-                if file not in opened:
-                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
-                result[name] = opened[file].get_tensor(prefix + name).clone()
-        return result
 
 
 def check_same_shape(model: Any, base: Any) -> None:
@@ -373,23 +291,13 @@ def _lay(projections: Projections, int8: bool) -> None:
     projections.join()
 
 
-def _held(weights: dict[str, Tensor], name: str) -> AbstractContextManager[Tensor]:
-    return nullcontext(weights[name])
-
-
-def _digest(
-    names: Iterable[str],
-    tensor: Callable[[str], AbstractContextManager[Tensor]],
-    dtypes: Mapping[str, torch.dtype],
-) -> str:
+def _digest(names: Iterable[str], tensor: Callable[[str], Tensor], dtypes: Mapping[str, torch.dtype]) -> str:
     """Of tensors by name, each as it is in a dtype."""
     digest = hashlib.sha256()
     for name in sorted(names):
-        with tensor(name) as weight:
-            weight = weight.detach().to(dtypes[name])
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
-            del weight  # before the file is closed
+        weight = tensor(name).detach().to(dtypes[name])
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -18,7 +18,8 @@ from cogsym.errors import CogsymError
 from cogsym.plotting import BLACK, BLUE, GREY, VERMILION, save, strip
 from cogsym.records import reason
 from cogsym.sweeps.layers.actions import ACTIONS, KEEP, SKIP
-from cogsym.sweeps.results.store import summary
+from cogsym.sweeps.results.store import read_key, summary
+from cogsym.sweeps.tasks.aggregations import metric_of
 from cogsym.sweeps.tasks.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def plot(folder: str | Path, out: str | Path | None = None, metrics: Collection[
     """
     folder, out = Path(folder), Path(out or folder)
     found = summary(folder)
-    there = [name for name in METRICS if name in set(found["metric"])]
+    names = list(dict.fromkeys(found["metric"]))
+    there = [*(name for name in METRICS if name in names), *(name for name in names if name not in METRICS)]
     for name in metrics:
         if name not in there:
             raise CogsymError(f"{folder} has no results of the metric {name!r}, expected one of {', '.join(there)}.")
@@ -65,7 +67,7 @@ def plot(folder: str | Path, out: str | Path | None = None, metrics: Collection[
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures(found[found["metric"].isin(wanted)]):
+        for name, figure in figures(found[found["metric"].isin(wanted)], read_key(folder)["tasks"]):
             paths = [out / f"{name}{suffix}" for suffix in (".png", ".svg")]
             save(figure, paths)
             files += paths
@@ -79,8 +81,12 @@ def plot(folder: str | Path, out: str | Path | None = None, metrics: Collection[
     return files
 
 
-def figures(found: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
-    """The pictures that a `summary` has the lines for, each with its name."""
+def figures(found: pd.DataFrame, tasks: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Figure]]:
+    """The pictures that a `summary` has the lines for, each with its name; `tasks` are those of the sweep's key."""
+
+    def metric(task: str, name: str) -> Metric:
+        return metric_of((tasks or {}).get(task, {}), name)
+
     kept = ACTIONS[KEEP].letter
     for action in ACTIONS:
         letter, label = ACTIONS[action].letter, ACTIONS[action].label
@@ -96,21 +102,25 @@ def figures(found: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
         name = "" if action == SKIP else f"-{action}"
         directions = set(lines["direction"])
         if directions & set(_CURVES):
-            yield f"directions{name}", _figure(lines, _draw_directions, label, 3.1)
+            yield f"directions{name}", _figure(lines, _draw_directions, label, 3.1, metric)
         ends = lines.loc[lines["direction"].isin(["none", "input", "output", "both"]), "configuration"]
         if "both" in directions and ends.nunique() >= _CELLS:
-            yield f"grid{name}", _figure(lines, _draw_grid, label, 4.2)
+            yield f"grid{name}", _figure(lines, _draw_grid, label, 4.2, metric)
         if "single" in directions:
-            yield f"layers{name}", _figure(lines, _draw_layers, label, 3.1)
+            yield f"layers{name}", _figure(lines, _draw_layers, label, 3.1, metric)
         contiguous = lines.loc[(lines["k"] > 0) & (lines["k"] == lines["last"] - lines["first"] + 1), "configuration"]
         if "block" in directions and contiguous.nunique() >= _CELLS:
-            yield f"blocks{name}", _figure(lines, _draw_blocks, label, 4.2)
+            yield f"blocks{name}", _figure(lines, _draw_blocks, label, 4.2, metric)
         if "other" in directions and lines["k"].nunique() > 2:
-            yield f"removed{name}", _figure(lines, _draw_removed, label, 3.1)
+            yield f"removed{name}", _figure(lines, _draw_removed, label, 3.1, metric)
 
 
 def _figure(
-    lines: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame, Metric, str], None], missing: str, height: float
+    lines: pd.DataFrame,
+    draw: Callable[[Axes, pd.DataFrame, Metric, str], None],
+    missing: str,
+    height: float,
+    metric: Callable[[str, str], Metric],
 ) -> Figure:
     """A panel for each task and metric, and one legend for all.
 
@@ -119,6 +129,7 @@ def _figure(
         draw: draws one panel from its lines.
         missing: what the action did to the layers, such as "ablated".
         height: of a panel, inches.
+        metric: of a task, by its name.
     """
     columns = [_panels(lines, side) for side in ("perception", "production")]
     if not all(columns):
@@ -134,7 +145,7 @@ def _figure(
             continue
         panel = column[place[0]]
         one = panel.iloc[0]
-        draw(axis, panel, METRICS[one["metric"]], missing)
+        draw(axis, panel, metric(one["task"], one["metric"]), missing)
         axis.set_title(fill(f"{one['side'].capitalize()}: {one['task']}", _TITLE), loc="left", weight="bold")
         axis.set_title(f"n = {panel['documents'].max():,}", loc="right", fontsize="small", color="0.35")
     entries: dict[str, Artist] = {}
@@ -149,7 +160,8 @@ def _panels(lines: pd.DataFrame, side: str) -> list[pd.DataFrame]:
     """The lines of each task and metric, tasks in order of their names and metrics in ours."""
     mine = lines[lines["side"] == side]
     groups = dict(list(mine.groupby(["metric", "task"], sort=True)))
-    return [groups[pair] for pair in sorted(groups, key=lambda pair: (list(METRICS).index(pair[0]), pair[1]))]
+    order = [*METRICS, *sorted(set(mine["metric"]) - set(METRICS))]
+    return [groups[pair] for pair in sorted(groups, key=lambda pair: (order.index(pair[0]), pair[1]))]
 
 
 def _draw_directions(axis: Axes, lines: pd.DataFrame, metric: Metric, missing: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +16,14 @@ import pyarrow.compute as pc
 from filelock import Timeout
 
 from cogsym.errors import CogsymError, RunStopped
+from cogsym.ranks import ALONE, Ranks
 from cogsym.records import FolderLock, differences, read_record, reason, remove_leftovers, write_record
 from cogsym.sweeps.layers.configurations import Configuration
 from cogsym.sweeps.results.bootstrap import paired_bootstrap
 from cogsym.sweeps.results.parts import (
     NAME,
     SCHEMA,
+    Part,
     clean,
     list_parts,
     merge,
@@ -28,13 +31,18 @@ from cogsym.sweeps.results.parts import (
     read_parts,
     write_part,
 )
+from cogsym.sweeps.tasks.aggregations import metric_of
 from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
 
+T = TypeVar("T")
+
 _KEY = "sweep.json"
+_LOCK = "sweep.lock"  # of the first rank; of others sweep-1.lock, sweep-2.lock ...
+_APPENDS = 10**6  # numbers of appends that each of several ranks has in a run, so that none is two ranks'
 _OF_A_RUN = ("train.lock", "settings.json", "checkpoints")  # in the folder of a training run
 _DESCRIBED = ["task", "language", "side", "metric", "configuration", "direction", "k"]
 
@@ -49,10 +57,10 @@ class Row:
         language: of the task.
         side: whether the task asks what the model understands or what it says.
         document: the document's key, unique in the task.
-        metric: a name in `cogsym.sweeps.tasks.metrics.METRICS`.
+        metric: a name in `cogsym.sweeps.tasks.metrics.METRICS`, or "acc,none" and the like of lm-evaluation-harness.
         value: the metric of this document alone.
         statistics: summed over documents they give the metric of all of them; as many in every row of a metric.
-        text: what the model wrote, where it wrote.
+        text: what the model wrote, where it wrote; of a task of lm-evaluation-harness all responses, as JSON.
     """
 
     configuration: Configuration
@@ -73,12 +81,14 @@ class Results:
     whatever moment a kill comes, and nothing else is.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], lock: FolderLock) -> None:
+    def __init__(
+        self, folder: Path, key: Mapping[str, Any], lock: FolderLock, parts: Sequence[Part], number: int
+    ) -> None:
         self._folder, self._key, self._lock = folder, key, lock
-        self._parts = list_parts(_part_folder(folder))
+        self._parts, self._number = [*parts], number
 
     @classmethod
-    def open(cls, folder: str | Path, key: Mapping[str, Any], *, resume: bool = False) -> Results:
+    def open(cls, folder: str | Path, key: Mapping[str, Any], *, resume: bool = False, ranks: Ranks = ALONE) -> Results:
         """Make a folder ready for results, or go on with those it holds.
 
         Args:
@@ -87,33 +97,53 @@ class Results:
                 "tasks" (name -> the data's hash as "data", and the task's settings), whatever else there is, and
                 "model", a name. A resumed sweep may name the same weights differently and bring new tasks.
             resume: go on with what is there.
+            ranks: those that write there, each parts of its own.
 
         Raises:
             CogsymError: it cannot be written, holds results and `resume` is False, holds none and it is True, was
                 made with another key, or is being written by another process.
         """
         folder = Path(folder)
-        check_started(folder, resume)
-        lock = FolderLock(folder / "sweep.lock")
-        try:
+        lock = FolderLock(folder / (_LOCK if ranks.first else f"sweep-{ranks.rank}.lock"))
+
+        def first() -> tuple[dict[str, Any], list[Part]]:
+            check_started(folder, resume)
             _part_folder(folder).mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            for other in folder.glob("sweep-*.lock"):  # a rank that has outlived the first one of its sweep
+                FolderLock(other).try_out()
             remove_leftovers(folder / _KEY)
             clean(_part_folder(folder))
-            key = _agreed(folder, json.loads(json.dumps(key)))
-            results = cls(folder, key, lock)
-            write_record(folder / _KEY, key, results._check_held)
-            return results
-        except Timeout as error:
-            raise CogsymError(f"Another sweep is writing to {folder}; wait for it, or choose another --out.") from error
-        except OSError as error:
-            lock.release()
-            raise CogsymError(
-                f"The folder {folder} cannot be written ({reason(error)}); choose another --out."
-            ) from error
-        except CogsymError:
+            agreed = _agreed(folder, json.loads(json.dumps(key)))
+            write_record(folder / _KEY, agreed, partial(_check_held, folder, lock))
+            return agreed, list_parts(_part_folder(folder))
+
+        def others() -> None:
+            if not ranks.first:
+                lock.acquire()
+
+        def done(work: Callable[[], T]) -> T:
+            try:
+                return work()
+            except Timeout as error:
+                raise CogsymError(
+                    f"Another sweep is writing to {folder}; wait for it, or choose another --out."
+                ) from error
+            except OSError as error:
+                raise CogsymError(
+                    f"The folder {folder} cannot be written ({reason(error)}); choose another --out."
+                ) from error
+
+        try:
+            key, parts = ranks.on_first(partial(done, first))
+            ranks.agreed(partial(done, others))
+        except BaseException:
             lock.release()
             raise
+        number = parts[-1].last + 1 if parts else 0
+        if ranks.size == 1:
+            return cls(folder, key, lock, parts, number)
+        return cls(folder, key, lock, [], (-(-number // _APPENDS) + ranks.rank) * _APPENDS)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Commit rows, all of them or, where it fails or is killed, none.
@@ -125,24 +155,19 @@ class Results:
         """
         if not rows:
             return
-        self._check_held()
-        folder, number = _part_folder(self._folder), self._parts[-1].last + 1 if self._parts else 0
+        check = partial(_check_held, self._folder, self._lock)
+        check()
+        folder, number = _part_folder(self._folder), self._number
         table = _table(rows, self._key["model"], self._key["revision"])
         try:
-            self._parts.append(write_part(folder, number, number, table, self._key, self._check_held))
+            self._parts.append(write_part(folder, number, number, table, self._key, check))
         except OSError as error:
             raise RunStopped(
                 f"Results were not written to {folder} ({reason(error)}); those before are intact, free some space and "
                 "run again with --resume."
             ) from error
-        self._parts = merge(folder, self._parts, self._key, self._check_held)
-
-    def _check_held(self) -> None:
-        if not self._lock.held():
-            raise RunStopped(
-                f"{self._folder} was removed or replaced while the sweep was writing to it, so nothing more is written "
-                "there; start again with another --out."
-            )
+        self._number += 1
+        self._parts = merge(folder, self._parts, self._key, check)
 
     def done(self, task: str) -> set[tuple[str, str]]:
         """The (configuration code, document key) pairs that need not be asked again."""
@@ -164,6 +189,14 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_held(folder: Path, lock: FolderLock) -> None:
+    if not lock.held():
+        raise RunStopped(
+            f"{folder} was removed or replaced while the sweep was writing to it, so nothing more is written there; "
+            "start again with another --out."
+        )
 
 
 def check_started(folder: str | Path, resume: bool) -> None:
@@ -221,11 +254,12 @@ def values(folder: str | Path, task: str, metric: str) -> dict[str, float]:
         CogsymError: there are no results, or a part is damaged.
     """
     table = _everything(folder)
+    combine = metric_of(_tasks(folder).get(task, {}), metric).combine
     for name, wanted in (("task", task), ("metric", metric)):
         table = table.filter(pc.equal(table.column(name).cast(pa.string()), wanted))
     found: dict[str, float] = {}
     for cells in _cells(table):
-        together = METRICS[metric].combine(cells.statistics.sum(axis=0))
+        together = combine(cells.statistics.sum(axis=0))
         found |= {line["configuration"]: float(value) for line, value in zip(cells.described, together, strict=True)}
     return found
 
@@ -244,14 +278,15 @@ def summary(folder: str | Path, resamples: int = 1000, seed: int = 0) -> pd.Data
     """
     import pandas as pd
 
-    summaries = []
+    summaries, tasks = [], _tasks(folder)
     for cells in _cells(_everything(folder)):
-        if cells.metric not in METRICS:
+        described = tasks.get(cells.described[0]["task"], {})
+        if cells.metric not in METRICS and "metrics" not in described:
             raise CogsymError(
                 f"{folder} has results of the metric {cells.metric!r}, expected one of {', '.join(METRICS)}; it was "
                 "written by another version of cogsym."
             )
-        metric = METRICS[cells.metric]
+        metric = metric_of(described, cells.metric)
         kept = next((c for c, line in enumerate(cells.described) if line["direction"] == "none"), None)
         estimates = paired_bootstrap(cells.statistics, cells.present, kept, metric.combine, resamples, seed)
         estimates["chance"] = (
@@ -351,6 +386,11 @@ def _everything(folder: str | Path) -> pa.Table:
     if not tables:
         raise CogsymError(f"{folder} holds no results; give the folder that a sweep wrote, its --out.")
     return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+
+
+def _tasks(folder: str | Path) -> dict[str, Any]:
+    """What the key says of each task."""
+    return read_key(folder)["tasks"]
 
 
 def _part_folder(folder: Path) -> Path:

@@ -112,7 +112,7 @@ def ends_in_loop(text: str) -> bool:
     return any(text[-(_LOOP - 1) * size :] == text[-_LOOP * size : -size] for size in range(2, len(text) // _LOOP + 1))
 
 
-def _ratio(statistics: np.ndarray) -> np.ndarray:
+def ratio(statistics: np.ndarray) -> np.ndarray:
     """The first sum over the second, such as correct answers over questions."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.divide(statistics[..., 0], statistics[..., 1], dtype=np.float64)
@@ -120,11 +120,11 @@ def _ratio(statistics: np.ndarray) -> np.ndarray:
 
 def _guessing(statistics: np.ndarray) -> np.ndarray:
     """The sum of 1 / options over questions."""
-    return _ratio(statistics[..., [2, 1]])
+    return ratio(statistics[..., [2, 1]])
 
 
 def _bits_per_byte(statistics: np.ndarray) -> np.ndarray:
-    return _ratio(statistics) / math.log(2)
+    return ratio(statistics) / math.log(2)
 
 
 def _chrf(statistics: np.ndarray) -> np.ndarray:
@@ -194,11 +194,11 @@ _BLEU_NAMES = (
     *(f"{order}-grams of the output" for order in range(1, 5)),
 )
 _LONG = "accuracy by log-probability per byte"
-register_metric("accuracy", Metric("accuracy", True, 3, _ratio, chance=_guessing, names=_CHOSEN))
-register_metric("accuracy_per_byte", Metric(_LONG, True, 3, _ratio, chance=_guessing, names=_CHOSEN))
+register_metric("accuracy", Metric("accuracy", True, 3, ratio, chance=_guessing, names=_CHOSEN))
+register_metric("accuracy_per_byte", Metric(_LONG, True, 3, ratio, chance=_guessing, names=_CHOSEN))
 _MARGIN = ("log p of the right option - log p of the best wrong one", "1")
-register_metric("margin", Metric("margin of the right option, nats", True, 2, _ratio, names=_MARGIN))
-register_metric("log_likelihood", Metric("log-likelihood, nats per token", True, 2, _ratio, names=("log p", "tokens")))
+register_metric("margin", Metric("margin of the right option, nats", True, 2, ratio, names=_MARGIN))
+register_metric("log_likelihood", Metric("log-likelihood, nats per token", True, 2, ratio, names=("log p", "tokens")))
 register_metric("bits_per_byte", Metric("bits per byte", False, 2, _bits_per_byte, names=("-log p", "bytes")))
 register_metric(
     "chrf++", Metric("chrF++", True, 24, _chrf, signature=_signature(_CHRF), of_text=True, names=_CHRF_NAMES)
@@ -210,4 +210,4 @@ for _name, _label, _better in (
     ("repeated", "share of outputs that end in a loop", False),
     ("cut", "share of outputs cut at the length limit", False),
 ):
-    register_metric(_name, Metric(_label, _better, 2, _ratio, of_text=True, names=_SHARE))
+    register_metric(_name, Metric(_label, _better, 2, ratio, of_text=True, names=_SHARE))

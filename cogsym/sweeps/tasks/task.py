@@ -19,7 +19,7 @@ from cogsym.data import Document, content_digest, separator_id, tokenize
 from cogsym.errors import CogsymError
 from cogsym.sweeps.engine.requests import Generate, Generated, Outcome, Request, Score, Scored, TaskDocument
 from cogsym.sweeps.tasks.kinds import FewShotKind, Question, TaskKind
-from cogsym.sweeps.tasks.metrics import METRICS, Statistics
+from cogsym.sweeps.tasks.metrics import METRICS, Metric, Statistics
 from cogsym.sweeps.tasks.rows import read_rows
 from cogsym.sweeps.tasks.settings import load_settings
 
@@ -73,6 +73,14 @@ class Task:
     def notes(self) -> list[str]:
         """Sentences that a user should be told: what was left out or cut, and what is not measured."""
         return [*self._notes, *([self._length_note] if self._length_note else [])]
+
+    def metric(self, name: str) -> Metric:
+        """One of the task's metrics."""
+        return METRICS[name]
+
+    def describe(self) -> dict[str, Any]:
+        """What a result depends on, and what its metrics are where they are not in `METRICS`, as JSON has it."""
+        return {"data": self.digest}
 
     def documents(
         self, tokenizer: PreTrainedTokenizerBase, context_length: int, truncate: bool = False

@@ -195,7 +195,7 @@ def test_the_process_keeps_to_its_budget(
     used, said = peak(sweep, task, wide_model, tmp_path / "large", 150 << 20)
     pieces = int(re.search(r"8 documents in (\d+) pieces?", said)[1])
     assert pieces < 8 and "Warning: The memory budget" not in said
-    assert 20 < used < 150 + LIBRARIES, said
+    assert used < 150 + LIBRARIES, said
     used, said = peak(sweep, task, wide_model, tmp_path / "small", 1 << 20)
     told = re.search(
         r"Warning: The memory budget is 1\.0 MiB and the document line \d+ of the task it takes up to (\S+) MiB by "
