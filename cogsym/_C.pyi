@@ -91,6 +91,17 @@ def decode_attention(
     o: int,
     /,
 ) -> bool: ...
+def dequantised(
+    weight: int,
+    scale: int,
+    out: int,
+    weight_stride: int,
+    N: int,
+    K: int,
+    dtype: int,
+    num_threads: int,
+    /,
+) -> bool: ...
 def gated_activation(
     gate: int,
     gate_stride: int,
@@ -162,6 +173,7 @@ def layer_norm_backward(
 def linear(
     x: int,
     weight: int,
+    scale: int,
     bias: int,
     y: int,
     x_stride: int,

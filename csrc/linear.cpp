@@ -1,4 +1,5 @@
-// Products with weights that stay in their own element type: contract and formulas in cogsym/ops/linear.py.
+// Products with weights that stay in their own element type: contracts and formulas in cogsym/ops/linear.py and
+// cogsym/ops/int8_linear.py.
 
 #include "few_rows.h"
 
@@ -10,6 +11,7 @@ namespace {
 struct Linear {
     const void* x;       // [M, K], rows x_stride apart
     const void* weight;  // [K, N], or with `transposed` [N, K], rows weight_stride apart
+    const float* scale;  // of each row of a weight of 8-bit integers; null where it is floating point
     const void* bias;    // [N], or null
     void* y;             // [M, N] contiguous
     int64_t x_stride, weight_stride, M, N, K;
@@ -89,9 +91,9 @@ class Multiplier {
         for (int64_t k = 0; k < a_.K; k += most) {
             const int64_t depth = smaller(most, a_.K - k);
             if (a_.transposed)
-                pack_panels_transposed(work.right, weight, k, depth, n, columns);
+                pack_panels_transposed(work.right, weight, k, depth, n, columns, a_.scale);
             else
-                pack_panels(work.right, weight, k, depth, n, columns);
+                pack_panels(work.right, weight, k, depth, n, columns, a_.scale);
             for (int64_t i = 0; i < rows; i += rows_block) {
                 const int64_t count = smaller(rows_block, rows - i);
                 pack_strips(work.left, x, m + i, count, k, depth);
@@ -119,14 +121,15 @@ class Multiplier {
     const int64_t each_;
 };
 
-// For few rows of x: with up to `most_dotted` by dot products, with more by spreading each weight over them.
+// For few rows of x: with up to `most_dotted` by dot products, with more by spreading each weight over them. Spreading
+// takes too long for what is not two of bfloat16 in a word.
 template <class T, class W>
 class Streamer {
   public:
     static constexpr int64_t unit = 24;
 
     explicit Streamer(const Linear& a)
-        : a_(a), dotted_(a.M <= most_dotted), row_(round_up(a.K, pair)), x_(static_cast<float*>(a.scratch.memory)) {
+        : a_(a), dotted_(dotted(a)), row_(round_up(a.K, pair)), x_(static_cast<float*>(a.scratch.memory)) {
         const Rows<T> x = {static_cast<const T*>(a.x), a.x_stride, a.M, a.K};
         if (dotted_)
             for (int64_t m = 0; m < a.M; ++m) arrange<W>(x_ + m * row_, x.data + m * x.stride, a.K);
@@ -134,13 +137,13 @@ class Streamer {
             pack_panels_transposed(x_, x, 0, a.K, 0, a.M);
     }
 
-    // Whether so few rows are fastest so. Spreading float16 would take longer than packing it.
+    // Whether so few rows are fastest so.
     static bool takes(const Linear& a) {
         return a.transposed && a.M <= (sizeof(W) == 2 && !in_words<W> ? most_dotted : most_spread);
     }
 
     static int64_t scratch_bytes(const Linear& a) {
-        const int64_t values = a.M <= most_dotted ? a.M * round_up(a.K, pair) : round_up(a.M, width) * a.K;
+        const int64_t values = dotted(a) ? a.M * round_up(a.K, pair) : round_up(a.M, width) * a.K;
         return values * int64_t(sizeof(float));
     }
 
@@ -161,6 +164,7 @@ class Streamer {
 
   private:
     static constexpr int64_t most_dotted = 6, most_spread = 32;
+    static bool dotted(const Linear& a) { return quantised<W> || a.M <= most_dotted; }
     static constexpr int dotted_together = vector_bytes == 64 ? 6 : 3;  // whose sums with four columns fit the registers
 
     template <int rows>
@@ -207,7 +211,12 @@ class Streamer {
             with_type(a_.bias_dtype,
                       [&](auto element) { bias = float(widen(static_cast<const decltype(element)*>(a_.bias)[n])); });
         T* const y = static_cast<T*>(a_.y) + m * a_.N + n;
-        for (int64_t r = 0; r < rows; ++r) y[r * a_.N] = narrow<T>(value(r) + bias);
+        for (int64_t r = 0; r < rows; ++r) {
+            if constexpr (quantised<W>)
+                y[r * a_.N] = narrow<T>(value(r) * a_.scale[n] + bias);
+            else
+                y[r * a_.N] = narrow<T>(value(r) + bias);
+        }
     }
 
     const Linear& a_;
@@ -247,19 +256,67 @@ int64_t with_half_or_float(DType dtype, F f) {
 
 int64_t linear(const Linear& a) {
     return with_half_or_float(a.dtype, [&](auto x) {
+        if (a.scale) return run<decltype(x), int8_t>(a);
         return with_half_or_float(a.weight_dtype, [&](auto w) { return run<decltype(x), decltype(w)>(a); });
     });
 }
 
 #define FIELD(name) COGSYM_FIELD(Linear, name)
-constexpr Field fields[] = {FIELD(x), FIELD(weight), FIELD(bias), FIELD(y), FIELD(x_stride), FIELD(weight_stride),
-                            FIELD(M), FIELD(N), FIELD(K), FIELD(transposed), FIELD(dtype), FIELD(weight_dtype),
-                            FIELD(bias_dtype), FIELD(num_threads), FIELD(scratch)};
+constexpr Field fields[] = {FIELD(x), FIELD(weight), FIELD(scale), FIELD(bias), FIELD(y), FIELD(x_stride),
+                            FIELD(weight_stride), FIELD(M), FIELD(N), FIELD(K), FIELD(transposed), FIELD(dtype),
+                            FIELD(weight_dtype), FIELD(bias_dtype), FIELD(num_threads), FIELD(scratch)};
+#undef FIELD
+
+// A weight of 8-bit integers as the numbers that they stand for, each rounded once.
+struct Dequantised {
+    const int8_t* weight;  // [N, K], rows weight_stride apart
+    const float* scale;    // [N]
+    void* out;             // [N, K] contiguous
+    int64_t weight_stride, N, K;
+    DType dtype;  // of out
+    int num_threads;
+};
+
+template <class T>
+inline void scale_row(T* to, const int8_t* from, float scale, int64_t n) {
+    write(to, n, [&](int64_t i) { return widen(from[i]) * scale; });
+}
+#ifdef __AVX512BF16__
+inline void scale_row(bfloat16* to, const int8_t* from, float scale, int64_t n) {
+    constexpr int64_t step = 2 * lanes<float>;
+    const auto convert = [&](bfloat16* out, const int8_t* in) {
+        const floats low = widened(in) * scale, high = widened(in + lanes<float>) * scale;
+        store(out, _mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    };
+    int64_t i = 0;
+    for (; i + step <= n; i += step) convert(to + i, from + i);
+    if (i == n) return;
+    bfloat16 tail[step];
+    convert(tail, Some<step, int8_t>(from + i, n - i).values);
+    __builtin_memcpy(to + i, tail, std::size_t(n - i) * sizeof(bfloat16));
+}
+#endif
+
+int64_t dequantised(const Dequantised& a) {
+    return with_half_or_float(a.dtype, [&](auto element) -> int64_t {
+        parallel_for(a.N, a.N * a.K, a.num_threads, [&](int64_t n) {
+            scale_row(static_cast<decltype(element)*>(a.out) + n * a.K, a.weight + n * a.weight_stride, a.scale[n], a.K);
+        });
+        return 0;
+    });
+}
+
+#define FIELD(name) COGSYM_FIELD(Dequantised, name)
+constexpr Field dequantised_fields[] = {FIELD(weight), FIELD(scale), FIELD(out),   FIELD(weight_stride),
+                                        FIELD(N),      FIELD(K),     FIELD(dtype), FIELD(num_threads)};
 #undef FIELD
 
 }  // namespace
 
-COGSYM_KERNELS(linear) = {kernel<linear>("linear", "y, in float sums.", fields), {}};
+COGSYM_KERNELS(linear) = {
+    kernel<linear>("linear", "y, in float sums.", fields),
+    kernel<dequantised>("dequantised", "A weight of 8-bit integers times the scales of its rows.", dequantised_fields),
+    {}};
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

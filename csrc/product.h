@@ -47,6 +47,10 @@ template <>
 inline floats widened(const float16* from) {
     return (floats)_mm512_cvtph_ps(load<__m256i>(from));
 }
+template <>
+inline floats widened(const int8_t* from) {
+    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+}
 #elif defined(__AVX2__)
 template <>
 inline floats widened(const bfloat16* from) {
@@ -55,6 +59,10 @@ inline floats widened(const bfloat16* from) {
 template <>
 inline floats widened(const float16* from) {
     return (floats)_mm256_cvtph_ps(load<__m128i>(from));
+}
+template <>
+inline floats widened(const int8_t* from) {
+    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<int64_t>(from))));
 }
 #elif defined(__aarch64__)
 template <>
@@ -65,7 +73,17 @@ template <>
 inline floats widened(const float16* from) {
     return (floats)vcvt_f32_f16(load<float16x4_t>(from));
 }
+template <>
+inline floats widened(const int8_t* from) {
+    return (floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load<uint32_t>(from))))));
+}
 #endif
+
+// Whether values of a type are integers, to be multiplied by a scale of their row.
+template <class T>
+constexpr bool quantised = false;
+template <>
+constexpr bool quantised<int8_t> = true;
 
 // The first `count` of n values, then zeros.
 template <std::size_t n, class T>
@@ -164,15 +182,19 @@ inline void pack_strips(float* to, const Rows<T>& a, int64_t row, int64_t count,
     }
 }
 
-// Panels of b's columns [column, column + count) and rows [row, row + depth).
+// Panels of b's columns [column, column + count) and rows [row, row + depth); `scales` are those of b's rows.
 template <class T>
-inline void pack_panels(float* to, const Rows<T>& b, int64_t row, int64_t depth, int64_t column, int64_t count) {
+inline void pack_panels(float* to, const Rows<T>& b, int64_t row, int64_t depth, int64_t column, int64_t count,
+                        const float* scales = nullptr) {
     for (int64_t p = column; p < column + count; p += width, to += width * depth) {
         const int64_t columns = smaller(width, column + count - p);
         for (int64_t k = 0; k < depth; ++k) {
             const T* from = b.data + (row + k) * b.stride + p;
-            for (int64_t v = 0; v < width; v += lanes<float>)
-                store(to + k * width + v, widened(from + v, columns - v));
+            for (int64_t v = 0; v < width; v += lanes<float>) {
+                floats values = widened(from + v, columns - v);
+                if constexpr (quantised<T>) values *= scales[row + k];
+                store(to + k * width + v, values);
+            }
         }
     }
 }
@@ -180,14 +202,17 @@ inline void pack_panels(float* to, const Rows<T>& b, int64_t row, int64_t depth,
 // The same of b's transpose: b's rows [column, column + count) and columns [row, row + depth).
 template <class T>
 inline void pack_panels_transposed(float* to, const Rows<T>& b, int64_t row, int64_t depth, int64_t column,
-                                   int64_t count) {
+                                   int64_t count, const float* scales = nullptr) {
     for (int64_t p = column; p < column + count; p += lanes<float>) {
         const int64_t rows = smaller(lanes<float>, column + count - p);
         float* const panel = to + (p - column) / width * width * depth + (p - column) % width;
         for (int64_t k = 0; k < depth; k += lanes<float>) {
             const int64_t columns = smaller(lanes<float>, depth - k);
             floats square[lanes<float>] = {};
-            for (int64_t r = 0; r < rows; ++r) square[r] = widened(b.data + (p + r) * b.stride + row + k, columns);
+            for (int64_t r = 0; r < rows; ++r) {
+                square[r] = widened(b.data + (p + r) * b.stride + row + k, columns);
+                if constexpr (quantised<T>) square[r] *= scales[p + r];
+            }
             transpose(square);
             for (int64_t j = 0; j < columns; ++j) store(panel + (k + j) * width, square[j]);
         }
@@ -196,7 +221,7 @@ inline void pack_panels_transposed(float* to, const Rows<T>& b, int64_t row, int
 // Two of bfloat16 are turned as one word, and widened where they come to lie.
 template <>
 inline void pack_panels_transposed(float* to, const Rows<bfloat16>& b, int64_t row, int64_t depth, int64_t column,
-                                   int64_t count) {
+                                   int64_t count, const float*) {
     using words = vector_t<uint32_t>;
     constexpr int64_t step = 2 * lanes<float>;
     for (int64_t p = column; p < column + count; p += lanes<float>) {

@@ -51,6 +51,7 @@ inline float from_bits(uint32_t u) {
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline float widen(bfloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
 inline float widen(float16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;

@@ -32,12 +32,18 @@ class Loss(enum.StrEnum):
     target = "target"
 
 
+class Stored(enum.StrEnum):
+    """What weights that do not change are stored in."""
+
+    int8 = "int8"
+
+
 def option(text: str, *names: str, panel: str | None = None, **extra: Any) -> Any:
     """An option with its help."""
     return typer.Option(*names, help=text, rich_help_panel=panel, **extra)
 
 
-_OPTIONS = {"memory_budget": "--memory", "hold_out": "--eval"}
+_OPTIONS = {"memory_budget": "--memory", "hold_out": "--eval", "frozen_weights": "--frozen"}
 
 
 def option_of(setting: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cogsym.commands.options import Dtype, option, quiet_transformers
+from cogsym.commands.options import Dtype, Stored, option, quiet_transformers
 
 
 def sweep(
@@ -61,6 +61,14 @@ def sweep(
             panel="Run",
         ),
     ] = Dtype.auto,
+    weights: Annotated[
+        Stored | None,
+        option(
+            "Hold the layers' weights in 8 bits, half of bfloat16's memory; results are then of a model a little "
+            "different.",
+            panel="Run",
+        ),
+    ] = None,
     memory: Annotated[
         str | None, option("What states and caches may take, such as 4GB; half of what is free.", panel="Run")
     ] = None,
@@ -98,6 +106,7 @@ def sweep(
         memory_budget=None if memory is None else parse_bytes(memory),
         strict_memory=strict_memory,
         stream=stream,
+        weights="int8" if weights is Stored.int8 else None,
         dtype={Dtype.auto: None, Dtype.bf16: torch.bfloat16, Dtype.fp32: torch.float32}[dtype],
     )
     found = run(model, configs, task, out, base=base, settings=settings, resume=resume, dry_run=dry_run)

@@ -74,7 +74,9 @@ def stream_dtype(model: Any) -> torch.dtype:
 
 def computed_dtype(module: nn.Module) -> torch.dtype:
     """What a part of a model computes in, outside of autocast; it has parameters."""
-    return torch.float32 if any(map(is_stored, module.modules())) else next(module.parameters()).dtype
+    if any(map(is_stored, module.modules())):
+        return torch.float32
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
 def should_widen(dtype: torch.dtype, device: torch.device) -> bool:

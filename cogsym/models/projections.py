@@ -19,6 +19,8 @@ from cogsym import ops
 from cogsym.models.attachment import foreign_forward
 from cogsym.models.hooks import hook_on
 
+SCALE = "weight_scale"  # the buffer of a linear module with the scales of its rows, where its weight is int8
+
 # Up to so many rows oneDNN's own layout of the weights pays: the time is that of reading them.
 _PACKED_ROWS = 512
 
@@ -86,7 +88,7 @@ class Projections:
             dtype: what the input is cast to, and weights of wider types.
             outputs: which of the outputs, such as slice(1, 3) for keys and values.
         """
-        weights, biases = self._parameters()
+        weights, biases, scales = self._parameters()
         x = x.to(dtype)
         packed = self._packed and self._packed[0].dtype == dtype and outputs == slice(None)
         if packed and x.numel() <= _PACKED_ROWS * x.shape[-1]:
@@ -97,28 +99,27 @@ class Projections:
             ends = [0, *accumulate(self.sizes)]
             chosen = range(len(self.sizes))[outputs]
             rows = slice(ends[chosen.start], ends[chosen.stop])
-            bias = None if biases is None else torch.cat(biases)[rows].to(dtype)
-            return ops.linear(x, _no_wider(weight[rows], dtype), bias)
-        weights, biases = weights[outputs], biases and biases[outputs]
-        pieces = zip(weights, biases or [None] * len(weights), strict=True)
-        made = [ops.linear(x, _no_wider(w, dtype), None if b is None else b.to(dtype)) for w, b in pieces]
-        return torch.cat(made, dim=-1)
+            bias = None if biases is None else torch.cat(biases)[rows]
+            return _linear(x, weight[rows], None if scales[0] is None else torch.cat(scales)[rows], bias)
+        weights, scales, biases = weights[outputs], scales[outputs], biases and biases[outputs]
+        pieces = zip(weights, scales, biases or [None] * len(weights), strict=True)
+        return torch.cat([_linear(x, *piece) for piece in pieces], dim=-1)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """The gradient of `product` for its input, in the dtype of `dy`, [..., Σ sizes]."""
-        weights, _ = self._parameters()
+        weights, _, scales = self._parameters()
         weight = _joined(weights)
         if weight is not None:
-            return ops.linear_input_gradient(dy, _no_wider(weight, dy.dtype))
-        pieces = zip(dy.split(self._rows(), -1), weights, strict=True)
-        total, *others = [ops.linear_input_gradient(piece, _no_wider(w, dy.dtype)) for piece, w in pieces]
+            return _input_gradient(dy, weight, None if scales[0] is None else torch.cat(scales))
+        pieces = zip(dy.split(self._rows(), -1), weights, scales, strict=True)
+        total, *others = [_input_gradient(*piece) for piece in pieces]
         for other in others:
             total += other
         return total
 
     def join(self) -> None:
         """Lay the weights beside each other. They must be plain."""
-        weights, _ = self._parameters()
+        weights, *_ = self._parameters()
         if _joined(weights) is None and len({(w.dtype, w.device) for w in weights}) == 1:
             with torch.no_grad():
                 fused = torch.cat([w.data for w in weights])
@@ -127,7 +128,7 @@ class Projections:
 
     def part(self) -> None:
         """Give each weight storage of its own again, where `join` took it away."""
-        weights, _ = self._parameters()
+        weights, *_ = self._parameters()
         if len(weights) > 1 and _joined(weights) is not None:
             for weight in weights:
                 weight.data = weight.data.clone()
@@ -135,7 +136,7 @@ class Projections:
     def pack(self) -> None:
         """Keep a second copy of the weights in the layout that products of few rows are fastest in, where there is
         one; for weights that do not change until `unpack`. They must be plain and joined."""
-        weights, _ = self._parameters()
+        weights, *_ = self._parameters()
         weight = _joined(weights)
         if not self._packed and weight is not None and (packed := pack_linear(weight)) is not None:
             self._packed.append(packed)
@@ -147,10 +148,13 @@ class Projections:
     def _rows(self) -> list[int]:
         return [module.weight.shape[0] for module in self.modules]
 
-    def _parameters(self) -> tuple[list[Any], list[Any] | None]:
-        owned = [vars(module)["_parameters"] for module in self.modules]
+    def _parameters(self) -> tuple[list[Any], list[Any] | None, list[Any]]:
+        """(Weights, biases, the scales of weights that are int8)."""
+        modules = [vars(module) for module in self.modules]
+        owned = [module["_parameters"] for module in modules]
         biases = None if owned[0]["bias"] is None else [parameters["bias"] for parameters in owned]
-        return [parameters["weight"] for parameters in owned], biases
+        scales = [module["_buffers"].get(SCALE) for module in modules]
+        return [parameters["weight"] for parameters in owned], biases, scales
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -177,6 +181,19 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
     """As `torch.nn.functional.linear` with the weight that was packed, bit for bit."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return y
+
+
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    if scale is not None:
+        return ops.int8_linear(x, weight, scale, bias)
+    return ops.linear(x, _no_wider(weight, x.dtype), bias)
+
+
+def _input_gradient(dy: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is not None:
+        return ops.int8_linear_input_gradient(dy, weight, scale)
+    return ops.linear_input_gradient(dy, _no_wider(weight, dy.dtype))
 
 
 def _no_wider(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from cogsym.ops.activation import activation, activation_gradient, gated_activat
 from cogsym.ops.attention import attention, attention_gradients
 from cogsym.ops.attention_inputs import AttentionOptions
 from cogsym.ops.decode_attention import decode_attention
+from cogsym.ops.int8_linear import int8_linear, int8_linear_input_gradient
 from cogsym.ops.layer_norm import layer_norm, layer_norm_input_gradient
 from cogsym.ops.linear import linear, linear_input_gradient
 from cogsym.ops.linear_cross_entropy import linear_cross_entropy, token_scores
@@ -31,6 +32,8 @@ __all__ = [
     "decode_attention",
     "gated_activation",
     "gated_activation_gradients",
+    "int8_linear",
+    "int8_linear_input_gradient",
     "layer_norm",
     "layer_norm_input_gradient",
     "linear",

@@ -91,7 +91,7 @@ def multiply_into(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> T
     """
     ours = _linear.implementation(x, weight, None) if transposed else _input_gradient.implementation(x, weight)
     if ours in (_cpp, _cpp_input_gradient):
-        return _product(x, weight, None, transposed, out)
+        return product(x, weight, None, transposed, out)
     weight = weight.to(x.dtype)
     return torch.mm(x, weight.t() if transposed else weight, out=out)
 
@@ -142,25 +142,41 @@ def _facts(x: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
     return {"weight_dtype": weight.dtype, "rows": x.numel() // max(x.shape[-1], 1)}
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, out: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, or x W, by csrc/linear.cpp or by PyTorch's products with blocks of the weight."""
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    out: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ + b, or x W, by csrc/linear.cpp or by PyTorch's products with blocks of the weight; with `scale`, contiguous
+    float32, [rows of the weight], the weight is int8."""
     N, K = weight.shape if transposed else weight.shape[::-1]
     y = x.new_empty(*x.shape[:-1], N) if out is None else out
     if not y.numel():
         return y
     if not K:
         return y.zero_() if bias is None else y.copy_(bias)
-    rows = cpp.rows(x)
+    rows, weight, bias = cpp.rows(x), cpp.contiguous_rows(weight), None if bias is None else cpp.table(bias)
     if x.dtype == torch.float32 != weight.dtype and len(rows) >= _MANY and _library_leads():
-        _by_blocks(rows, weight, bias, transposed, y.view(-1, N))
+        _by_blocks(rows, weight, scale, bias, transposed, y.view(-1, N))
         return y
-    weight, bias = cpp.contiguous_rows(weight), None if bias is None else cpp.table(bias)
     cpp.extension.linear(
-        rows.data_ptr(), weight.data_ptr(), cpp.address(bias), y.data_ptr(), rows.stride(0), weight.stride(0),
-        len(rows), N, K, transposed, cpp.DTYPES[x.dtype], cpp.DTYPES[weight.dtype],
+        rows.data_ptr(), weight.data_ptr(), cpp.address(scale), cpp.address(bias), y.data_ptr(), rows.stride(0),
+        weight.stride(0), len(rows), N, K, transposed, cpp.DTYPES[x.dtype],
+        cpp.DTYPES[torch.float32 if scale is not None else weight.dtype],
         cpp.DTYPES[torch.float32 if bias is None else bias.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def widen_int8(weight: Tensor, scale: Tensor, out: Tensor) -> None:
+    """W into `out`, contiguous, from integers and the scales of their rows; each number is rounded once."""
+    cpp.extension.dequantised(
+        weight.data_ptr(), scale.data_ptr(), out.data_ptr(), weight.stride(0), len(weight), weight.shape[1],
+        cpp.DTYPES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
 
 
 _memory = threading.local()
@@ -175,8 +191,10 @@ def _block(size: int) -> Tensor:
     return memory
 
 
-def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, y: Tensor) -> None:
-    """`_product` of many rows: rows of the weight are widened, as many at once as stay in a cache near the processor,
+def _by_blocks(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, transposed: bool, y: Tensor
+) -> None:
+    """`product` of many rows: rows of the weight are widened, as many at once as stay in a cache near the processor,
     for PyTorch's product."""
     features = weight.shape[1]
     parts = max(1, round(len(weight) / max(_BLOCK_ROWS, _BLOCK_VALUES / features)))
@@ -184,8 +202,11 @@ def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool,
     memory = _block(count * features)[: count * features].view(count, features)
     for start in range(0, len(weight), count):
         part = weight[start : start + count]
-        block = memory[: len(part)].copy_(part)
-        those = slice(start, start + len(part))
+        block, those = memory[: len(part)], slice(start, start + len(part))
+        if scale is None:
+            block.copy_(part)
+        else:
+            widen_int8(part, scale[those], block)
         if not transposed:
             torch.addmm(y, x[:, those], block, beta=float(start > 0), out=y)
         elif bias is None:
@@ -195,11 +216,11 @@ def _by_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool,
 
 
 def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _product(x, weight, bias, True)
+    return product(x, weight, bias, True)
 
 
 def _cpp_input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    return _product(dy, weight, None, False)
+    return product(dy, weight, None, False)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -234,7 +255,8 @@ def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
     )
 
 
-def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+def linear_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of a product of x by a weight [N, K] or its transpose, from their shapes."""
     rows = 1
     for size in x[:-1]:
         rows *= size
@@ -250,7 +272,7 @@ _linear = register_operation(
         facts=_facts,
         fake=lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)),
         autograd=(_setup, _backward),
-        flops=_flops,
+        flops=linear_flops,
         example=_example,
     )
 )
@@ -262,7 +284,7 @@ _input_gradient = register_operation(
         backends=(backend.cpp(_cpp_input_gradient, _refuses),),
         facts=lambda dy, weight: {"weight_dtype": weight.dtype},
         fake=lambda dy, weight: dy.new_empty(*dy.shape[:-1], weight.shape[1]),
-        flops=_flops,
+        flops=linear_flops,
         part_of="linear",
     )
 )

@@ -102,9 +102,11 @@ def sweep(
             check_started(out, resume)
         needs_base = any(ACTIONS[n].needs_base for asked in rounds for c in asked.configurations for n in c.actions)
         # A resumed sweep keeps the arithmetic that it began with, on whichever machine.
-        widened = read_key(out).get("products") is not None if resume and not dry_run else None
+        before = read_key(out) if resume and not dry_run else {}
+        widened = before.get("products") is not None if before else None
+        weights = settings.weights or before.get("weights")
         say = partial(_say, console)
-        layers = load_layers(model, base, read, settings.stream, settings.dtype, widened, needs_base, say)
+        layers = load_layers(model, base, read, settings.stream, settings.dtype, widened, weights, needs_base, say)
         if isinstance(layers, ResidentLayers):
             stack.callback(layers.close)
         running = _Sweep(layers, read, rounds, loaded_tasks, settings, console, ranks)
@@ -251,6 +253,7 @@ class _Sweep:
             "sampling": sampling if sampling["temperature"] else {"temperature": 0.0},
             "truncate": self._settings.truncate,
             "products": "float32" if self._layers.widened else None,  # None: of the weights' own type
+            **({"weights": "int8"} if self._layers.int8 else {}),
             "tasks": {task.name: task.describe() for task in self._tasks},
         }
 

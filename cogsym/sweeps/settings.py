@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
+from cogsym.errors import SettingError
 from cogsym.sweeps.engine.sampling import Sampling
 from cogsym.sweeps.layers.actions import SKIP
 
@@ -28,6 +30,7 @@ class SweepSettings:
         stream: read the layers one at a time from the checkpoint; None does so where the model does not fit.
         dtype: of the weights and of what is computed; None takes the checkpoint's own for the weights, and multiplies
             them in float32 where a processor is faster with that.
+        weights: "int8" holds the layers' linear maps in 8 bits, with a scale a row (`cogsym.ops.int8_linear`).
     """
 
     action: str = SKIP
@@ -40,3 +43,8 @@ class SweepSettings:
     strict_memory: bool = False
     stream: bool | None = None
     dtype: torch.dtype | None = None
+    weights: Literal["int8"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights not in (None, "int8"):
+            raise SettingError("weights", f"is {self.weights!r}, expected int8, or none at all.")

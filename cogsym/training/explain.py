@@ -13,6 +13,7 @@ from cogsym.decoder import layers_of
 from cogsym.models import UnknownLayerError, read_block
 from cogsym.models.attachment import attached, attachment
 from cogsym.models.attention import AttentionHalf
+from cogsym.models.int8 import int8_modules
 from cogsym.models.paths import OWN, by_spans, half_path, in_one_word, norm_reasons, routes
 from cogsym.models.precision import computed_dtype
 from cogsym.plan import Part
@@ -98,6 +99,11 @@ def explain(model: nn.Module) -> Explanation:
         summary = f"{plan}\ntrained: {counts[0]:,} adapter parameters of {counts[1]:,} ({counts[0] / counts[1]:.1%})"
     elif any(p.requires_grad is not part.trained for part in parts.values() for p in part.parameters):
         summary += f"\nchanged since: {counts[0]:,} of {counts[1]:,} parameters need a gradient now"
+    if quantised := int8_modules(model):
+        summary += (
+            f"\nfrozen weights: {len(quantised):,} linear maps in int8, "
+            f"{sum(m.weight.nbytes for m in quantised) / 1e6:,.1f} MB"
+        )
     reports: list[LayerReport] = []
     here = next(p.device for p in parts["embeddings"].parameters)  # and where layers on disk compute
     gradient_below = any(p.requires_grad for p in parts["embeddings"].parameters)

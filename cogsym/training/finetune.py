@@ -237,7 +237,13 @@ def _prepared(run: _Run, console: Console) -> Any:
     set_seed(settings.seed)
     network.to(_device())  # the Trainer would move each weight apart, after `prepare` has laid them beside each other
     adapted: Any = _with_adapters(network, run.plan, settings.lora_rank) if settings.lora_rank else network
-    prepare(adapted, run.plan, keep=settings.keep, memory_budget=settings.memory_budget)
+    prepare(
+        adapted,
+        run.plan,
+        keep=settings.keep,
+        memory_budget=settings.memory_budget,
+        frozen_weights=settings.frozen_weights,
+    )
     for p in adapted.parameters():
         if p.requires_grad:
             # Steps of AdamW are often smaller than bfloat16's spacing and would be lost.

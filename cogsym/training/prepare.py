@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ from cogsym.models.attachment import RECORD, attach, attached, attachment, detac
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.head import Head
 from cogsym.models.inputs import LayerInputs
+from cogsym.models.int8 import frozen_to_int8, to_original
 from cogsym.models.masks import UnknownMaskError
+from cogsym.models.projections import Projections
 from cogsym.plan import LayerPlan, Part
 from cogsym.training.autograd import run_frozen
 from cogsym.training.keep import Memory
@@ -71,7 +73,14 @@ class Prepared:
     head: Head | None
 
 
-def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget: int | None = None) -> Model:
+def prepare(
+    model: Model,
+    plan: LayerPlan,
+    *,
+    keep: str = "auto",
+    memory_budget: int | None = None,
+    frozen_weights: Literal["int8"] | None = None,
+) -> Model:
     """Freeze what `plan` does not train and run the decoder layers on cogsym's kernels.
 
     Call it after the model is on its device and after peft has added adapters, and before the optimizer is built. In
@@ -91,16 +100,26 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
             more; or "auto", the mix that repeats least within `memory_budget`, chosen when a batch of a new shape
             comes.
         memory_budget: bytes for "auto"; half of what is free by default.
+        frozen_weights: "int8" holds the linear maps of frozen layers as 8-bit integers with a scale a row
+            (`cogsym.ops.int8_linear`), what another library has quantised left as it is. The model must have been
+            loaded from safetensors, from where its `state_dict` and `restore` read the original weights again.
 
     Returns:
         The same model, changed in place.
 
     Raises:
-        CogsymError: the model has no decoder layers where transformers keeps them, or does not fit the plan; or an
-            unknown `keep`.
+        CogsymError: the model has no decoder layers where transformers keeps them, or does not fit the plan; an
+            unknown `keep` or `frozen_weights`; or weights to be quantised are not in the folder the model came from.
     """
+    if frozen_weights not in (None, "int8"):
+        raise CogsymError(f"frozen_weights is {frozen_weights!r}, expected 'int8', or None for weights as they are.")
     memory = Memory(keep, memory_budget)
     decoder = decoder_of(model)
+    if frozen_weights and any(map(on_disk, layers_of(model))):
+        raise CogsymError(
+            f"frozen_weights is {frozen_weights!r} and the frozen layers are read from disk, as they are stored; leave "
+            "one of the two out."
+        )
     parts = plan.parts(model)
     if (on := next((i for i in plan.trained if on_disk(layers_of(model)[i])), None)) is not None:
         raise CogsymError(f"The plan trains layer {on}, whose weights are on disk; load the model with the same plan.")
@@ -118,6 +137,7 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
             f"The plan ({plan}) leaves no parameter to train; with peft, give the adapter the plan's layers "
             "(layers_to_transform)."
         )
+    frozen: list[Projections] = []
     for i, layer in enumerate(layers_of(model)):
         known = PreparedLayer(i, memory, isinstance(layer, FSDPModule), on_disk(layer))
         attach(layer, layer_forward, known)
@@ -125,14 +145,21 @@ def prepare(model: Model, plan: LayerPlan, *, keep: str = "auto", memory_budget:
         if how.block is not None and how.frozen:
             if not how.block.dropout:
                 memory.blocks[i] = how.block
-            for projections in how.block.projections() if known.streamed is None else ():
-                projections.join()
+            frozen += how.block.projections() if known.streamed is None else ()
     head = find_head(model)
     _attach_with_signature(decoder, decoder_forward, True)
     if head is not None:
         _attach_with_signature(head.model, forward_with_loss, head)
     requires_grad = {name: (before[name], p.requires_grad) for name, p in model.named_parameters()}
     setattr(model, RECORD, Prepared(plan, requires_grad, memory, head))
+    if frozen_weights:
+        try:
+            frozen_to_int8(model, [module for each in frozen if each.plain() for module in each.modules])
+        except CogsymError:
+            restore(model)
+            raise
+    for projections in frozen:
+        projections.join()
     return model
 
 
@@ -159,9 +186,10 @@ def restore(model: Model) -> Model:
     since, such as those that change with peft's active adapter.
 
     Raises:
-        CogsymError: the model is not prepared.
+        CogsymError: the model is not prepared; or weights that were quantised are not where they came from.
     """
     record = record_of(model)
+    to_original(model)
     for layer in layers_of(model):
         known: PreparedLayer | None = detach(layer, layer_forward)
         if known is not None:

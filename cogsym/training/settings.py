@@ -36,6 +36,7 @@ class TrainSettings:
         keep: what frozen layers hold for the backward pass, as in `cogsym.prepare`; it changes time and memory, not the
             result.
         memory_budget: bytes that they may hold, with "auto"; None is half of what is free.
+        frozen_weights: "int8" holds those of frozen layers' linear maps in 8 bits, as in `cogsym.prepare`.
         stream: leave frozen layers on disk and read each when it is needed, as `cogsym.load_streamed` does.
         loss: "all" the text, or "target", what follows the first field of a template.
         separator: the token between documents; None takes the tokenizer's bos or eos.
@@ -61,6 +62,7 @@ class TrainSettings:
     lora_rank: int | None = None
     keep: str = "auto"
     memory_budget: int | None = None
+    frozen_weights: Literal["int8"] | None = None
     stream: bool = False
     loss: Literal["all", "target"] = "all"
     separator: str | None = None
@@ -94,6 +96,8 @@ class TrainSettings:
             if getattr(self, name) not in choices:
                 expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
                 raise SettingError(name, f"is {getattr(self, name)!r}, expected {expected}.")
+        if self.frozen_weights not in (None, "int8"):
+            raise SettingError("frozen_weights", f"is {self.frozen_weights!r}, expected int8, or none at all.")
         if not 0 <= self.warmup < 1:
             raise SettingError("warmup", f"is {self.warmup}, expected a share of the steps, from 0 to less than 1.")
         if not 0 <= self.seed < 2**32:

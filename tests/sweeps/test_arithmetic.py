@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from sweeps.runs import assert_same_rows, by_row
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import cogsym
-from cogsym.models.loading import load_tokenizer
+from cogsym.decoder import layers_of
+from cogsym.models.loading import load_model, load_tokenizer
+from cogsym.ops.int8_linear import dequantised, quantise
 from cogsym.sweeps.results.store import read_key
 
 
@@ -60,3 +65,33 @@ def test_a_sweep_leaves_a_model_in_memory_as_it_was(
     for name, t in model.state_dict().items():
         assert t.dtype == before[name].dtype and torch.equal(t, before[name])
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_weights_in_int8_are_recorded_and_kept(
+    sweep: Callable[..., Any], tasks: list[dict[str, Any]], model_folder: Path, tmp_path: Path
+) -> None:
+    """The rows are those of a checkpoint with the weights that the integers stand for, in memory and streamed."""
+    asked = cogsym.SweepSettings(weights="int8", dtype=torch.float32)
+    sweep("input", tasks[:1], model_folder, tmp_path / "int8", settings=asked)
+    plain = cogsym.SweepSettings(dtype=torch.float32)
+    sweep("input", tasks[:2], model_folder, tmp_path / "int8", settings=plain, resume=True)
+    sweep("input", tasks[:2], model_folder, tmp_path / "streamed", settings=replace(asked, stream=True))
+    assert_same_rows(tmp_path / "int8", tmp_path / "streamed")
+
+    model = load_model(model_folder, torch.float32)
+    for module in layers_of(model).modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = dequantised(*quantise(module.weight), torch.float32)
+    model.save_pretrained(tmp_path / "rounded")
+    load_tokenizer(model_folder).save_pretrained(tmp_path / "rounded")
+    sweep("input", tasks[:2], tmp_path / "rounded", tmp_path / "rounded-out", settings=plain)
+    values = [by_row(tmp_path / name)["value"].to_numpy() for name in ("int8", "rounded-out")]
+    assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-4)
+
+    sweep("input", tasks[:2], model_folder, tmp_path / "whole", settings=plain)
+    key, whole = (read_key(tmp_path / name) for name in ("int8", "whole"))
+    assert key["weights"] == "int8" and "weights" not in whole and key["revision"] == whole["revision"]
+    with pytest.raises(cogsym.CogsymError, match="weights"):
+        sweep("input", tasks[:2], model_folder, tmp_path / "whole", settings=asked, resume=True)
+    with pytest.raises(cogsym.CogsymError, match="name a folder"):
+        sweep("input", tasks[:1], model, tokenizer=load_tokenizer(model_folder), settings=asked)

@@ -34,6 +34,7 @@ def load_layers(
     stream: bool | None,
     dtype: torch.dtype | None,
     widened: bool | None,
+    weights: str | None,
     needs_base: bool,
     say: Callable[[str], None],
 ) -> LayerSource:
@@ -47,6 +48,7 @@ def load_layers(
         dtype: of the weights; None takes the checkpoint's own.
         widened: multiply weights of 16 bits in float32; None does so where the processor is faster with it and no
             `dtype` is asked for.
+        weights: "int8" quantises the layers' linear maps; None leaves them.
         needs_base: some configuration has layers of the base.
         say: told what the user did not ask for.
 
@@ -71,10 +73,14 @@ def load_layers(
         if stream:
             if base is not None and not isinstance(base, (str, Path)):
                 raise CogsymError("A streamed sweep takes its base from a folder too; save it with save_pretrained.")
-            streamed = StreamedLayers(model, base, dtype, device)
+            streamed = StreamedLayers(model, base, dtype, device, weights == "int8")
             _widen(streamed, dtype, widened, say)
             return streamed
         model = load_model(model, dtype).to(device)
+    elif weights is not None:
+        raise CogsymError(
+            "Weights in int8 are made of those in a folder, and the sweep was given a model in memory; name a folder."
+        )
     elif stream:
         raise CogsymError(
             "Layers are streamed from a folder, and the sweep was given a model in memory; name a folder."
@@ -89,7 +95,7 @@ def load_layers(
         model = copy.deepcopy(model).merge_and_unload()
     if isinstance(base, (str, Path)):
         base = load_model(base, model.dtype).to(model.device)
-    layers = ResidentLayers(model, base)
+    layers = ResidentLayers(model, base, weights == "int8")
     _widen(layers, dtype, widened, say)
     return layers
 

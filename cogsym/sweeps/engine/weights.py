@@ -19,7 +19,9 @@ from cogsym.errors import CogsymError
 from cogsym.models import Block, UnknownLayerError, precision, read_block
 from cogsym.models.attention import AttentionHalf
 from cogsym.models.guard import why_own
+from cogsym.models.int8 import to_int8
 from cogsym.models.loading import build_model, load_config
+from cogsym.models.projections import Projections
 from cogsym.models.streaming import Layout, WeightFiles, empty_model, layers_prefix, read_around_layers, stored_shapes
 from cogsym.sweeps.layers.actions import Weights
 
@@ -47,6 +49,7 @@ class LayerSource(Protocol):
         blocks: of each layer; None for one that runs its own forward altogether.
         has_base: a base checkpoint is at hand.
         widened: weights of 16 bits are multiplied in float32.
+        int8: the layers' linear maps hold 8 bits.
     """
 
     model: Any
@@ -55,6 +58,7 @@ class LayerSource(Protocol):
     blocks: list[Block | None]
     has_base: bool
     widened: bool
+    int8: bool
 
     @property
     def block(self) -> Block | None:
@@ -74,18 +78,19 @@ class LayerSource(Protocol):
 
 
 class ResidentLayers:
-    """A model in memory. `close` undoes what was done to it.
+    """A model in memory. `close` undoes what was done to it, but for weights in int8, which stay so.
 
     Attributes:
         packs: whether `pack` may make a copy.
     """
 
-    def __init__(self, model: Any, base: Any | None = None) -> None:
+    def __init__(self, model: Any, base: Any | None = None, int8: bool = False) -> None:
         """Use a model's layers.
 
         Args:
             model: a causal language model of transformers.
             base: another of the same shapes, whose layers `revert` puts in.
+            int8: quantise the layers' linear maps, for good.
 
         Raises:
             CogsymError: the model has no decoder layers, or the base is of another shape.
@@ -93,8 +98,8 @@ class ResidentLayers:
         layers_of(model)
         self.model, self.device, self.has_base = model, model.device, base is not None
         self.reasons: list[str] = []
-        self.widened = False
-        self.packs = self.device.type == "cpu"
+        self.widened, self.int8 = False, int8
+        self.packs = self.device.type == "cpu" and not int8
         self._models: dict[Weights, Any] = {"model": model}
         if base is not None:
             check_same_shape(model, base)
@@ -104,8 +109,9 @@ class ResidentLayers:
             module.training = False
         self._layers = {which: self._read(each) for which, each in self._models.items()}
         self.blocks = [loaded.block for loaded in self._layers["model"]]
+        self._revisions = self._hashes() if int8 else {}  # of the weights as they were
         for projections in self._plain():
-            projections.join()
+            _lay(projections, int8)
 
     @property
     def block(self) -> Block | None:
@@ -135,6 +141,9 @@ class ResidentLayers:
 
     def revisions(self) -> dict[Weights, str]:
         """See `LayerSource`."""
+        return self._revisions or self._hashes()
+
+    def _hashes(self) -> dict[Weights, str]:
         result: dict[Weights, str] = {}
         for which, model in self._models.items():
             weights, widened = dict(model.named_parameters()), precision.stored_dtypes(model)
@@ -165,7 +174,12 @@ class StreamedLayers:
     """A checkpoint in safetensors: embeddings, final norm and head in memory, one layer at a time and the next one."""
 
     def __init__(
-        self, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+        self,
+        folder: str | Path,
+        base: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        int8: bool = False,
     ) -> None:
         """Open a checkpoint.
 
@@ -174,13 +188,14 @@ class StreamedLayers:
             base: another of the same shapes, whose layers `revert` puts in.
             dtype: of the weights; None takes the checkpoint's own.
             device: where to compute.
+            int8: quantise the linear maps of each layer as it is read.
 
         Raises:
             CogsymError: not a local folder of safetensors, weights of other names, a base of another shape.
         """
         self.device, self.has_base = torch.device(device), base is not None
         self.reasons: list[str] = []
-        self.widened = False
+        self.widened, self.int8 = False, int8
         config = load_config(folder)
         self._dtype = dtype or config.dtype or torch.float32
         self.model = empty_model(folder, config, self._dtype)
@@ -235,9 +250,12 @@ class StreamedLayers:
             layout.read(self._files[which], f"{self._prefix}{layer}.", memory)
             module = copy.deepcopy(self._untouched[layer], {id(config): config})
             layout.put(module, memory.to(self.device))
+            loaded[which] = Loaded(module, block := _block(module, []))
+            for projections in block.projections() if self.int8 and block else ():
+                if projections.plain():
+                    _lay(projections, True)
             if self.widened:
                 precision.widen(module)
-            loaded[which] = Loaded(module, _block(module, []))
         return loaded
 
 
@@ -262,6 +280,15 @@ def check_same_shape(model: Any, base: Any) -> None:
                     f"The base checkpoint's {name} has shape {tuple(t.shape)}, expected {shapes.get(name)}, as in the "
                     "model; give the checkpoint that the model was adapted from."
                 )
+
+
+def _lay(projections: Projections, int8: bool) -> None:
+    """Lay plain weights beside each other, in 8 bits where that is asked for."""
+    if int8:
+        for module in projections.modules:
+            module.weight.requires_grad_(False)
+            to_int8(module)
+    projections.join()
 
 
 def _digest(names: Iterable[str], tensor: Callable[[str], Tensor], dtypes: Mapping[str, torch.dtype]) -> str:
