@@ -34,6 +34,7 @@ FLOORS = {
     "cogsym.heartbeat": 1,
     "cogsym.memory": 1,
     "cogsym.plotting": 1,
+    "cogsym.ranks": 1,
     "cogsym.records": 1,
     "cogsym.registry": 1,
     "cogsym.signals": 1,

@@ -19,6 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cogsym.decoder import layers_of
 from cogsym.errors import CogsymError
@@ -211,13 +212,26 @@ class Layout:
             yield name, memory[begin : begin + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
+class _UninitialisedOnMeta(TorchFunctionMode):
+    """What is made without values, as weights are, takes no memory, not even until it is moved to the meta device:
+    what lies in between would leave the process a heap of holes, as large as the model."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
 def empty_model(folder: str | Path, config: Any, dtype: torch.dtype) -> Any:
     """A causal language model in evaluation mode without its weights: parameters are on the meta device.
 
     Raises:
         CogsymError: transformers cannot build it.
     """
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _UninitialisedOnMeta():
         model = build_model(folder, config, dtype=dtype).eval()
     for p in model.parameters():
         p.data = p.data.to(dtype)
