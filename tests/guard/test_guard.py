@@ -98,10 +98,10 @@ def test_a_sweep_that_computes_a_shared_beginning_twice_is_seen(monkeypatch: pyt
 
 
 def test_a_fifth_more_instructions_are_seen() -> None:
-    """Rows stand for instructions: every kernel's work grows with them, attention's with their square."""
+    """Rows stand for instructions: work grows with them, attention's with their square, but for what has no rows."""
     lines = changed("instructions", lambda: measures.instructions(rows=measures.ROWS * 6 // 5))
     want = measures.expected("instructions")
-    assert want is not None and len(lines) == len(want)
+    assert want is not None and len(lines) == len(want.keys() - {"dequantised, bfloat16"})
 
 
 def test_other_registers_are_seen(fresh_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
