@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2",
         {
             "sliding_window": 5, "layer_types": _SLIDING, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
+            "final_logit_softcapping": 3.0, "attn_implementation": "eager",
         },
     ),
     "gemma3": ("Gemma3", {"sliding_window": 5, "layer_types": _SLIDING, "query_pre_attn_scalar": 7}),

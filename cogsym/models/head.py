@@ -10,7 +10,6 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     ModelOutput,
     MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
 )
 
 from cogsym import ops
@@ -78,7 +77,7 @@ class Head:
         )
         if num_items_in_batch is not None:
             loss = loss / num_items_in_batch
-        mixture = isinstance(outputs, MoeModelOutputWithPast)
+        mixture = hasattr(outputs, "router_logits")  # of whichever class of the family's own
         return (MoeCausalLMOutputWithPast if mixture else CausalLMOutputWithPast)(
             loss=loss,
             past_key_values=outputs.past_key_values,
