@@ -51,7 +51,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     Args:
         x: [..., K], floating point; rows may be strided.
         weight: q, int8 [N, K]; rows may be strided.
-        scale: float32 [N].
+        scale: float32 or float64, [N].
         bias: b, [N], floating point.
 
     Returns:
@@ -59,7 +59,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
     Raises:
         ValueError: shapes that do not fit.
-        TypeError: x or the bias is not floating point, the weight is not int8, or the scale is not float32.
+        TypeError: x or the bias is not floating point, the weight is not int8, or the scale is another type.
         RuntimeError: tensors on different devices.
     """
     return _linear(x, weight, scale, bias)
@@ -71,7 +71,7 @@ def int8_linear_input_gradient(dy: Tensor, weight: Tensor, scale: Tensor) -> Ten
     Args:
         dy: [..., N], floating point; rows may be strided.
         weight: q, int8 [N, K]; rows may be strided.
-        scale: float32 [N].
+        scale: float32 or float64, [N].
     """
     return _input_gradient(dy, weight, scale)
 
@@ -80,7 +80,7 @@ def dequantised(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """W in a dtype, [N, K], from int8 and the scales of its rows; each number is rounded once."""
     if weight.is_cpu and cpp.extension is not None and dtype in _WIDENED and backend.forced() != "reference":
         out = weight.new_empty(weight.shape, dtype=dtype)
-        widen_int8(cpp.contiguous_rows(weight), scale.contiguous(), out)
+        widen_int8(cpp.contiguous_rows(weight), scale.float().contiguous(), out)
         return out
     wide = torch.promote_types(dtype, torch.float32)
     return (weight.to(wide) * scale.to(wide)[:, None]).to(dtype)
@@ -122,9 +122,9 @@ def _check_weight(name: str, x: Tensor, weight: Tensor, scale: Tensor, dim: int)
         raise ValueError(
             f"int8_linear: scale has shape {tuple(scale.shape)}, expected ({of_weight[0]},) to match weight."
         )
-    for what, tensor, dtype in (("weight", weight, torch.int8), ("scale", scale, torch.float32)):
-        if tensor.dtype != dtype:
-            raise TypeError(f"int8_linear: {what} has dtype {tensor.dtype}, expected {dtype}; see `quantise`.")
+    for what, tensor, dtypes in (("weight", weight, (torch.int8,)), ("scale", scale, (torch.float32, torch.float64))):
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"int8_linear: {what} has dtype {tensor.dtype}, expected {dtypes[0]}; see `quantise`.")
 
 
 def _refuses(device: str, dtype: torch.dtype) -> str | None:
@@ -143,13 +143,13 @@ def _kernel_multiplies(x: Tensor) -> bool:
 
 def _cpp(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     if _kernel_multiplies(x):
-        return product(x, weight, bias, True, scale=scale.contiguous())
+        return product(x, weight, bias, True, scale=scale.float().contiguous())
     return int8_linear_reference(x, weight, scale, bias)
 
 
 def _cpp_input_gradient(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if _kernel_multiplies(dy):
-        return product(dy, weight, None, False, scale=scale.contiguous())
+        return product(dy, weight, None, False, scale=scale.float().contiguous())
     return int8_linear_input_gradient_reference(dy, weight, scale)
 
 
@@ -171,7 +171,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _example(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
     """Gate and up of an MLP in one."""
     x = torch.randn(sizes.rows, sizes.length, sizes.width, device=device).to(dtype)
-    weight, scale = quantise(torch.randn(2 * sizes.mlp_width, sizes.width, device=device))
+    # Of any values, so that they can be had on the meta device too.
+    weight = torch.randint(-_LARGEST, _LARGEST + 1, (2 * sizes.mlp_width, sizes.width), dtype=torch.int8, device=device)
+    scale = torch.rand(len(weight), device=device) / _LARGEST
     flops = 2.0 * x.numel() * len(weight)
     return Example(
         {"x": x, "weight": weight, "scale": scale},

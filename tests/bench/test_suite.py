@@ -76,7 +76,7 @@ def test_quick_run(
     status, out, err = command(*parts, "--model", "tiny", "--quick", "--out", tmp_path / "new")
     assert status == 0, err
     assert "Products run at 1,000 GFLOP/s in bfloat16 and 100 GFLOP/s in float32 here. Measured in bfloat16." in out
-    assert "1/20  ops: tiny, 1024 tokens, bfloat16: gated_activation, forward, 40:00 left" in out
+    assert "1/22  ops: tiny, 1024 tokens, bfloat16: gated_activation, forward, 40:00 left" in out
     for part in parts:
         result = report.read(tmp_path / "new" / f"{part}.json")
         assert (tmp_path / "new" / f"{part}.png").stat().st_size > 5000
@@ -324,8 +324,8 @@ def test_what_python_costs_is_that_of_a_call_and_of_a_token() -> None:
 def test_the_cases_of_a_full_run() -> None:
     full = Setting(suite.FULL_MODELS["cpu"], CPU, full=True)
     assert len(train.cases(full)) == 4
-    assert len(ops.cases(full)) == 2 * 2 * 17
-    assert len({p.name for p in ops.cases(full)}) == 68
+    assert len(ops.cases(full)) == 2 * 2 * 19
+    assert len({p.name for p in ops.cases(full)}) == 76
     assert [p.name for p in install.cases(full)][-1] == "fresh install"
     assert len(sweep.cases(full)) == 5 + 4 + 1 and len(generate.cases(full)) == 4 + 1
 
@@ -356,7 +356,7 @@ def test_pytest_benchmark_modules() -> None:
     command = [sys.executable, "-m", "pytest", *options, *modules]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed, 15 deselected" in done.stdout
+    assert "4 passed, 17 deselected" in done.stdout
 
 
 def test_the_gpu_script_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,9 @@ def test_a_tensor_that_does_not_fit(best_backend: str, name: str, change: str) -
             else:
                 assert "integers" not in change
                 expected = operation.reference(*wrong)
-                torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, msg=f"{operation.name}: {change}")
+                halves = any(isinstance(a, Tensor) and a.dtype == torch.bfloat16 for a in wrong)
+                near = 2e-2 if operation.name.startswith("int8") and halves else 1e-5  # of two neighbours, either
+                torch.testing.assert_close(got, expected, atol=near, rtol=near, msg=f"{operation.name}: {change}")
     assert refused or not cases or change in ("floating point for integers", "another floating-point dtype"), (
         "nothing was refused"
     )
