@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from cogsym.ops import (
     activation,
     gated_activation,
+    int8_linear,
     layer_norm,
     linear,
     linear_cross_entropy,
@@ -28,6 +29,7 @@ from cogsym.ops import (
     token_scores,
     xielu,
 )
+from cogsym.ops.int8_linear import quantise
 
 # ---------------------------------------------------------------- norms, rotary, activations
 
@@ -210,6 +212,33 @@ def linears(draw: Any) -> Case:
     return Case(tensors, ours, plain, ("y",), chosen(draw, "x", *["weight"] * (not mixed), *["bias"] * biased), terms)
 
 
+@st.composite
+def int8_linears(draw: Any) -> Case:
+    rows, N, K, biased = draw(sizes(70)), draw(sizes(80)), draw(sizes(200)), draw(st.booleans())
+    make, make_weight, make_dout = values(draw), values(draw), values(draw)
+    weight, scale = quantise(make_weight(N, K))
+    wide = weight.double() * scale.double()[:, None]
+
+    def tensors() -> Tensors:
+        return {"x": make(rows, K), **({"bias": make(N)} if biased else {}), "dy": make_dout(rows, N)}
+
+    def ours(x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (int8_linear(x, weight, scale, bias),)
+
+    def plain(x: Tensor, bias: Tensor | None = None, stored: Any = None) -> tuple[Tensor, ...]:
+        return (F.linear(x, wide.to(x.dtype), bias),)
+
+    def terms(t: Tensors, results: Tensors) -> Tensors:
+        x, dy = t["x"].abs(), t["dy"].abs()
+        return {
+            "y": F.linear(x, wide.abs(), t["bias"].abs() if biased else None),
+            "dx": dy @ wide.abs(),
+            "dbias": dy.sum(0),
+        }
+
+    return Case(tensors, ours, plain, ("y",), chosen(draw, "x", *["bias"] * biased), terms)
+
+
 # ---------------------------------------------------------------- the head
 
 
@@ -275,6 +304,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Case]] = {
     "rotary": rotations(),
     "gated_activation": activations(),
     "xielu": xielus(),
+    "int8_linear": int8_linears(),
     "linear": linears(),
     "attention": attentions(),
     "decode_attention": decodings(),
