@@ -65,7 +65,8 @@ def test_commands_are_understood(page: Path) -> None:
     for _, text in fences(page, "bash"):
         for command in re.findall(r"^cogsym .*?(?<!\\)$", text, flags=re.M | re.S):
             name, *arguments = shlex.split(command.replace("\\\n", " "))[1:]
-            COMMANDS[name].make_context(name, arguments)  # raises where an option is unknown
+            context = COMMANDS[name].make_context(name, arguments)  # raises where an option is unknown
+            assert context.command is COMMANDS[name] and not context.args
 
 
 def test_examples_run(tmp_path: Path) -> None:

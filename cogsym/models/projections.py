@@ -90,8 +90,7 @@ class Projections:
         """
         weights, biases, scales = self._parameters()
         x = x.to(dtype)
-        packed = self._packed and self._packed[0].dtype == dtype and outputs == slice(None)
-        if packed and x.numel() <= _PACKED_ROWS * x.shape[-1]:
+        if self._packed and outputs == slice(None) and x.numel() <= _PACKED_ROWS * x.shape[-1]:
             bias = None if biases is None else torch.cat(biases).to(dtype)
             return packed_linear(x, self._packed[0], bias)
         weight = _joined(weights)

@@ -99,7 +99,8 @@ class ResidentLayers:
         self.model, self.device, self.has_base = model, model.device, base is not None
         self.reasons: list[str] = []
         self.widened, self.int8 = False, int8
-        self.packs = self.device.type == "cpu" and not int8
+        # What is packed is multiplied in the weights' own type.
+        self.packs = self.device.type == "cpu" and not int8 and not precision.stored_dtypes(model)
         self._models: dict[Weights, Any] = {"model": model}
         if base is not None:
             check_same_shape(model, base)
@@ -120,7 +121,7 @@ class ResidentLayers:
 
     def widen(self) -> None:
         """See `LayerSource`; `close` undoes it."""
-        self.widened, self.packs = True, False  # what is packed is multiplied in the weights' own type
+        self.widened, self.packs = True, False
         for model in self._models.values():
             precision.widen(model)
 
