@@ -122,7 +122,9 @@ def sweep(
         if dry_run:
             return None
         key = running.key(str(model) if isinstance(model, (str, Path)) else None)
-        results = stack.enter_context(Results.open(out, key, resume=resume, ranks=ranks))
+        digests = {task.name: task.digest for task in loaded_tasks}
+        opened = Results.open(out, key, resume=resume, ranks=ranks, digest=lambda name, n: digests[name](n))
+        results = stack.enter_context(opened)
         with as_interrupts(), running.progress() as progress:
             try:
                 if search:
