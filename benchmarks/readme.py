@@ -18,7 +18,7 @@ from cogsym.bench.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", RESULTS / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "cpu.md", RESULTS / "README.md")
 
 
 def study(name: str) -> Study:
@@ -106,7 +106,7 @@ _PARTS = ("ops", "train", "sweep", "generate", "install")
 TABLES: dict[str, tuple[str, Callable[[str, Path], str]]] = {
     **{
         name: (name, chosen)
-        for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install", "harness")
+        for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install", "harness", "waiting")
     },
     "ops": ("ops", partial(chosen, words="SmolLM2.*bfloat16")),
     "train": ("train", partial(chosen, words="SmolLM2.*: outer")),
