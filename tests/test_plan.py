@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import VOCABULARY as V
 from tiny_models import tiny_model
 from transformers import BloomConfig, BloomForCausalLM
@@ -206,6 +208,28 @@ def test_a_strategy_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
             cogsym.register_strategy(name, lambda num_layers: [])
     with pytest.raises(CogsymError, match=r"'odd' is 3, expected a word and a function"):
         cogsym.register_strategy("odd", 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # whose layers are called "layers" and "h"
+def test_adapters_are_put_on_the_planned_layers(family: str) -> None:
+    plan, asked = LayerPlan.outer(4), LoraConfig(r=2, target_modules=["q_proj", "c_attn"])
+    model = get_peft_model(tiny_model(family), plan.peft_config(asked))
+    adapted = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert {re.search(r"\.(?:layers|h)\.(\d+)\.", name)[1] for name in adapted} == {"0", "3"}  # type: ignore[index]
+    assert asked.layers_to_transform is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "config", "words"),
+    [
+        (LayerPlan.outer(4, head=True), LoraConfig(), "LoRA trains decoder layers only; leave embeddings, head"),
+        (LayerPlan.outer(4), LoraConfig(target_modules="all-linear"), "are 'all-linear', expected a list of names"),
+        (LayerPlan.outer(4), PromptTuningConfig(), "PromptTuningConfig has no layers_to_transform, .*give it to peft"),
+    ],
+)
+def test_adapters_that_cannot_be_put_on_layers(plan: LayerPlan, config: Any, words: str) -> None:
+    with pytest.raises(CogsymError, match=words):
+        plan.peft_config(config)
 
 
 def test_a_package_adds_a_strategy_by_an_entry_point(tmp_path: Path) -> None:

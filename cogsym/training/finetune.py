@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cogsym.data import Document, PackedDataset, Source, content_digest, pack, separator_id, tokenize
 from cogsym.data import held_out as split
-from cogsym.decoder import layers_name_of, layers_of
+from cogsym.decoder import layers_of
 from cogsym.errors import CogsymError, RunStopped, SettingError
 from cogsym.memory import out_of_memory
 from cogsym.models import precision
@@ -381,8 +381,6 @@ def _arguments(
 
 
 def _with_adapters(model: Any, plan: LayerPlan, rank: int) -> Any:
-    if plan.embeddings or plan.head or plan.final_norm:
-        raise CogsymError("LoRA trains decoder layers only; leave embeddings, head and final norm out of the plan.")
     linear = [
         (n.rpartition(".")[2], m) for n, m in layers_of(model).named_modules() if isinstance(m, (nn.Linear, Conv1D))
     ]
@@ -391,12 +389,10 @@ def _with_adapters(model: Any, plan: LayerPlan, rank: int) -> Any:
         lora_alpha=2 * rank,
         target_modules=sorted({name for name, _ in linear}),
         fan_in_fan_out=any(isinstance(module, Conv1D) for _, module in linear),
-        layers_to_transform=list(plan.trained),
-        layers_pattern=layers_name_of(model),
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, plan.peft_config(config))
     except ValueError as error:
         raise CogsymError(f"LoRA does not fit {type(model).__name__} ({error}); train whole layers.") from error
 
