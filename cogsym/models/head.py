@@ -19,7 +19,7 @@ _OWN_WORDS = ("shift_labels", "logits_to_keep", "output_attentions", "output_hid
 
 
 @dataclass
-class CausalLMLoss(ModelOutput):  # type: ignore[misc]
+class CausalLMLoss(ModelOutput):
     """What a model returns where only its loss is wanted: the fields of transformers' outputs but the logits.
 
     Attributes:
