@@ -8,10 +8,10 @@ run.
 
 Where there are fewer than `INTENSE` FLOPs of tensor cores for a byte that is loaded, memory bounds a kernel. It can be
 at its limit where enough bytes are on their way (Little's law): resident threads, by registers, shared memory and
-warps, times the bytes that one loads between two barriers, over `LATENCY` times a share of the bandwidth.
-Copies get as far as `STREAMING`, and so does a kernel at most for which that ratio is 1 or more. Elsewhere it is the
-time that the tensor cores take over that of all units, once as if no two worked at the same time and once as if all
-did: the share is somewhere between.
+warps, times the bytes that one loads between two barriers, over `LATENCY` times a multiprocessor's share of the
+bandwidth. Copies get as far as `STREAMING`, and so does a kernel at most for which that ratio is 1 or more. Elsewhere
+it is the time that the tensor cores take over that of all units, once as if no two worked at the same time and once as
+if all did: the share is somewhere between.
 """
 
 from __future__ import annotations
