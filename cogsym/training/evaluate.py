@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from cogsym import ops
 from cogsym.data import PackedDataset
@@ -35,7 +36,7 @@ def bits_per_byte(model: Any, dataset: PackedDataset, batch_size: int = 8) -> fl
     return bits(model, dataset, range(len(dataset)), batch_size) / dataset.num_bytes
 
 
-def bits(model: Any, dataset: PackedDataset, rows: Sequence[int], batch_size: int) -> float:
+def bits(model: Any, dataset: Dataset[dict[str, Tensor]], rows: Sequence[int], batch_size: int) -> float:
     """Those of some rows of `dataset`, of which each is a part of the sum that `bits_per_byte` divides."""
     nats = torch.zeros((), dtype=torch.float64, device=model.device)
     with _evaluating(model):

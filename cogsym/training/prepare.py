@@ -66,12 +66,14 @@ class Prepared:
         requires_grad: of each parameter, before and as `prepare` left it.
         memory: what frozen layers keep.
         head: the head whose loss needs no logits, or None.
+        logits: they are made all the same.
     """
 
     plan: LayerPlan
     requires_grad: dict[str, tuple[bool, bool]]
     memory: Memory
     head: Head | None
+    logits: bool
 
 
 def prepare(
@@ -81,6 +83,7 @@ def prepare(
     keep: str = "auto",
     memory_budget: int | None = None,
     frozen_weights: Literal["int8"] | None = None,
+    logits: bool = False,
 ) -> Model:
     """Freeze what `plan` does not train and run the decoder layers on cogsym's kernels.
 
@@ -88,10 +91,11 @@ def prepare(
     a peft model what is trainable already stays so in the planned layers and outside of layers (`modules_to_save`,
     `trainable_token_indices`), and nothing else is.
 
-    In training mode a call with labels returns the loss without logits, which are then never made; in evaluation mode
-    there are logits as ever. A training step has no cache unless `use_cache=True` asks for one, and then frozen layers
-    keep what trained ones do. Where transformers' gradient checkpointing is on, trained layers follow it; frozen ones
-    keep what `keep` says (older releases checkpoint around a layer's call, and both follow it).
+    In training mode a call with labels returns the loss without logits, which are then never made, unless `logits` asks
+    for them; in evaluation mode there are logits as ever. A training step has no cache unless `use_cache=True` asks for
+    one, and then frozen layers keep what trained ones do. Where transformers' gradient checkpointing is on, trained
+    layers follow it; frozen ones keep what `keep` says (older releases checkpoint around a layer's call, and both
+    follow it).
 
     Args:
         model: a decoder model from transformers (`AutoModelForCausalLM`), or peft's wrapper around one.
@@ -104,6 +108,8 @@ def prepare(
         frozen_weights: "int8" holds the linear maps of frozen layers as 8-bit integers with a scale a row
             (`cogsym.ops.int8_linear`), what another library has quantised left as it is. The model must have been
             loaded from safetensors, from where its `state_dict` and `restore` read the original weights again.
+        logits: make the logits in training too, for code that reads them beside the loss; they are the largest tensor
+            of a step.
 
     Returns:
         The same model, changed in place.
@@ -151,13 +157,13 @@ def prepare(
             if not how.block.dropout:
                 memory.blocks[i] = how.block
             frozen += how.block.projections() if known.streamed is None else ()
-    head = find_head(model)
+    head = None if logits else find_head(model)
     _attach_with_signature(decoder, decoder_forward, PreparedDecoder(decoder, blocks))
     if head is not None:
         _attach_with_signature(head.model, forward_with_loss, head)
     requires_grad = {name: (before[name], p.requires_grad) for name, p in model.named_parameters()}
     memory.trained = [p for p in model.parameters() if p.requires_grad]
-    setattr(model, RECORD, Prepared(plan, requires_grad, memory, head))
+    setattr(model, RECORD, Prepared(plan, requires_grad, memory, head, logits))
     if frozen_weights:
         try:
             frozen_to_int8(model, [module for each in frozen if each.plain() for module in each.modules])

@@ -29,7 +29,8 @@ from cogsym.signals import handled
 from cogsym.training import checkpoint
 from cogsym.training.evaluate import bits
 from cogsym.training.run_folder import RunFolder
-from cogsym.training.shares import SharedOrder
+from cogsym.training.sharded import gathered, part_for, trained_tensors, whole
+from cogsym.training.shares import SharedOrder, SharedRows
 
 _LOGGED = ("loss", "grad_norm", "learning_rate")
 
@@ -67,6 +68,9 @@ class OuterTrainer(Trainer):
                 self.state = state
                 return self.callback_handler.on_train_begin(self.args, self.state, self.control)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _move_model_to_device(self, *_: Any) -> None:
+        """Leave the model where it is, on its device: each weight would be moved apart, and parts cannot be moved."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Trainer's, but that ranks never see a row twice, where they do not share the rows out evenly."""
@@ -121,7 +125,7 @@ class OuterTrainer(Trainer):
             RunStopped: the loss or the gradient is not finite; of several ranks all stop at the gradient.
         """
         of = super()._clip_grad_norm if self.args.max_grad_norm > 0 else super()._get_grad_norm
-        norm = torch.as_tensor(of(self.model_wrapped), device=self.args.device)
+        norm = torch.as_tensor(whole(of(self.model_wrapped)), device=self.args.device)
         learned = self.accelerator.gather(self._learned).sum()
         loss, self._norm, learned = torch.stack([self._loss, norm.double(), learned.double()]).tolist()
         if self._ranks.size == 1 and not math.isfinite(loss):
@@ -148,28 +152,20 @@ class OuterTrainer(Trainer):
         datasets: dict[str, PackedDataset] = eval_dataset or self.eval_dataset
         metrics = {}
         for name, dataset in datasets.items():
-            share = range(self._ranks.rank, len(dataset), self._ranks.size)
+            rows = SharedRows(dataset, self._ranks.size)  # as many forward passes of each rank
+            share = range(self._ranks.rank, len(rows), self._ranks.size)
             with self.compute_loss_context_manager():
-                found = bits(self.model, dataset, share, self.args.per_device_eval_batch_size)
+                found = bits(self.model, rows, share, self.args.per_device_eval_batch_size)
             metrics[f"{metric_key_prefix}_{name}_bits_per_byte"] = self._ranks.total(found) / dataset.num_bytes
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the trained parameters: the frozen ones are in the base model already."""
-        trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, Path(output_dir or self.args.output_dir) / checkpoint.TRAINED)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / checkpoint.TRAINED)
         with torch.no_grad():
-            for name, p in (model or self.model).named_parameters():
-                if p.requires_grad:
-                    p.copy_(saved[name])
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        checkpoint.save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir) / checkpoint.OPTIMIZER)
+            for name, p in trained_tensors(model or self.model).items():
+                p.copy_(part_for(saved[name], p))
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is not None:
@@ -185,15 +181,18 @@ class OuterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write what a run goes on from, and remove the checkpoints that are not needed any more."""
         self.store_flos()
-        self._ranks.on_first(self._write_checkpoint)
+        # The frozen parameters are in the base model already.
+        trained = gathered(trained_tensors(self.model), self._ranks.first)
+        states = gathered(checkpoint.optimizer_tensors(self.optimizer), self._ranks.first)
+        self._ranks.on_first(lambda: self._write_checkpoint(trained, states))
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, trained: dict[str, Tensor], states: dict[str, Tensor]) -> None:
         self._folder.check_held()
         step = self.state.global_step
         try:
             with self._folder.new_checkpoint(step) as new:
-                self._save(str(new))
-                self._save_optimizer_and_scheduler(str(new))
+                save_file(trained, new / checkpoint.TRAINED)
+                checkpoint.save_optimizer(self.optimizer, self.lr_scheduler, states, new / checkpoint.OPTIMIZER)
                 checkpoint.save_random(new / checkpoint.RANDOM)
                 self.state.save_to_json(str(new / checkpoint.STATE))
                 _write_lines(new / checkpoint.METRICS, self._history)
