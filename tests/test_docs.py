@@ -24,7 +24,7 @@ COMMANDS = typer.main.get_command(app).commands
 OTHERS = set(
     "--build-lib --build-temp --folder --fuzz-examples --help --huge --inplace --machine_rank --main_process_ip "
     "--main_process_port --maxprocesses --minutes --multi_gpu --nnodes --no-python --nproc-per-node --num_machines "
-    "--num_processes --part --rdzv-backend --rdzv-endpoint --shuffle --strict".split()
+    "--num_processes --part --rdzv-backend --rdzv-endpoint --seconds --shuffle --strict --tiny".split()
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
