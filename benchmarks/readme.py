@@ -100,6 +100,17 @@ def gained(name: str, path: Path) -> str:
     return report.markdown(["", "cogsym, seconds", "fastest other", "seconds", "time / cogsym"], rows)
 
 
+def ratios(name: str, path: Path) -> str:
+    """Of each case, how many times as long the others take, medians alone."""
+    cases = report.read(path)["cases"]
+    others = [label for label in cases[0]["variants"] if "cogsym" not in label]
+    rows = []
+    for case in cases:
+        over = [case["variants"][label].get("over_cogsym") if label in case["variants"] else None for label in others]
+        rows.append([case["name"], *("" if each is None else f"{each['median']:.2f}" for each in over)])
+    return report.markdown(["", *others], rows)
+
+
 _GAINED = {"train": ": outer", "sweep": ": grid", "generate": "8 prompts"}
 _PARTS = ("ops", "train", "sweep", "generate", "install")
 # The result and the table that each name on a page stands for.
@@ -114,6 +125,8 @@ TABLES: dict[str, tuple[str, Callable[[str, Path], str]]] = {
     "generate": ("generate", partial(chosen, words="SmolLM2")),
     "gained": ("train", gained),
     "noise": ("noise", grouped),
+    "linear": ("linear", ratios),
+    "stored": ("stored", grouped),
     **{f"whole_{part}": (part, whole) for part in _PARTS},
     "allocator": ("train_glibc", allocator),
 }
