@@ -39,7 +39,7 @@ SHAPES, ROWS = ("SmolLM2-135M", "Qwen2.5-0.5B"), (1, 4, 16, 256, 1024)
 WEIGHT_BYTES = 32 * 2**20  # of those that a turn takes, in bfloat16
 BFLOAT16, FLOAT32 = "bfloat16 weights", "float32 weights"
 STEP = {True: (4, 256), False: (2, 16)}  # rows and length, by whether the run is full
-LENGTH, BATCH, RATE = 256, 4, 1e-3
+LENGTH, BATCH, RATE = 256, 2, 1e-3
 STEPS = {True: 200, False: 2}
 SEPARATOR = "<|endoftext|>"
 

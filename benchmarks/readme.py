@@ -19,7 +19,7 @@ from cogsym.bench.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", RESULTS / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "cpu.md", RESULTS / "README.md")
 
 
 def study(name: str) -> Study:
@@ -111,6 +111,17 @@ def gained(name: str, path: Path) -> str:
     return report.markdown(["", "cogsym, seconds", "fastest other", "seconds", "time / cogsym"], rows)
 
 
+def ratios(name: str, path: Path) -> str:
+    """Of each case, how many times as long the others take, medians alone."""
+    cases = report.read(path)["cases"]
+    others = [label for label in cases[0]["variants"] if "cogsym" not in label]
+    rows = []
+    for case in cases:
+        over = [case["variants"][label].get("over_cogsym") if label in case["variants"] else None for label in others]
+        rows.append([case["name"], *("" if each is None else f"{each['median']:.2f}" for each in over)])
+    return report.markdown(["", *others], rows)
+
+
 _GAINED = {"train": ": outer", "sweep": ": grid", "generate": "8 prompts"}
 _PARTS = ("ops", "train", "sweep", "generate", "install")
 # The result and the table that each name on a page stands for.
@@ -126,6 +137,7 @@ TABLES: dict[str, tuple[str, Callable[[str, Path], str]]] = {
             "streamed_train",
             "install",
             "harness",
+            "waiting",
         )
     },
     "ops": ("ops", partial(chosen, words="SmolLM2.*bfloat16")),
@@ -138,6 +150,8 @@ TABLES: dict[str, tuple[str, Callable[[str, Path], str]]] = {
     "int8_products": ("int8", partial(chosen, words="^products")),
     "int8_step": ("int8", partial(chosen, words="^a step")),
     "int8_swahili": ("int8", partial(chosen, words="^Swahili")),
+    "linear": ("linear", ratios),
+    "stored": ("stored", grouped),
     **{f"whole_{part}": (part, whole) for part in _PARTS},
     "allocator": ("train_glibc", allocator),
 }

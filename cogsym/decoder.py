@@ -9,7 +9,7 @@ from torch import nn
 from cogsym.errors import CogsymError
 
 # What decoders call their layers, and the norm behind them.
-_LAYERS = ("layers", "h", "blocks")
+LAYER_NAMES = ("layers", "h", "blocks")
 _NORMS = (
     "norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm", "final_norm", "norm_f", "embedding_norm",
 )  # fmt: skip
@@ -22,10 +22,10 @@ def decoder_of(model: Any) -> Any:
         CogsymError: it has no decoder layers where transformers keeps them.
     """
     decoder = getattr(model, "get_decoder", lambda: None)()
-    if not any(isinstance(getattr(decoder, name, None), nn.ModuleList) for name in _LAYERS):
+    if not any(isinstance(getattr(decoder, name, None), nn.ModuleList) for name in LAYER_NAMES):
         raise CogsymError(
-            f"{type(model).__name__} has no decoder layers at get_decoder().layers (or .{', .'.join(_LAYERS[1:])}), "
-            "expected a decoder language model such as AutoModelForCausalLM gives."
+            f"{type(model).__name__} has no decoder layers at get_decoder().layers (or "
+            f".{', .'.join(LAYER_NAMES[1:])}), expected a decoder language model such as AutoModelForCausalLM gives."
         )
     return decoder
 
@@ -67,4 +67,4 @@ def before_layers_of(model: Any) -> list[nn.Module]:
 def layers_name_of(model: Any) -> str:
     """What the decoder calls its layers."""
     decoder = decoder_of(model)
-    return next(name for name in _LAYERS if isinstance(getattr(decoder, name, None), nn.ModuleList))
+    return next(name for name in LAYER_NAMES if isinstance(getattr(decoder, name, None), nn.ModuleList))

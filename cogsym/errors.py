@@ -24,6 +24,10 @@ class SettingError(CogsymError):
         self.name, self.problem = name, problem
 
 
+class NoLogitsError(CogsymError, AttributeError):
+    """Code reads the logits of a training step that made none; to `hasattr` and `getattr` they are simply not there."""
+
+
 class RunStopped(CogsymError):
     """A run ended early; the message says what was saved and how to go on."""
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from cogsym import strategies
-from cogsym.decoder import before_layers_of, final_norm_of, layers_of
+from cogsym.decoder import LAYER_NAMES, before_layers_of, final_norm_of, layers_of
 from cogsym.errors import CogsymError
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,36 @@ class LayerPlan:
         if other := _unseen(model, seen):
             parts.append(Part("other", other, False))
         return parts
+
+    def peft_config(self, config: Config) -> Config:
+        """A copy of a configuration of peft, such as `LoraConfig`, that puts adapters on the trained layers alone.
+
+            >>> get_peft_model(model, plan.peft_config(LoraConfig(r=16, target_modules=["q_proj", "v_proj"])))
+
+        Args:
+            config: with `target_modules` as a list of names, or None for those that peft chooses.
+
+        Raises:
+            CogsymError: the plan trains something beside layers; or adapters of this kind cannot be told which layers
+                they are for.
+        """
+        if self.embeddings or self.head or self.final_norm:
+            raise CogsymError("LoRA trains decoder layers only; leave embeddings, head and final norm out of the plan.")
+        kind, targets = type(config).__name__, getattr(config, "target_modules", None)
+        if not hasattr(config, "layers_to_transform"):
+            raise CogsymError(
+                f"{kind} has no layers_to_transform, as its adapters are not those of single layers; give it to peft "
+                "as it is, or take one that has, such as LoraConfig."
+            )
+        if isinstance(targets, str):
+            raise CogsymError(
+                f"The target_modules of {kind} are {targets!r}, expected a list of names, which alone peft limits to "
+                "layers; name them, such as ['q_proj', 'v_proj']."
+            )
+        limited: Any = copy.copy(config)
+        limited.layers_to_transform, limited.layers_pattern = list(self.trained), list(LAYER_NAMES)
+        chosen: Config = limited
+        return chosen
 
     def describe(self, model: nn.Module) -> str:
         """What the plan trains in `model`, with parameter counts; a few lines to print."""

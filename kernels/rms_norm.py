@@ -25,9 +25,14 @@ from cogsym.kernels.common import Rows, multiprocessors, on_device
 # 32 elements a thread in 16 warps forward, and 16 backward, where five such rows are alive at once.
 LONGEST_ROW = 16384
 LONGEST_ROW_BACKWARD = 8192
+# Up to here the backward kernel has registers for the next row too, which is on its way while one is computed.
+LONGEST_ROW_PREFETCHED = 4096
 COLUMN_BLOCK = 2048
-# Two blocks of 16 warps, which is what the registers of the backward kernel allow on every target compiled for.
-BACKWARD_WARPS_PER_MULTIPROCESSOR = 32
+# As many as are resident at once, by the registers of the backward kernel on every target compiled for; more of them
+# would only be more partial sums.
+BACKWARD_WARPS_PER_MULTIPROCESSOR = 16
+# Of the kernel for long rows, which needs fewer.
+LONG_BACKWARD_WARPS_PER_MULTIPROCESSOR = 32
 
 
 def config(D: int) -> dict[str, int]:
@@ -36,9 +41,10 @@ def config(D: int) -> dict[str, int]:
 
 
 def backward_config(D: int) -> dict[str, int]:
-    """Tile and warps of the backward kernel, 8 elements a thread, or of the two that share its work on long rows."""
+    """Tile and warps of the backward kernel, or of the two that share its work on long rows: 16 elements a thread, two
+    16-byte loads of bfloat16."""
     if D <= LONGEST_ROW_BACKWARD:
-        return _tile(triton.next_power_of_2(D), elements=1024, per_thread=8)
+        return _tile(triton.next_power_of_2(D), elements=1024, per_thread=16)
     return _tile(COLUMN_BLOCK, elements=COLUMN_BLOCK, per_thread=16)
 
 
@@ -129,6 +135,23 @@ def forward_kernel(
 
 
 @triton.jit
+def _load_rows(
+    dy_ptr, h_ptr, dh_ptr, row, rows, inner,
+    dy_outer, dy_inner, h_outer, h_inner, dh_outer, dh_inner, col, D: tl.constexpr,
+):  # fmt: skip
+    """dy, h and dh of some rows, all asked for before any is waited for; without a dh dy stands for it, unused."""
+    mask = (row < rows)[:, None] & (col < D)
+    dy_row = dy_ptr + _offsets(row, inner, dy_outer, dy_inner)
+    dy = tl.load(dy_row + col, mask, 0.0, eviction_policy="evict_first")
+    h = tl.load(h_ptr + _offsets(row, inner, h_outer, h_inner) + col, mask, 0.0)
+    dh = dy
+    if dh_ptr is not None:
+        dh_row = dh_ptr + _offsets(row, inner, dh_outer, dh_inner)
+        dh = tl.load(dh_row + col, mask, 0.0, eviction_policy="evict_first")
+    return dy, h, dh
+
+
+@triton.jit
 def backward_kernel(
     dy_ptr,  # [rows, D]
     h_ptr,  # [rows, D]
@@ -147,6 +170,7 @@ def backward_kernel(
     D: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
+    PREFETCH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -159,13 +183,21 @@ def backward_kernel(
         dweight = tl.zeros((BLOCK_ROWS, BLOCK_D), compute)
 
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    for start in range(first, rows, tl.num_programs(0) * BLOCK_ROWS):
+    step = tl.num_programs(0) * BLOCK_ROWS
+    row = first + tl.arange(0, BLOCK_ROWS)
+    next_dy, next_h, next_dh = _load_rows(
+        dy_ptr, h_ptr, dh_ptr, row, rows, inner,
+        dy_outer, dy_inner, h_outer, h_inner, dh_outer, dh_inner, col, D,
+    )  # fmt: skip
+    for start in range(first, rows, step):
         row = start + tl.arange(0, BLOCK_ROWS)
+        dy, h, dh = next_dy.to(compute), next_h.to(compute), next_dh
+        if PREFETCH:
+            next_dy, next_h, next_dh = _load_rows(
+                dy_ptr, h_ptr, dh_ptr, row + step, rows, inner,
+                dy_outer, dy_inner, h_outer, h_inner, dh_outer, dh_inner, col, D,
+            )  # fmt: skip
         row_mask = (row < rows)[:, None]
-        mask = row_mask & (col < D)
-        h = tl.load(h_ptr + _offsets(row, inner, h_outer, h_inner) + col, mask, 0.0).to(compute)
-        dy_row = dy_ptr + _offsets(row, inner, dy_outer, dy_inner)
-        dy = tl.load(dy_row + col, mask, 0.0, eviction_policy="evict_first").to(compute)
         # A row beyond the end is all zeros: without eps its r would be infinite.
         r = tl.where(row_mask, _inverse_rms(tl.sum(h * h, 1, keep_dims=True), D, EPS), 0.0)
         if dweight_ptr is not None:
@@ -174,9 +206,13 @@ def backward_kernel(
             g = dy * scale
             dx = r * (g - h * (r * r * tl.sum(g * h, 1, keep_dims=True) / D))
             if dh_ptr is not None:
-                dh_row = dh_ptr + _offsets(row, inner, dh_outer, dh_inner)
-                dx += tl.load(dh_row + col, mask, 0.0, eviction_policy="evict_first").to(compute)
-            tl.store(dx_ptr + row[:, None] * D + col, dx.to(dx_ptr.dtype.element_ty), mask)
+                dx += dh.to(compute)
+            tl.store(dx_ptr + row[:, None] * D + col, dx.to(dx_ptr.dtype.element_ty), row_mask & (col < D))
+        if not PREFETCH:
+            next_dy, next_h, next_dh = _load_rows(
+                dy_ptr, h_ptr, dh_ptr, row + step, rows, inner,
+                dy_outer, dy_inner, h_outer, h_inner, dh_outer, dh_inner, col, D,
+            )  # fmt: skip
 
     if dweight_ptr is not None:
         partial = tl.program_id(0).to(tl.int64) * D + col
@@ -345,7 +381,8 @@ def _backward(
     column_blocks = triton.cdiv(D, tile["BLOCK_D"])
     programs = triton.cdiv(rows.count, tile["BLOCK_ROWS"])
     if need_dweight:
-        warps = multiprocessors(h.device) * BACKWARD_WARPS_PER_MULTIPROCESSOR
+        resident = BACKWARD_WARPS_PER_MULTIPROCESSOR if column_blocks == 1 else LONG_BACKWARD_WARPS_PER_MULTIPROCESSOR
+        warps = multiprocessors(h.device) * resident
         programs = min(programs, max(1, warps // (tile["num_warps"] * column_blocks)))
     partial = torch.empty(programs, D, dtype=compute, device=h.device) if need_dweight else None
     tensors = (rows.tensors[0], rows.tensors[1], weight.contiguous(), None if dh is None else rows.tensors[2])
@@ -353,7 +390,9 @@ def _backward(
     dh_strides = (0, 0) if dh is None else rows.strides(2)
     with on_device(h):
         if column_blocks == 1:
-            constants = {"D": D, "EPS": eps, "OFFSET": offset, **tile}
+            # Without partial sums there is a program for each row, and no next one.
+            prefetch = need_dweight and D <= LONGEST_ROW_PREFETCHED
+            constants = {"D": D, "EPS": eps, "OFFSET": offset, "PREFETCH": prefetch, **tile}
             backward_kernel[(programs,)](
                 *tensors, dx, partial, rows.count, rows.inner, *strides, *dh_strides, **constants
             )

@@ -24,7 +24,7 @@ COMMANDS = typer.main.get_command(app).commands
 OTHERS = set(
     "--build-lib --build-temp --folder --fuzz-examples --help --huge --inplace --machine_rank --main_process_ip "
     "--main_process_port --maxprocesses --minutes --multi_gpu --nnodes --no-python --nproc-per-node --num_machines "
-    "--num_processes --part --rdzv-backend --rdzv-endpoint --shuffle --strict".split()
+    "--num_processes --part --rdzv-backend --rdzv-endpoint --seconds --shuffle --strict --tiny".split()
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -72,7 +72,7 @@ def test_commands_are_understood(page: Path) -> None:
 def test_examples_run(tmp_path: Path) -> None:
     """A page's in one process, in their order, as its reader would type them."""
     page = ROOT / "docs" / "extending.md"
-    elsewhere = {"training", "sweeps"}  # tests/test_readme.py runs those
+    elsewhere = {"training", "sweeps", "own-trainer"}  # tests/test_readme.py and tests/test_examples.py run those
     assert {p.stem for p in DOCS if fences(p, "python")} == {page.stem, *elsewhere}
     script = ""
     for title, text in fences(page, "python"):

@@ -3,13 +3,17 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from own_models import own_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import VOCABULARY as V
 from tiny_models import tiny_model
 from transformers import BloomConfig, BloomForCausalLM
@@ -206,6 +210,29 @@ def test_a_strategy_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
             cogsym.register_strategy(name, lambda num_layers: [])
     with pytest.raises(CogsymError, match=r"'odd' is 3, expected a word and a function"):
         cogsym.register_strategy("odd", 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_model("llama", num_hidden_layers=3), lambda: own_model("gpt2")])
+def test_adapters_are_put_on_the_planned_layers(make: Callable[[], Any]) -> None:
+    """One calls its layers "layers", the other "h"."""
+    asked = LoraConfig(r=2, target_modules=["q_proj", "c_attn"])
+    model = get_peft_model(make(), LayerPlan.outer(3).peft_config(asked))
+    adapted = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {re.findall(r"\.(?:layers|h)\.(\d+)\.", name)[0] for name in adapted} == {"0", "2"}
+    assert asked.layers_to_transform is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "config", "words"),
+    [
+        (LayerPlan.outer(4, head=True), LoraConfig(), "LoRA trains decoder layers only; leave embeddings, head"),
+        (LayerPlan.outer(4), LoraConfig(target_modules="all-linear"), "are 'all-linear', expected a list of names"),
+        (LayerPlan.outer(4), PromptTuningConfig(), "PromptTuningConfig has no layers_to_transform, .*give it to peft"),
+    ],
+)
+def test_adapters_that_cannot_be_put_on_layers(plan: LayerPlan, config: Any, words: str) -> None:
+    with pytest.raises(CogsymError, match=words):
+        plan.peft_config(config)
 
 
 def test_a_package_adds_a_strategy_by_an_entry_point(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Setting:
         seconds: that it may take; None is as many as it takes.
         data: folder of texts, for a study that reads some.
         work: folder for what a study makes on its way, such as models.
+        alternatives: training, sweeps and writing are set beside the alternatives, or measured alone.
     """
 
     models: tuple[str, ...]
@@ -54,6 +55,7 @@ class Setting:
     seconds: float | None = None
     data: Path = Path()
     work: Path = Path()
+    alternatives: bool = True
 
     def batch(self, rows: int, length: int) -> tuple[int, int]:
         """A batch of at most so many rows of at most so many tokens, scaled: fewer rows first, then shorter ones."""

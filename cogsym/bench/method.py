@@ -191,6 +191,15 @@ def release_freed_memory() -> None:
         trim(0)
 
 
+def release(device: torch.device) -> None:
+    """Give back what the last case held: models are large, and torch.compile holds what it made of one."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    release_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     """Of the times in the same rounds: the median, the extremes and the quartiles between which its spread lies."""
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]

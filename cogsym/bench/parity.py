@@ -22,6 +22,8 @@ from cogsym.bench.models import build, shape_of
 from cogsym.bench.ops import LENGTH, examples, forced_backend, results
 from cogsym.bench.report import Table
 from cogsym.bench.study import Study
+from cogsym.ops import AttentionOptions, attention
+from cogsym.ops.operation import Example, MakeExample, Sizes
 from cogsym.training.autograd import KEEPS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,7 +40,7 @@ def cases(setting: Setting) -> list[CaseSpec]:
     for model in setting.models:
         for dtype in DTYPES:
             checks: dict[str, Callable[[], Errors]] = {
-                name: partial(operation, name, model, dtype, setting.device) for name in examples()
+                name: partial(operation, name, model, dtype, setting.device) for name in examples() | variations()
             }
             for keep in KEEPS:
                 if keep != "offload" or setting.device.type == "cuda":
@@ -55,7 +57,7 @@ def check(compute: Callable[[], Errors], eps: float) -> Case:
     """The verdict on one of them; nothing is timed."""
     try:
         errors = compute()
-    except (RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # Triton's are of kinds of their own
         return Case(facts={"right": False, "reason": error_line(error)})
     least = LAST_BIT * eps
     worst = max(errors, key=lambda n: errors[n][0] / (errors[n][1] + least))
@@ -67,7 +69,7 @@ def check(compute: Callable[[], Errors], eps: float) -> Case:
 def operation(name: str, model: str, dtype: torch.dtype, device: torch.device) -> Errors:
     """(our error, PyTorch's) of each output and gradient."""
     torch.manual_seed(0)
-    small = examples()[name](shape_of(model).sizes(1, LENGTH), dtype, device)
+    small = (examples() | variations())[name](shape_of(model).sizes(1, LENGTH), dtype, device)
     exact = {n: t.detach().double() if t.is_floating_point() else t for n, t in small.inputs.items()}
     doubles = dataclasses.replace(small, inputs=exact)
     ours, dout = results(small, small.ours)
@@ -76,6 +78,49 @@ def operation(name: str, model: str, dtype: torch.dtype, device: torch.device) -
     theirs, _ = results(small, small.plain, dout)
     names = [f"output {i}" for i in range(len(dout))] + [f"gradient of {n}" for n in small.differentiated]
     return _errors(names, ours, theirs, truth)
+
+
+def variations() -> dict[str, MakeExample]:
+    """What the examples of operations leave out, and kernels have code of its own for."""
+
+    def with_gradients(name: str, *differentiated: str) -> dict[str, MakeExample]:
+        if name not in examples():
+            return {}
+
+        def make(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
+            return dataclasses.replace(examples()[name](sizes, dtype, device), differentiated=differentiated)
+
+        return {f"{name}, trained": make}
+
+    return {
+        **with_gradients("rms_norm", "x", "residual", "weight"),
+        **with_gradients("linear_cross_entropy", "hidden", "weight"),
+        **({"attention, packed, window, soft cap, sinks": masked_attention} if "attention" in examples() else {}),
+    }
+
+
+def masked_attention(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Example:
+    """Attention with all of its options, beside transformers' eager way."""
+    example = examples()["attention"](sizes, dtype, device)
+    T, H, scale, soft_cap = sizes.length, sizes.heads, sizes.head_dim**-0.5, 20.0
+    place, window = torch.arange(T, device=device), max(1, T // 3)
+    starts = (place // max(1, T // 2 + 3) * (T // 2 + 3))[None].expand(sizes.rows, T).to(torch.int32)
+    seen = (place >= starts[0, :, None]) & (place <= place[:, None]) & (place > place[:, None] - window)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+        return (attention(q, k, v, AttentionOptions(scale, starts, window, soft_cap, sinks))[0],)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (t.transpose(1, 2).repeat_interleave(H // t.shape[2], 1) for t in (q, k, v))
+        logits = torch.tanh(q @ k.mT * scale / soft_cap) * soft_cap
+        logits = logits.masked_fill(~seen, torch.finfo(dtype).min)
+        logits = torch.cat((logits, sinks.view(1, H, 1, 1).expand(*logits.shape[:-1], 1)), -1)
+        return ((logits.softmax(-1, torch.float32)[..., :-1].to(dtype) @ v).transpose(1, 2),)
+
+    inputs = example.inputs | {"sinks": torch.randn(H, device=device).to(dtype)}
+    return dataclasses.replace(
+        example, inputs=inputs, ours=ours, plain=plain, differentiated=(*example.differentiated, "sinks")
+    )
 
 
 def layers(model: str, keep: str, dtype: torch.dtype, device: torch.device) -> Errors:

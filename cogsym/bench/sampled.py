@@ -100,7 +100,7 @@ def add_loops(result: Case, setting: Setting, probe: Probe, question: Question) 
     sample = question.sample
     layers = len(sample[0].actions)
     half = Configuration.of(layers, {"skip": range(layers - layers // 2)})
-    for competitor in LOOPS:
+    for competitor in LOOPS if setting.alternatives else ():
         if reason := competitor.unavailable(setting.device, setting.full):
             result.skipped[competitor.name] = reason
             continue

@@ -149,7 +149,7 @@ class _Job:
             elif not passes:
                 self.left_out.append(spec.name)
             report.write(self._head | {"cases": self._lines(), "left_out": self.left_out}, self.path)
-            _release(device)
+            method.release(device)
         return self._lines()
 
     def _lines(self) -> list[Line]:
@@ -192,12 +192,3 @@ def main(study: Study, description: str, words: Sequence[str] | None = None) -> 
         except CogsymError as error:
             print(f"{study.name}: {error}", file=sys.stderr)
             sys.exit(error.exit_status)
-
-
-def _release(device: torch.device) -> None:
-    """Give back what the last case held: models are large, and torch.compile holds what it made of one."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    method.release_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

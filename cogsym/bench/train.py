@@ -64,7 +64,8 @@ def case(model: str, layers: int, rows: int, length: int, kind: str, setting: Se
     }
     agreeing: list[Competitor[Job, Loss]] = []
     truth: tuple[Tensor, list[Tensor]] | None = None
-    for competitor in COMPETITORS:  # all before any takes a step, which changes the weights
+    # All before any takes a step, which changes the weights.
+    for competitor in COMPETITORS if setting.alternatives else COMPETITORS[:1]:
         if reason := competitor.unavailable(setting.device, setting.full):
             result.skipped[competitor.name] = reason
             continue
@@ -81,8 +82,13 @@ def case(model: str, layers: int, rows: int, length: int, kind: str, setting: Se
         agreeing.append(competitor)
         result.counts[competitor.name] = {"difference": difference(gradients, truth[1])}
     for competitor in agreeing:
+        try:
+            result.counts[competitor.name] |= _bytes(competitor, job, optimizer)
+        except RuntimeError as error:  # a step with its optimizer needs more memory than its gradients did
+            optimizer.zero_grad()
+            result.skipped[competitor.name] = error_line(error)
+            continue
         result.variants[competitor.name] = competitor.variant(job, partial(take_step, optimizer))
-        result.counts[competitor.name] |= _bytes(competitor, job, optimizer)
     return result
 
 
@@ -140,13 +146,14 @@ def _bytes(competitor: Competitor[Job, Loss], job: Job, optimizer: torch.optim.O
 
 def loss_and_gradients(competitor: Competitor[Job, Loss], job: Job, trained: list[Any]) -> tuple[Tensor, list[Tensor]]:
     """The loss and the gradients that a competitor computes."""
-    with competitor.applied(job) as compute_loss:
-        loss = compute_loss()
-        loss.backward()
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    for p in trained:
-        p.grad = None
-    return loss.detach(), gradients
+    try:
+        with competitor.applied(job) as compute_loss:
+            loss = compute_loss()
+            loss.backward()
+        return loss.detach(), [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    finally:  # of one that fails halfway, too: what is there would be added to the next one's
+        for p in trained:
+            p.grad = None
 
 
 def _disagreement(

@@ -75,6 +75,14 @@ def train(
     lora_rank: Annotated[
         int | None, option("Train LoRA adapters of this rank on those layers, not their weights.", panel="Layers")
     ] = None,
+    save_adapter: Annotated[
+        bool,
+        option(
+            "Save the LoRA adapters too, in OUT/adapter as peft does, beside the model into which they are merged.",
+            "--save-adapter",
+            panel="Layers",
+        ),
+    ] = False,
     learning_rate: Annotated[
         float,
         option(
@@ -127,6 +135,14 @@ def train(
             panel="Memory",
         ),
     ] = False,
+    fsdp: Annotated[
+        bool,
+        option(
+            "Under torchrun: leave each rank a part of the weights (FSDP2), for a model larger than one GPU's memory.",
+            "--fsdp",
+            panel="Memory",
+        ),
+    ] = False,
     eval_every: Annotated[int | None, option("Evaluate every so many steps too.", panel="Run")] = None,
     save_every: Annotated[int, option("Write a checkpoint every so many steps.", panel="Run")] = 200,
     dry: Annotated[
@@ -163,10 +179,12 @@ def train(
         weight_decay=weight_decay,
         dtype=dtype.value,
         lora_rank=lora_rank,
+        save_adapter=save_adapter,
         keep=keep,
         memory_budget=None if memory is None else parse_bytes(memory),
         frozen_weights="int8" if frozen is Stored.int8 else None,
         stream=stream,
+        fsdp=fsdp,
         loss=loss.value,
         separator=separator,
         hold_out=held_out_share,

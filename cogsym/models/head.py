@@ -6,19 +6,51 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_outputs import (
-    CausalLMOutputWithPast,
-    ModelOutput,
-    MoeCausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import ModelOutput
 
 from cogsym import ops
+from cogsym.errors import NoLogitsError
 from cogsym.models.attachment import foreign_forward
 from cogsym.models.families import logits_of
 from cogsym.models.hooks import hook_on
 
 IGNORED = -100  # the label that transformers' losses leave out
 _OWN_WORDS = ("shift_labels", "logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits")
+
+
+@dataclass
+class CausalLMLoss(ModelOutput):
+    """What a model returns where only its loss is wanted: the fields of transformers' outputs but the logits.
+
+    Attributes:
+        loss: a scalar.
+        past_key_values: the cache, where one was asked for.
+        hidden_states: those of each layer, where they were asked for.
+        attentions: of each layer, where the model's configuration asks for them.
+        aux_loss: of a mixture of experts; never there, as a loss that depends on it is the model's own.
+        router_logits: likewise.
+    """
+
+    loss: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Say why there are no logits.
+
+        Raises:
+            NoLogitsError: they are asked for.
+            AttributeError: something else is that there is not.
+        """
+        if name == "logits":
+            raise NoLogitsError(
+                "A training step of a prepared model with labels gives the loss without logits, which are never made, "
+                "and code read the logits; prepare the model with logits=True, and each step has them."
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +109,7 @@ class Head:
         )
         if num_items_in_batch is not None:
             loss = loss / num_items_in_batch
-        mixture = hasattr(outputs, "router_logits")  # of whichever class of the family's own
-        return (MoeCausalLMOutputWithPast if mixture else CausalLMOutputWithPast)(
+        return CausalLMLoss(
             loss=loss,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cogsym.records import MANIFEST
+from cogsym.training.sharded import part_for
 
 TRAINED = "trained.safetensors"  # the trained parameters
 OPTIMIZER = "optimizer.safetensors"  # its state, and the learning rate's
@@ -25,26 +26,38 @@ SETTINGS = "settings.json"  # what was asked of the run
 FILES = (TRAINED, OPTIMIZER, RANDOM, STATE, METRICS, SETTINGS, MANIFEST)
 
 
-def save_optimizer(optimizer: Any, scheduler: Any, path: Path) -> None:
+def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state, each "number of the parameter.name"."""
+    state = optimizer.state_dict()["state"]
+    return {f"{p}.{name}": tensor for p, of in state.items() for name, tensor in of.items()}
+
+
+def save_optimizer(optimizer: Any, scheduler: Any, tensors: dict[str, Tensor], path: Path) -> None:
     """Write the states of an optimizer and of its learning rate.
+
+    Args:
+        optimizer: the optimizer.
+        scheduler: of its learning rate.
+        tensors: those of its state, whole.
+        path: a file to write.
 
     Raises:
         OSError, SafetensorError: they were not written.
     """
-    state = optimizer.state_dict()
-    tensors = {f"{p}.{name}": t.contiguous() for p, of in state["state"].items() for name, t in of.items()}
-    described = {"groups": state["param_groups"], "scheduler": scheduler.state_dict()}
+    described = {"groups": optimizer.state_dict()["param_groups"], "scheduler": scheduler.state_dict()}
     save_file(tensors, path, {name: json.dumps(value) for name, value in described.items()})
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, path: Path) -> None:
     """Give them the states that `save_optimizer` wrote."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with safe_open(path, framework="pt") as file:
         described: Mapping[str, str] = file.metadata()
         for key in file.keys():  # noqa: SIM118 (not a mapping)
-            p, _, name = key.partition(".")
-            state.setdefault(int(p), {})[name] = file.get_tensor(key)
+            number, _, name = key.partition(".")
+            tensor, p = file.get_tensor(key), parameters[int(number)]
+            state.setdefault(int(number), {})[name] = part_for(tensor, p) if tensor.shape == p.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": json.loads(described["groups"])})
     scheduler.load_state_dict(json.loads(described["scheduler"]))
 

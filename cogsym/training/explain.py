@@ -115,7 +115,10 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _head(model: nn.Module) -> str:
-    head = record_of(model).head
+    record = record_of(model)
+    head = record.head
+    if record.logits:
+        return "logits by its own forward (prepare was asked for them)"
     if head is None:
         return f"logits by its own forward ({type(model).__name__} is not a model whose head is known to cogsym)"
     reason = head.why_logits()

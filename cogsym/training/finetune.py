@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cogsym.data import Document, PackedDataset, Source, content_digest, pack, separator_id, tokenize
 from cogsym.data import held_out as split
-from cogsym.decoder import layers_name_of, layers_of
+from cogsym.decoder import layers_of
 from cogsym.errors import CogsymError, RunStopped, SettingError
 from cogsym.memory import out_of_memory
 from cogsym.models import precision
@@ -37,6 +37,7 @@ from cogsym.training.notices import notices, risen
 from cogsym.training.prepare import prepare, restore
 from cogsym.training.run_folder import RunFolder, check_inputs, open_run_folder
 from cogsym.training.settings import TrainSettings
+from cogsym.training.sharded import bytes_held, gathered, shard, trained_tensors
 from cogsym.training.shares import SharedRows, shared_batch
 from cogsym.training.trainer import OuterTrainer, RunCallback
 
@@ -49,7 +50,8 @@ class TrainResult:
 
     Attributes:
         model: the trained model in the dtype of its base, on the CPU or GPU it trained on; adapters are merged into it.
-            Layers that were streamed have no weights in it; `folder` has them.
+            Layers that were streamed have no weights in it; `folder` has them. With `fsdp` the first rank has it, on
+            the CPU, and the others None.
         folder: where it was saved, for plain `from_pretrained`.
         steps: optimizer steps in all.
         trained_parameters: how many were trained.
@@ -88,7 +90,7 @@ def train(
     """Train the planned layers of a model on text and save an ordinary Hugging Face folder.
 
     `out` receives `model/` (the result), `metrics.jsonl` and `loss.png` (the curve), `settings.json` (what was asked)
-    and `checkpoints/`.
+    and `checkpoints/`; with `save_adapter` also `adapter/`.
 
     Args:
         model: a folder, a hub id, or a loaded model, which is trained in place.
@@ -111,7 +113,11 @@ def train(
     asked = (model, data, out, tokenizer, plan, evaluate, settings or TrainSettings(), resume, cache_dir, ranks)
     run = ranks.agreed(lambda: _read(*asked))
     with _opened(out, run.record, resume, ranks) as folder:
-        network, callback, steps, trained = _trained(run, folder, console, ranks)
+        adapted, callback, steps, trained = _trained(run, folder, console, ranks)
+        adapted = _whole(run, adapted, ranks) if run.settings.fsdp else restore(adapted)
+        if run.settings.save_adapter:
+            ranks.on_first(lambda: _write(folder, folder.adapter, adapted))
+        network = adapted if adapted is None else _merged(run, adapted)
         ranks.on_first(lambda: _save(network, run.tokenizer, callback.history, folder))
     rate = callback.history[-1].get("tokens_per_second", 0.0) if callback.history else 0.0
     return TrainResult(network, folder.model, steps, trained, callback.seconds, rate, callback.history)
@@ -141,7 +147,7 @@ def dry_run(
         adapted.to(_device()), run.rows, run.held_out, run.settings, run.products == "bfloat16", stored
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _undone(run, adapted)
+    _merged(run, restore(adapted))
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,10 @@ def _read(
     """Everything that is asked for, checked, loaded and packed."""
     if settings.eval_every and not (evaluate or settings.hold_out):
         raise SettingError("eval_every", f"is {settings.eval_every} and there is no held-out text; give some (--eval).")
+    if settings.fsdp and ranks.size == 1:
+        raise SettingError(
+            "fsdp", "is set, which shares the weights out among ranks, and this process is alone; start it by torchrun."
+        )
     Memory(settings.keep, settings.memory_budget).check("cuda" if torch.cuda.is_available() else "cpu")
     sources = [text.path for text in (*data, *(evaluate or {}).values()) if isinstance(text, Source)]
     model_folder = Path(model).expanduser() if isinstance(model, (str, Path)) else None
@@ -235,8 +245,9 @@ def _prepared(run: _Run, console: Console) -> Any:
     """The model, or peft's wrapper around it, as it is trained; what there is to know is told."""
     network, settings, rows = run.network, run.settings, run.rows
     set_seed(settings.seed)
-    network.to(_device())  # the Trainer would move each weight apart, after `prepare` has laid them beside each other
-    adapted: Any = _with_adapters(network, run.plan, settings.lora_rank) if settings.lora_rank else network
+    if not settings.fsdp:  # which moves what a rank is to hold, and no more
+        network.to(_device())  # the Trainer would move each weight apart, after `prepare` laid them beside each other
+    adapted = _adapted(network, run)
     prepare(
         adapted,
         run.plan,
@@ -251,6 +262,9 @@ def _prepared(run: _Run, console: Console) -> Any:
     if settings.dtype == "auto" and run.products == "float32":
         precision.widen(adapted)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    if settings.fsdp:
+        shard(adapted)
+        say("each rank holds {:,} of {:,} bytes of weights".format(*bytes_held(adapted)))
     if sentence := precision.products_sentence(network, _device()):
         say(sentence)
     say(str(explain(adapted)))
@@ -262,10 +276,22 @@ def _prepared(run: _Run, console: Console) -> Any:
     return adapted
 
 
-def _undone(run: _Run, adapted: Any) -> Any:
+def _whole(run: _Run, adapted: Any, ranks: Ranks) -> Any:
+    """Of weights in parts, on the first rank: the base model, or peft's, with what was trained; elsewhere None."""
+    trained = gathered(trained_tensors(adapted), ranks.first)
+    if not ranks.first:
+        return None
+    network, *_ = load(run.record["model"], run.tokenizer, run.plan, run.settings, run.products)
+    adapted = _adapted(network, run)
+    for n, p in adapted.named_parameters():
+        if n in trained:
+            p.data = trained[n].to(p.device)
+    return adapted
+
+
+def _merged(run: _Run, adapted: Any) -> Any:
     """The model in the dtypes that its base has, adapters merged."""
-    restore(adapted)
-    network = adapted.merge_and_unload() if run.settings.lora_rank else run.network
+    network = adapted.merge_and_unload() if run.settings.lora_rank else adapted
     precision.narrow(network)
     for n, p in network.named_parameters():
         p.data = p.data.to(run.stored[n])
@@ -273,7 +299,7 @@ def _undone(run: _Run, adapted: Any) -> Any:
 
 
 def _trained(run: _Run, folder: RunFolder, console: Console, ranks: Ranks) -> tuple[Any, RunCallback, int, int]:
-    """(The trained model in its base's dtype, what the callback saw, optimizer steps, parameters trained)."""
+    """(The trained model, still prepared, what the callback saw, optimizer steps, parameters trained)."""
     network, settings, rows, held_out = run.network, run.settings, run.rows, run.held_out
     use_cache = network.config.use_cache  # Trainer switches it off, for good
     adapted = _prepared(run, console)
@@ -322,7 +348,7 @@ def _trained(run: _Run, folder: RunFolder, console: Console, ranks: Ranks) -> tu
     first_loss = ranks.total(trainer.first_loss) / ranks.size
     if sentence := risen(first_loss, callback.history, settings.learning_rate):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    return _undone(run, adapted), callback, trainer.state.global_step, trained
+    return adapted, callback, trainer.state.global_step, trained
 
 
 @torch.no_grad()
@@ -380,9 +406,11 @@ def _arguments(
     )
 
 
-def _with_adapters(model: Any, plan: LayerPlan, rank: int) -> Any:
-    if plan.embeddings or plan.head or plan.final_norm:
-        raise CogsymError("LoRA trains decoder layers only; leave embeddings, head and final norm out of the plan.")
+def _adapted(model: Any, run: _Run) -> Any:
+    """The model, or with adapters peft's wrapper around it."""
+    rank = run.settings.lora_rank
+    if rank is None:
+        return model
     linear = [
         (n.rpartition(".")[2], m) for n, m in layers_of(model).named_modules() if isinstance(m, (nn.Linear, Conv1D))
     ]
@@ -391,12 +419,10 @@ def _with_adapters(model: Any, plan: LayerPlan, rank: int) -> Any:
         lora_alpha=2 * rank,
         target_modules=sorted({name for name, _ in linear}),
         fan_in_fan_out=any(isinstance(module, Conv1D) for _, module in linear),
-        layers_to_transform=list(plan.trained),
-        layers_pattern=layers_name_of(model),
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, run.plan.peft_config(config))
     except ValueError as error:
         raise CogsymError(f"LoRA does not fit {type(model).__name__} ({error}); train whole layers.") from error
 
@@ -412,17 +438,28 @@ def _save(network: Any, tokenizer: Any, history: list[dict[str, float]], folder:
     """Write the model and the curves."""
     from cogsym.training.curves import plot_curves  # matplotlib, which `from cogsym import train` does not wait for
 
+    _write(folder, folder.model, network, tokenizer)
     folder.check_held()
-    try:
-        with replacing(folder.model, folder.check_held) as new:
-            network.save_pretrained(new)
-            tokenizer.save_pretrained(new)
-            folder.check_model(new)
-        folder.check_held()
+    with _intact(folder.picture):
         plot_curves(history, folder.picture)
+
+
+def _write(folder: RunFolder, path: Path, *parts: Any) -> None:
+    """Write what has a `save_pretrained` into a new folder, and put it in its place once it is whole."""
+    folder.check_held()
+    with _intact(path), replacing(path, folder.check_held) as new:
+        for part in parts:
+            part.save_pretrained(new)
+        folder.check_replaced(path, new)
+
+
+@contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         raise RunStopped(
-            f"The trained model was not written to {folder.model} ({why}); the last checkpoint is intact, "
-            "free some space and run again with --resume."
+            f"{path} was not written ({why}); the last checkpoint is intact, free some space and run again with "
+            "--resume."
         ) from error

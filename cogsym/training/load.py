@@ -39,6 +39,11 @@ def load(
                 "Layers are streamed from a folder, and train was given a model in memory; name a folder, or give it "
                 "the model that cogsym.load_streamed gives."
             )
+        if settings.fsdp:
+            raise CogsymError(
+                "The ranks of a run with fsdp load the model from a folder, to save it whole, and train was given a "
+                "model in memory; name the folder."
+            )
         return model, tokenizer, {n: p.dtype for n, p in model.named_parameters()}
     half = None if settings.dtype == "auto" and products == "float32" else torch.bfloat16
     loaded, saved = torch.float32 if settings.dtype == "fp32" else half, checkpoint_dtype(model)

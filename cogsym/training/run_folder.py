@@ -45,6 +45,7 @@ class RunFolder:
     Attributes:
         path: OUT.
         model: the trained model's folder.
+        adapter: that of its adapters alone, where they were asked for.
         checkpoints: the folder of the checkpoints.
         metrics: the lines of numbers.
         picture: the curves.
@@ -55,7 +56,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: FolderLock | None = None) -> None:
         """Name its parts; `lock` is the one that the run holds."""
         self.path, self._lock = path, lock
-        self.model, self.checkpoints = path / "model", path / "checkpoints"
+        self.model, self.adapter, self.checkpoints = path / "model", path / "adapter", path / "checkpoints"
         self.metrics, self.picture = path / "metrics.jsonl", path / "loss.png"
         self.settings = path / "settings.json"
         self.record: dict[str, Any] = {}
@@ -166,8 +167,8 @@ class RunFolder:
                 f"{self.path} holds {others[0].name}, which no run of cogsym wrote; choose an empty or a new folder "
                 "for --out."
             )
-        ours = (self.path / _LOCK, self.settings, self.model, self.checkpoints, self.metrics, self.picture)
-        for path in (*ours, *self._checkpoint_folders()):
+        ours = (self.settings, self.model, self.adapter, self.checkpoints, self.metrics, self.picture)
+        for path in (self.path / _LOCK, *ours, *self._checkpoint_folders()):
             if path.is_symlink():
                 raise CogsymError(
                     f"{path} is a symbolic link, expected what the run wrote there itself; put back what it leads to, "
@@ -197,16 +198,16 @@ class RunFolder:
                 "--out."
             )
 
-    def check_model(self, new: Path) -> None:
-        """Raise where the model's folder holds what is not in the `new` one, which is to take its place.
+    def check_replaced(self, folder: Path, new: Path) -> None:
+        """Raise where the folder of the model or its adapters holds what is not in the `new` one, which replaces it.
 
         Raises:
             RunStopped: that.
         """
-        there = {path.relative_to(self.model) for path in self.model.rglob("*")}
+        there = {path.relative_to(folder) for path in folder.rglob("*")}
         if others := sorted(there - {path.relative_to(new) for path in new.rglob("*")}):
             raise RunStopped(
-                f"The trained model was not written: {self.model / others[0]} is in its place and not of this run; "
+                f"The trained {folder.name} was not written: {folder / others[0]} is in its place and not of this run; "
                 "move it away and run again with --resume."
             )
 
@@ -228,7 +229,7 @@ class RunFolder:
 
     def remove_unfinished(self) -> None:
         """Remove what a kill left half written."""
-        for path in (self.settings, self.metrics, self.model, self.checkpoints / "checkpoint-*"):
+        for path in (self.settings, self.metrics, self.model, self.adapter, self.checkpoints / "checkpoint-*"):
             remove_leftovers(path)
 
 

@@ -9,7 +9,7 @@ from cogsym.errors import SettingError
 from cogsym.training.keep import Memory
 
 # What a resumed run may change: how, not what. One that needed too much memory goes on with less.
-FREE_TO_CHANGE = ("keep", "memory_budget", "stream")
+FREE_TO_CHANGE = ("keep", "memory_budget", "stream", "fsdp", "save_adapter")
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class TrainSettings:
             model passed in as an object stay as they are. The model is saved in the dtype of its base.
         lora_rank: train LoRA adapters of this rank on the planned layers' projections, not their weights; None for
             full weights. The scale is 2, alpha = 2 · rank.
+        save_adapter: write the adapters too, as peft does, beside the model into which they are merged.
         keep: what frozen layers hold for the backward pass, as in `cogsym.prepare`; it changes time and memory, not the
             result.
         memory_budget: bytes that they may hold, with "auto"; None is half of what is free.
         frozen_weights: "int8" holds those of frozen layers' linear maps in 8 bits, as in `cogsym.prepare`.
         stream: leave frozen layers on disk and read each when it is needed, as `cogsym.load_streamed` does.
+        fsdp: leave each rank a part of the weights, by FSDP2, not all of them.
         loss: "all" the text, or "target", what follows the first field of a template.
         separator: the token between documents; None takes the tokenizer's bos or eos.
         hold_out: share of the documents of each source that are not trained on but evaluated, as "held-out"; None
@@ -60,10 +62,12 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     lora_rank: int | None = None
+    save_adapter: bool = False
     keep: str = "auto"
     memory_budget: int | None = None
     frozen_weights: Literal["int8"] | None = None
     stream: bool = False
+    fsdp: bool = False
     loss: Literal["all", "target"] = "all"
     separator: str | None = None
     hold_out: float | None = None
@@ -98,6 +102,12 @@ class TrainSettings:
                 raise SettingError(name, f"is {getattr(self, name)!r}, expected {expected}.")
         if self.frozen_weights not in (None, "int8"):
             raise SettingError("frozen_weights", f"is {self.frozen_weights!r}, expected int8, or none at all.")
+        if self.save_adapter and self.lora_rank is None:
+            raise SettingError("save_adapter", "is set and there are no adapters to save; set lora_rank (--lora-rank).")
+        if self.fsdp and (self.stream or self.frozen_weights):
+            raise SettingError(
+                "fsdp", "is set, which shards weights in memory as they are; leave stream and frozen_weights out."
+            )
         if not 0 <= self.warmup < 1:
             raise SettingError("warmup", f"is {self.warmup}, expected a share of the steps, from 0 to less than 1.")
         if not 0 <= self.seed < 2**32:

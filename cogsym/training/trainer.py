@@ -29,7 +29,8 @@ from cogsym.signals import handled
 from cogsym.training import checkpoint
 from cogsym.training.evaluate import bits
 from cogsym.training.run_folder import RunFolder
-from cogsym.training.shares import SharedOrder
+from cogsym.training.sharded import gathered, part_for, trained_tensors, whole
+from cogsym.training.shares import SharedOrder, SharedRows
 
 _LOGGED = ("loss", "grad_norm", "learning_rate")
 
@@ -55,7 +56,8 @@ class OuterTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._bf16, self._folder, self._history, self._ranks = bf16, folder, history, ranks
         self._order: SharedOrder | None = None
-        self.first_loss, self._stepped = 0.0, False
+        self.first_loss, self._stepped, self._norm = 0.0, False, 0.0
+        self._loss, self._learned = torch.zeros(2, dtype=torch.float64, device=self.args.device).unbind()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, but that would train a step more where the checkpoint is that of the last step."""
@@ -66,6 +68,9 @@ class OuterTrainer(Trainer):
                 self.state = state
                 return self.callback_handler.on_train_begin(self.args, self.state, self.control)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _move_model_to_device(self, *_: Any) -> None:
+        """Leave the model where it is, on its device: each weight would be moved apart, and parts cannot be moved."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Trainer's, but that ranks never see a row twice, where they do not share the rows out evenly."""
@@ -81,9 +86,8 @@ class OuterTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of all ranks, in rows in which something is learned."""
-        learned = (inputs["labels"] != IGNORE).any(dim=1).sum() * inputs["labels"].shape[1]
-        self.state.num_input_tokens_seen += int(self.accelerator.gather(learned).sum())
+        """Count the tokens in rows in which something is learned; they are added up when the step ends."""
+        self._learned = self._learned + (inputs["labels"] != IGNORE).any(dim=1).sum() * inputs["labels"].shape[1]
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Trainer's contexts, and autocast.
@@ -97,20 +101,41 @@ class OuterTrainer(Trainer):
         return stack
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, which must be finite; of several ranks all stop at the gradient that it gives."""
+        """The model's own loss; each forward pass of a step has a part of it."""
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-        if self._ranks.size == 1 and not math.isfinite(float(loss.detach())):
-            raise self._not_finite("loss", float(loss.detach()))
-        if not self._stepped:  # each forward pass of a step has a part of its loss
-            self.first_loss += float(loss.detach())
+        self._loss = self._loss + loss.detach().double()
         return loss
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Trainer's."""
+        self.check_gradients()
+        return self._norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's: the norm before it was clipped."""
+        if grad_norm is None:  # nothing is clipped
+            self.check_gradients()
+        return self._norm
+
     def check_gradients(self) -> None:
-        """Stop before the optimizer makes the weights useless."""
+        """Clip them, and stop before the optimizer makes the weights useless. Once a step a GPU is waited for, here,
+        and told is all that the host has to know of the step.
+
+        Raises:
+            RunStopped: the loss or the gradient is not finite; of several ranks all stop at the gradient.
+        """
+        of = super()._clip_grad_norm if self.args.max_grad_norm > 0 else super()._get_grad_norm
+        norm = torch.as_tensor(whole(of(self.model_wrapped)), device=self.args.device)
+        learned = self.accelerator.gather(self._learned).sum()
+        loss, self._norm, learned = torch.stack([self._loss, norm.double(), learned.double()]).tolist()
+        if self._ranks.size == 1 and not math.isfinite(loss):
+            raise self._not_finite("loss", loss)
+        if not math.isfinite(self._norm):
+            raise self._ranks.once(self._not_finite("norm of the gradient", self._norm))
+        self.first_loss = self.first_loss if self._stepped else loss
+        self.state.num_input_tokens_seen += int(learned)
         self._stepped = True
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if not torch.isfinite(norm):
-            raise self._ranks.once(self._not_finite("norm of the gradient", float(norm)))
+        self._loss, self._learned = torch.zeros_like(self._loss), torch.zeros_like(self._learned)
 
     def _not_finite(self, what: str, value: float) -> RunStopped:
         kept = self._folder.complete_checkpoints()
@@ -127,28 +152,20 @@ class OuterTrainer(Trainer):
         datasets: dict[str, PackedDataset] = eval_dataset or self.eval_dataset
         metrics = {}
         for name, dataset in datasets.items():
-            share = range(self._ranks.rank, len(dataset), self._ranks.size)
+            rows = SharedRows(dataset, self._ranks.size)  # as many forward passes of each rank
+            share = range(self._ranks.rank, len(rows), self._ranks.size)
             with self.compute_loss_context_manager():
-                found = bits(self.model, dataset, share, self.args.per_device_eval_batch_size)
+                found = bits(self.model, rows, share, self.args.per_device_eval_batch_size)
             metrics[f"{metric_key_prefix}_{name}_bits_per_byte"] = self._ranks.total(found) / dataset.num_bytes
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the trained parameters: the frozen ones are in the base model already."""
-        trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, Path(output_dir or self.args.output_dir) / checkpoint.TRAINED)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / checkpoint.TRAINED)
         with torch.no_grad():
-            for name, p in (model or self.model).named_parameters():
-                if p.requires_grad:
-                    p.copy_(saved[name])
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        checkpoint.save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir) / checkpoint.OPTIMIZER)
+            for name, p in trained_tensors(model or self.model).items():
+                p.copy_(part_for(saved[name], p))
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is not None:
@@ -164,15 +181,18 @@ class OuterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write what a run goes on from, and remove the checkpoints that are not needed any more."""
         self.store_flos()
-        self._ranks.on_first(self._write_checkpoint)
+        # The frozen parameters are in the base model already.
+        trained = gathered(trained_tensors(self.model), self._ranks.first)
+        states = gathered(checkpoint.optimizer_tensors(self.optimizer), self._ranks.first)
+        self._ranks.on_first(lambda: self._write_checkpoint(trained, states))
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, trained: dict[str, Tensor], states: dict[str, Tensor]) -> None:
         self._folder.check_held()
         step = self.state.global_step
         try:
             with self._folder.new_checkpoint(step) as new:
-                self._save(str(new))
-                self._save_optimizer_and_scheduler(str(new))
+                save_file(trained, new / checkpoint.TRAINED)
+                checkpoint.save_optimizer(self.optimizer, self.lr_scheduler, states, new / checkpoint.OPTIMIZER)
                 checkpoint.save_random(new / checkpoint.RANDOM)
                 self.state.save_to_json(str(new / checkpoint.STATE))
                 _write_lines(new / checkpoint.METRICS, self._history)
@@ -252,11 +272,6 @@ class RunCallback(TrainerCallback):
         """Show something, or go on without where the terminal is gone."""
         with contextlib.suppress(OSError):
             show(*args)
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Look at the gradients."""
-        assert self.trainer is not None
-        self.trainer.check_gradients()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start a step's clock: evaluation and saving are not training."""

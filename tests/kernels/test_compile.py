@@ -18,6 +18,7 @@ if INTERPRETED:
     pytest.skip("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled", allow_module_level=True)
 
 import aot
+import facts
 import triton.language as tl
 
 
@@ -55,6 +56,14 @@ def hungry_kernel(x_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr + tl.arange(0, N), values / tl.sum(values, 0))
 
 
+@triton.jit
+def twice_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    """Loads what a sum of all of the first N decides on: 8 elements a thread, twice."""
+    first = tl.load(x_ptr + tl.arange(0, N)).to(tl.float32)
+    place = tl.sum(first, 0).to(tl.int32) * 16 + tl.arange(0, N)
+    tl.store(y_ptr + tl.arange(0, N), tl.load(x_ptr + place).to(tl.float32) + first)
+
+
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_spills_are_seen(target: str) -> None:
     N = 256 * 32 if aot.TARGETS[target].backend == "cuda" else 512 * 64  # the registers of one warp
@@ -72,3 +81,28 @@ def test_every_kernel_is_compiled() -> None:
     kernels = {value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     assert kernels
     assert compiled == kernels
+
+
+def test_the_table_of_facts_has_every_kernel() -> None:
+    """Written by facts.py: a row for every kernel and what it is launched for."""
+    rows = facts.PAGE.read_text("utf-8").splitlines()
+    assert f"| {' | '.join(facts.HEAD)} |" in rows
+    listed = {tuple(row.split(" | ")[:2]) for row in rows if row.startswith("| ")}
+    launched = {
+        (f"| {launch.kernel.__module__.split('.')[-1]}.{launch.kernel.__name__}", f"{case[0]} {case[1]}")
+        for case in aot.CASES
+        for launch in aot.launches(case, torch.bfloat16)
+    }
+    assert listed - {("| kernel", "launched for"), ("| ---", "---")} == launched
+
+
+def test_what_facts_are_read_from() -> None:
+    """Loads by their bytes, those between barriers, and the share that follows."""
+    x = torch.empty(1 << 16, device="meta", dtype=torch.bfloat16)
+    with aot.recorded() as launches:
+        twice_kernel[(1,)](x, x, N=1024, num_warps=4)
+    found = facts.read(launches[0])
+    assert found.loads == {16: 2} and found.between_barriers == 16 and not found.multiplications
+    assert found.resident_warps == 64
+    needed = facts.BANDWIDTH / facts.MULTIPROCESSORS * facts.LATENCY
+    assert found.estimate() == f"at most 93% of bandwidth, {64 * 32 * 16 / needed:.1f} times the bytes"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -25,6 +26,7 @@ from cogsym import CogsymError, LayerPlan, RunStopped, TrainSettings, heartbeat
 from cogsym.data import Document, Source, held_out, pack, read_documents, separator_id, tokenize
 from cogsym.models.attachment import RECORD
 from cogsym.models.loading import load_tokenizer
+from cogsym.training import checkpoint
 from cogsym.training.evaluate import bits_per_byte
 from cogsym.training.finetune import dry_run
 from cogsym.training.notices import risen
@@ -207,6 +209,23 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
         run(model_folder, text_file, tmp_path / "out")
 
 
+def test_adapters_are_saved_beside_the_model_into_which_they_are_merged(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    merged = run(model_folder, text_file, tmp_path / "out", lora_rank=2, steps=2)
+    adapter = tmp_path / "out" / "adapter"
+    assert not adapter.exists()
+    run(model_folder, text_file, tmp_path / "out", resume=True, lora_rank=2, steps=2, save_adapter=True)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter)
+    adapted = [name for name, _ in loaded.named_parameters() if "lora_" in name]
+    assert {name.split(".layers.")[1][0] for name in adapted} == {"0", "3"}
+    theirs, base = dict(loaded.merge_and_unload().named_parameters()), load_file(model_folder / "model.safetensors")
+    torch.testing.assert_close(theirs, {name: weights(merged)[name] for name in theirs})
+    assert any(not torch.equal(p, base[name]) for name, p in theirs.items())
+    with pytest.raises(CogsymError, match=r"save_adapter is set and there are no adapters to save; set lora_rank"):
+        TrainSettings(save_adapter=True)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_intact(
     model_folder: Path,
     text_file: Path,
@@ -214,15 +233,15 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(
     monkeypatch: pytest.MonkeyPatch,
     whole: cogsym.TrainResult,
 ) -> None:
-    original = OuterTrainer._save_optimizer_and_scheduler
+    original = checkpoint.save_optimizer
 
-    def full(self: OuterTrainer, folder: str) -> None:
-        if self.state.global_step > 3:
+    def full(optimizer: Any, scheduler: Any, *args: Any) -> None:
+        if scheduler.last_epoch > 3:
             raise OSError(28, "No space left on device")
-        original(self, folder)
+        original(optimizer, scheduler, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OuterTrainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(checkpoint, "save_optimizer", full)
         with pytest.raises(
             RunStopped, match=r"checkpoint at step 6 was not written .*No space left.*checkpoint-3 is intact"
         ):

@@ -292,6 +292,24 @@ def test_explain_says_how_the_head_runs() -> None:
     assert cogsym.explain(model).head == "logits by its own forward (another library has replaced the model's forward)"
 
 
+def test_logits_that_were_never_made_are_missed_in_a_sentence() -> None:
+    model, inputs = tiny_model("llama").train(), batch("plain")
+    want = model(**inputs)
+    outputs = cogsym.prepare(model, LayerPlan.outer(4))(**inputs)
+    assert outputs[0] is outputs["loss"] is outputs.loss and not hasattr(outputs, "logits")
+    assert outputs.attentions is None and pickle.loads(pickle.dumps(outputs)).loss == outputs.loss
+    with pytest.raises(CogsymError, match=r"code read the logits; prepare the model with logits=True, and each step"):
+        _ = outputs.logits.shape
+    with pytest.raises(AttributeError, match="CausalLMLoss has no attribute 'logit'"):
+        _ = outputs.logit
+    assert model.eval()(**inputs).logits.shape == want.logits.shape
+
+    outputs = cogsym.prepare(model.train(), LayerPlan.outer(4), logits=True)(**inputs)
+    torch.testing.assert_close([outputs.loss, outputs.logits], [want.loss, want.logits], rtol=1e-5, atol=1e-5)
+    assert cogsym.explain(model).head == "logits by its own forward (prepare was asked for them)"
+    assert cogsym.restore(model)(**inputs).logits.shape == want.logits.shape
+
+
 def test_what_peft_trains_outside_of_layers_stays_trained() -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = cogsym.prepare(get_peft_model(tiny_model("llama"), config), LayerPlan.outer(4, front=1, back=1))

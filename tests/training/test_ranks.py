@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from launched import Launched, sentences
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import cogsym
 from cogsym import CogsymError, TrainSettings
@@ -90,6 +93,58 @@ def test_a_signal_to_one_rank_ends_both_and_one_process_goes_on(steady: Path, te
     assert two.history[-1]["tokens"] == one.history[-1]["tokens"]
     assert two.bits_per_byte("news-sw") == pytest.approx(one.bits_per_byte("news-sw"), rel=1e-3)
     assert json.loads((tmp_path / "two" / "settings.json").read_text())["ranks"] == 2
+
+
+def test_ranks_that_share_the_weights_do_what_one_process_does(steady: Path, text_file: Path, tmp_path: Path) -> None:
+    one, out = alone(steady, text_file, tmp_path / "one", steps=4), tmp_path / "two"
+    status, told, said = Launched(*words(steady, text_file, out), "--steps", 4, "--fsdp").end()
+    assert status == 0, said
+    assert told.count("The model is in") == 1
+    bytes_here, bytes_in_all = map(int, re.findall(r"holds (\d+) of (\d+) bytes", said.replace(",", ""))[0])
+    assert bytes_here == bytes_in_all / 2
+    assert_same_run(one, out)
+    assert files(out) == files(tmp_path / "one")
+    written = load_file(out / "model" / "model.safetensors")
+    again = alone(steady, text_file, out, resume=True, batch_size=ROWS // 2, steps=4)  # from its last checkpoint
+    assert all(torch.equal(weight, written[n]) for n, weight in load_file(again.folder / "model.safetensors").items())
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(
+    steady: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """From a checkpoint of ranks that each held the whole model, on ranks that hold it in parts; with adapters."""
+    options: dict[str, Any] = {"steps": 40, "save_every": 10, "lora_rank": 2}
+    one, out = alone(steady, text_file, tmp_path / "one", **options), tmp_path / "two"
+    asked = [*words(steady, text_file, out), "--steps", 40, "--save-every", 10, "--lora-rank", 2]
+    launched = Launched(*asked)
+    rank = launched.rank(1)
+    launched.wait_until(lambda: (out / "checkpoints" / "checkpoint-10").exists())
+    os.kill(rank, signal.SIGKILL)
+    status, _, said = launched.end()
+    assert status != 0 and "cogsym: Another rank of this run has ended; what was written is whole" in said
+    assert sentences(said) == 1
+    status, _, said = Launched(*asked, "--resume", "--fsdp", "--save-adapter").end()
+    assert status == 0, said
+    assert_same_run(one, out)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(steady), out / "adapter")
+    merged = dict(adapted.merge_and_unload().named_parameters())
+    written = load_file(out / "model" / "model.safetensors")
+    torch.testing.assert_close(merged, {n: written[n] for n in merged})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, r"The setting fsdp is set, which shares the weights out among ranks, and this process is alone; start it"),
+        ({"stream": True}, r"fsdp is set, which shards weights in memory as they are; leave stream and"),
+        ({"frozen_weights": "int8"}, r"leave stream and frozen_weights out"),
+    ],
+)
+def test_weights_that_cannot_be_shared_out(
+    steady: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(CogsymError, match=words):
+        alone(steady, text_file, tmp_path / "out", fsdp=True, **changes)
 
 
 @pytest.mark.parametrize(

@@ -100,15 +100,21 @@ def test_backward(
 
 @pytest.mark.parametrize("D", [7, 64, 96])
 def test_programs_share_the_rows(D: int, loop: None, random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many there are, each row is read once: dx has the same bits, and dweight is the same sum."""
-    dy, h, weight = random(75, D), random(75, D), random(D)
+    """However many there are, each row is read once: dx has the same bits, and dweight is the same sum; whether the
+    next row is on its way while one is computed or not."""
+    dy, h, dh, weight = random(75, D), random(75, D), random(75, D), random(D)
     results = []
-    for warps in (1, 4, 10**6):
+    for warps, prefetched in itertools.product((1, 4, 10**6), (D, 0)):
         monkeypatch.setattr(kernels, "BACKWARD_WARPS_PER_MULTIPROCESSOR", warps)
-        results.append(launch.rms_norm_backward(dy, h, weight, EPS, 0.0, None, True, True))
-    for dx, dweight in results[1:]:
+        monkeypatch.setattr(kernels, "LONG_BACKWARD_WARPS_PER_MULTIPROCESSOR", warps)
+        monkeypatch.setattr(kernels, "LONGEST_ROW_PREFETCHED", prefetched)
+        results.append(launch.rms_norm_backward(dy, h, weight, EPS, 0.0, dh, True, True))
+    for dx, dweight in results:
         assert torch.equal(dx, results[0][0])
-        torch.testing.assert_close(dweight, results[0][1], rtol=1e-5, atol=1e-5)
+        for got, plain in zip(
+            (dx, dweight), rms_norm_backward_reference(dy, h, weight, EPS, 0.0, dh, True, True), strict=True
+        ):
+            torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
