@@ -15,15 +15,15 @@ import random
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cogsym.bench import process
+from cogsym.bench import process, report
 from cogsym.bench.case import OURS, Case, CaseSpec, Line, Setting
 from cogsym.bench.checkpoint import WORDS, write_model
 from cogsym.bench.method import Variant
 from cogsym.bench.models import shape_of
-from cogsym.bench.report import Table
 from cogsym.bench.study import Study, main
 
 METHODS = {"one front and one back layer": None, "LoRA on the outer quarter": 16}  # the rank
@@ -98,20 +98,16 @@ def case(model: str, rank: int | None, setting: Setting) -> Case:
     return result
 
 
-def table(lines: list[Line]) -> Table:
-    rows = []
-    for line in lines:
-        resident = line["variants"][OURS]
-        for label, name in ((OURS, "in memory"), (STREAMED, "`--stream`")):
-            result = line["variants"][label]
-            rows.append([
-                line["name"] if label == OURS else "", name, f"{result['peak_bytes'] / 1e9:.2f} GB",
-                f"{result['library_bytes'] / 1e9:.2f} GB", f"{result['seconds']:.2f}",
-                f"{result['seconds'] / resident['seconds']:.2f}",
-            ])  # fmt: skip
-    return ["", "frozen layers", "memory at its peak", "of it Python", "seconds a step", "time / in memory"], rows
+def cells(line: Line, result: dict[str, Any]) -> dict[str, str]:
+    return {
+        "memory at its peak": f"{result['peak_bytes'] / 1e9:.2f} GB",
+        "of it Python": f"{result['library_bytes'] / 1e9:.2f} GB",
+        "seconds a step": f"{result['seconds']:.2f}",
+        "time / cogsym": report.spread(result.get("over_cogsym")),
+    }
 
 
+table = report.by_variant(cells, {OURS: "in memory", STREAMED: "`--stream`"}.__getitem__)
 STUDY = Study("streamed_train", cases, table, pictures=(), models=("Qwen2.5-1.5B",))
 
 if __name__ == "__main__":
