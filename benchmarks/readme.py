@@ -117,7 +117,7 @@ _PARTS = ("ops", "train", "sweep", "generate", "install")
 TABLES: dict[str, tuple[str, Callable[[str, Path], str]]] = {
     **{
         name: (name, chosen)
-        for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install", "harness")
+        for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install", "harness", "waiting")
     },
     "ops": ("ops", partial(chosen, words="SmolLM2.*bfloat16")),
     "train": ("train", partial(chosen, words="SmolLM2.*: outer")),

@@ -145,6 +145,10 @@ def main() -> None:
 
     Of several ranks the first one speaks, and another one where something is wrong there alone.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Before torch loads libgomp, whose threads spin for milliseconds before they sleep: where another program has
+        # a core, that keeps off the other one the thread that is waited for. docs/environment.md has what it costs.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if rank_here():
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (until the process ends)
     try:

@@ -21,7 +21,8 @@ def describe() -> list[tuple[str, str]]:
     rows = [("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     rows += [(name, _version(name)) for name in _PACKAGES]
     rows.append(("processor", _processor()))
-    rows.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
+    waiting = [f", {name} {os.environ[name]}" for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ]
+    rows.append(("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores{''.join(waiting)}"))
     rows.append(("extension", _extension()))
     rows.append(("products", ", ".join(map(_products, _HALF_DTYPES))))
     if torch.cuda.is_available():

@@ -115,6 +115,20 @@ def test_info(cogsym: Callable[..., Done]) -> None:
     assert {"rms_norm", "rotary", "gated_activation", "extension", "processor", "gpu"} <= rows.keys()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp on Linux")
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_threads_that_wait_sleep_early(given: dict[str, str], count: str) -> None:
+    """What libgomp itself says that it goes by; what the user says is left alone."""
+    rest = {name: v for name, v in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = process("info", env=rest | given | {"OMP_DISPLAY_ENV": "verbose"})
+    assert f"GOMP_SPINCOUNT = '{count}'" in done.stderr
+    assert all(
+        f" cores, {name} {value}\n" in done.stdout for name, value in (given or {"GOMP_SPINCOUNT": count}).items()
+    )
+
+
 def test_generate(cogsym: Callable[..., Done], complaint: Callable[..., str], model_folder: Path) -> None:
     """Greedily, as transformers writes from the same tokens."""
     done = cogsym("generate", model_folder, "--prompt", "habari za", "--prompt", "mimi", "--tokens", "5")

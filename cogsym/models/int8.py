@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cogsym import ops
@@ -24,6 +23,7 @@ from cogsym.errors import CogsymError
 from cogsym.models.attachment import attach, attachment, detach
 from cogsym.models.loading import check_model_folder
 from cogsym.models.projections import SCALE, compute_dtype
+from cogsym.models.streaming import WeightFiles
 from cogsym.ops.int8_linear import quantise
 
 
@@ -32,13 +32,13 @@ class Original:
     """Where a weight came from.
 
     Attributes:
-        file: in safetensors.
-        name: in the file.
+        folder: of safetensors.
+        name: in its files.
         dtype: that the model has it in.
         digest: SHA-256 of it in that dtype.
     """
 
-    file: Path
+    folder: Path
     name: str
     dtype: torch.dtype
     digest: str
@@ -49,13 +49,26 @@ class Original:
         Raises:
             CogsymError: it is gone, or another by now.
         """
-        weight = _read(self.file, self.name).to(self.dtype)
+        try:
+            files = WeightFiles(self.folder)  # as they are now: they may have been written again, of the same weights
+            weight = files.read(self.name) if self.name in files else None
+        except (CogsymError, OSError) as error:
+            raise self._gone(str(error)) from error
+        if weight is None:
+            raise self._gone("no file holds it")
+        weight = weight.to(self.dtype)
         if _digest(weight) != self.digest:
             raise CogsymError(
-                f"{self.file} holds another {self.name} than when the frozen weights were quantised, expected the same "
-                "one, which is saved with the trained ones; put the file back as it was."
+                f"{self.folder} holds another {self.name} than when the frozen weights were quantised, expected the "
+                "same one, which is saved with the trained ones; put its files back as they were."
             )
         return weight
+
+    def _gone(self, why: str) -> CogsymError:
+        return CogsymError(
+            f"{self.folder} does not give {self.name} any more ({why}), which is saved with the trained weights; put "
+            "its files back as they were."
+        )
 
 
 @dataclass(frozen=True)
@@ -100,17 +113,16 @@ def frozen_to_int8(model: nn.Module, modules: Iterable[nn.Linear]) -> None:
     """
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     names = {module: name for name, module in base.named_modules()}
-    folder = _folder_of(base.config)
-    files = _files_of(folder)
+    files = WeightFiles(_folder_of(base.config))
     for module in modules:
         name, weight = f"{names[module]}.weight", module.weight.detach().cpu()
-        held = _read(files[name], name).to(weight.dtype) if name in files else None
+        held = files.read(name).to(weight.dtype) if name in files else None
         if held is None or not torch.equal(held, weight):
             raise CogsymError(
-                f"{name} is not in {folder} as the model has it, expected the same, as int8 weights are saved from "
-                "there; save the model with save_pretrained and load it from that folder."
+                f"{name} is not in {files.folder} as the model has it, expected the same, as int8 weights are saved "
+                "from there; save the model with save_pretrained and load it from that folder."
             )
-        to_int8(module, Original(files[name], name, weight.dtype, _digest(weight)))
+        to_int8(module, Original(files.folder, name, weight.dtype, _digest(weight)))
 
 
 def to_original(model: nn.Module) -> None:
@@ -175,28 +187,6 @@ def _folder_of(config: Any) -> Path:
     if folder := check_model_folder(name):
         return folder.resolve()
     return Path(snapshot_download(name, revision=getattr(config, "_commit_hash", None), local_files_only=True))
-
-
-def _files_of(folder: Path) -> dict[str, Path]:
-    """The file of each tensor."""
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found |= dict.fromkeys(opened.keys(), file)
-    return found
-
-
-def _read(file: Path, name: str) -> Tensor:
-    """A tensor, in memory of its own."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name).clone()
-    except (OSError, SafetensorError) as error:
-        raise CogsymError(
-            f"{file} does not give {name} any more ({error}), which is saved with the trained weights; put the file "
-            "back as it was."
-        ) from error
-    return tensor
 
 
 def _digest(weight: Tensor) -> str:

@@ -46,7 +46,10 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> Any:
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises AttributeError, KeyError, AssertionError ... for what it is given
-        raise CogsymError(f"The model {str(name)!r} does not load: {_one_line(error)}.") from error
+        why = _one_line(error)
+        if "ignore_mismatched_sizes" in why:  # and the weights are in a report that goes to the log
+            why = "its weights have other shapes than config.json gives them; take the files that belong together"
+        raise CogsymError(f"The model {str(name)!r} does not load: {why}.") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers fills these in at random and only warns.

@@ -63,6 +63,52 @@ def visible_keys(attention_mask: Any, length: int) -> Visible:
     return visible
 
 
+def mask_ahead(
+    attention_mask: Any, position_ids: Any, length: int, device: torch.device, blind_queries: bool
+) -> Tensor | None:
+    """What a decoder may be given in the place of the mask that it would make, for layers that read `visible_keys`.
+
+    transformers hands a mask of four dimensions on as it is. This one has no elements, where its own has T x T for each
+    row; `visible_keys` knows what it stands for. On a GPU one number is waited for, none where there is nothing to see.
+
+    Args:
+        attention_mask: as a decoder takes it: None, or [B, T], 0 for padding.
+        position_ids: likewise, [B or 1, T]; where they do not go on by 1 and there is no mask, a document begins.
+        length: T.
+        device: of the states.
+        blind_queries: whether padding that sees nothing may have an attention of 0.
+
+    Returns:
+        [0, 1, T, T]; None where a mask has to say it.
+    """
+    place = torch.arange(length, device=device, dtype=torch.int32)
+    if attention_mask is None and position_ids is None:
+        visible = Visible()
+    elif attention_mask is None:
+        if position_ids.dim() != 2 or position_ids.shape[1] != length:
+            return None
+        begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+        starts = torch.where(begins, place, 0).cummax(-1).values
+        visible = Visible(starts if begins.any() else None)
+    else:
+        if attention_mask.dim() != 2 or attention_mask.shape[1] != length:
+            return None
+        there = attention_mask.to(device, torch.bool)
+        count = there.cumsum(-1, dtype=torch.int32)
+        blind = count == 0
+        first = blind.sum(-1, keepdim=True, dtype=torch.int32)
+        without_holes = (~there | (count == place - first + 1)).all()
+        whole, fits, some_blind = torch.stack([there.all(), without_holes, blind.any()]).tolist()
+        if not fits or (some_blind and not blind_queries):
+            return None
+        visible = Visible(
+            None if whole else torch.where(there, first, place), blind[..., None, None] if some_blind else None
+        )
+    stand_in = place.new_empty(0, 1, length, length)
+    _read[stand_in] = visible
+    return stand_in
+
+
 def _visible_keys(mask: Tensor) -> Visible | None:
     """`visible_keys` of [B or 1, T, T], or None where a query sees something else."""
     visible = mask if mask.dtype == torch.bool else mask == 0

@@ -3,7 +3,7 @@
 Queries, keys and values are three products of one input, gate and up two. Where none of their weights changes any more
 they can be one: their rows are laid beside each other in one storage, of which each parameter stays a view. Nothing
 else is kept, no weight is held twice, and `state_dict` does not change; whether weights lie so is read off them at each
-call, so that moving or sharding the model merely makes the products several again.
+call, so that sharding the model merely makes the products several again.
 """
 
 from __future__ import annotations

@@ -70,6 +70,10 @@ class WeightFiles:
             for name, it in header.items():
                 self._stored[name] = _Stored(file, it["dtype"], tuple(it["shape"]), 8 + size + it["data_offsets"][0])
 
+    def __contains__(self, name: str) -> bool:
+        """Whether `read` gives a tensor of that name: it is there, in floating point of 16 bits or more."""
+        return name in self._stored and self._stored[name].dtype in _DTYPES
+
     def check(self, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse a checkpoint that does not have its weights as the model has them."""
         for name in names:

@@ -25,21 +25,22 @@ class Rows(NamedTuple):
 
 
 def counted(hidden: Tensor, targets: Tensor, ignore_index: int, V: int) -> Rows:
-    """The rows of hidden states, [..., D], whose target is not `ignore_index`.
+    """The rows of hidden states, [..., D], whose target is not `ignore_index`. A GPU is waited for once.
 
     Raises:
         IndexError: a target outside [0, V).
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]).contiguous(), targets.reshape(-1).contiguous()
-    index = (targets != ignore_index).nonzero()[:, 0]
-    rows = Rows(hidden, targets, None)
-    if len(index) < len(targets):
-        rows = Rows(hidden[index], targets[index], index)
-    if len(index):
-        lowest, highest = (t.item() for t in rows.targets.aminmax())
-        if lowest < 0 or highest >= V:
-            wrong = lowest if lowest < 0 else highest
+    if not len(targets):
+        return Rows(hidden, targets, None)
+    counts = targets != ignore_index
+    number, *limits = torch.stack([counts.sum(), *torch.where(counts, targets, 0).aminmax()]).tolist()
+    for target in limits if number else ():
+        if not 0 <= target < V:
             raise IndexError(
-                f"linear_cross_entropy: a target is {wrong}, expected 0 to {V - 1} or ignore_index {ignore_index}."
+                f"linear_cross_entropy: a target is {target}, expected 0 to {V - 1} or ignore_index {ignore_index}."
             )
-    return rows
+    if number == len(targets):
+        return Rows(hidden, targets, None)
+    index = counts.nonzero_static(size=number)[:, 0]
+    return Rows(hidden[index], targets[index], index)

@@ -1,7 +1,7 @@
 """PyTorch's flash attention, forward and backward apart, under the names and with the arguments of the references.
 
 It serves CUDA tensors in half precision (FlashAttention-2, arXiv 2307.08691), and CPU tensors where the C++ extension
-is not built. The CUDA half follows the schema of torch 2.13; no GPU has run it yet.
+is not built. The CUDA half calls what scaled_dot_product_attention calls for whole rows; no GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cogsym.ops.backend import Backend, Facts
+from cogsym.ops.cpp import contiguous_rows
 
 # How sequences lie in a batch: one a row, or as `starts` says.
 Sequences = Literal["whole", "by starts"]
@@ -73,17 +74,14 @@ def attention(
     soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """As `cogsym.ops.attention.attention_reference`."""
-    B, T, H, _ = q.shape
     if not q.is_cuda:
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v), 0.0, True, scale=scale)
         return _with_sinks(o.transpose(1, 2).contiguous(), lse.contiguous(), sinks)
-    ends = _ends(q)
-    # The last key that a query sees is its own, which window_size_right says: 0 keys after it.
+    q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
     o, lse, *_ = aten._flash_attention_forward(
-        *(x.flatten(0, 1) for x in (q, k, v)), ends, ends, T, T, 0.0, True, False,
-        scale=scale, window_size_left=None if window is None else window - 1, window_size_right=0,
-    )  # fmt: skip
-    return _with_sinks(o.view(q.shape), lse.view(H, B, T).transpose(0, 1).contiguous(), sinks)
+        q, k, v, None, None, q.shape[1], q.shape[1], 0.0, True, False, scale=scale, **_window(window)
+    )
+    return _with_sinks(o.contiguous(), lse, sinks)
 
 
 def attention_backward(
@@ -109,16 +107,11 @@ def attention_backward(
         )
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
     else:
-        ends, T = _ends(q), q.shape[1]
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
-        dq, dk, dv = (
-            x.unflatten(0, q.shape[:2])
-            for x in aten._flash_attention_backward(
-                *(x.flatten(0, 1) for x in (dout, q, k, v, o)), lse.transpose(0, 1).flatten(1), ends, ends,
-                T, T, 0.0, True, unused, unused,
-                scale=scale, window_size_left=None if window is None else window - 1, window_size_right=0,
-            )
-        )  # fmt: skip
+        q, k, v, T = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), q.shape[1]
+        unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
+        dq, dk, dv = aten._flash_attention_backward(
+            dout, q, k, v, o, lse, None, None, T, T, 0.0, True, unused, unused, scale=scale, **_window(window)
+        )
     return (
         dq.contiguous() if need_dq else q.new_empty(0),
         dk.contiguous() if need_dk else k.new_empty(0),
@@ -138,7 +131,6 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
 
 
-def _ends(q: Tensor) -> Tensor:
-    """Cumulative lengths of the rows."""
-    B, T = q.shape[:2]
-    return torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
+def _window(window: int | None) -> dict[str, int | None]:
+    """How many keys before and behind its own a query sees."""
+    return {"window_size_left": None if window is None else window - 1, "window_size_right": 0}

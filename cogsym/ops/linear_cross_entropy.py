@@ -130,7 +130,8 @@ def token_scores(
     soft_cap: float | None = None,
     scale: float = 1.0,
 ) -> TokenScores:
-    """What `linear_cross_entropy` is made of, for each token and without gradients; arguments as there."""
+    """What `linear_cross_entropy` is made of, for each token and without gradients; arguments as there. A GPU is not
+    waited for: there a target outside [0, V) that is not `ignore_index` has NaN for its logit and loss."""
     hidden, weight, targets = _prepared("token_scores", hidden, weight, targets, soft_cap, scale)
     target_logit, logsumexp, argmax = _token_scores(hidden, weight, targets, ignore_index, soft_cap or 0.0, scale)
     return TokenScores(target_logit, logsumexp, argmax, logsumexp - target_logit)
@@ -287,6 +288,8 @@ def _token_scores_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, soft_cap: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(target_logit, logsumexp, argmax)."""
+    if hidden.is_cuda:
+        return logit_blocks.scores_of_all(hidden, weight, targets, ignore_index, soft_cap, scale)
     rows = counted(hidden, targets, ignore_index, len(weight))
     arguments = rows.hidden, rows.targets, weight, soft_cap, scale
     state = logit_blocks.HEAD_STATISTICS.implementation(*arguments)(*arguments)

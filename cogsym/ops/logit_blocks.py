@@ -340,6 +340,21 @@ def backward_pass(
     return None if dhidden is None else dhidden.to(hidden.dtype), dweight
 
 
+def scores_of_all(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, soft_cap: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(target_logit, logsumexp, argmax) of every row, without looking at which of them count."""
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]).contiguous(), targets.reshape(-1)
+    known = (flat >= 0) & (flat < len(weight))
+    state = head_statistics_reference(rows, torch.where(known, flat, 0), weight, soft_cap, scale)
+    assert state.argmax is not None
+    logit = torch.where(known, state.target_logit, torch.nan)
+    found = (logit, 0), (state.logsumexp(scale, soft_cap), 0), (state.argmax, -1)
+    ignored = flat == ignore_index
+    target_logit, logsumexp, argmax = (torch.where(ignored, fill, x).view(targets.shape) for x, fill in found)
+    return target_logit, logsumexp, argmax
+
+
 def row_pieces(count: int, device: torch.device, D: int) -> Iterator[tuple[int, int]]:
     """(begin, end) of the rows of each block, of hidden states of D numbers.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -20,10 +21,11 @@ def counted(number: int, name: str) -> str:
 class SweepProgress:
     """A bar on a terminal, a line a minute elsewhere, and one after the first documents."""
 
-    def __init__(self, console: Console, total: int) -> None:
-        """Start at 0 of `total` documents."""
-        self._console, self._total = console, total
-        self._done = self._computed = 0
+    def __init__(self, console: Console, total: Mapping[str, int], weights: Mapping[str, float]) -> None:
+        """Start at 0 of so many documents of each task, each taking so long beside those of other tasks."""
+        self._console, self._total, self._weights = console, sum(total.values()), weights
+        self._done, self._computed, self._end = 0, 0.0, 0.0
+        self._left = sum(number * weights[task] for task, number in total.items())
         self._forwards = 0.0
         self._began = time.monotonic()
         self._heartbeat, self._doing = Heartbeat(self._tell), "sweep"
@@ -33,39 +35,48 @@ class SweepProgress:
             TextColumn("{task.completed}/{task.total} documents"),
             TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
-            TextColumn("elapsed"),
+            TextColumn("elapsed{task.fields[left]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("sweep", total=total, detail="")
+        self._task = self._bar.add_task("sweep", total=self._total, detail="", left="")
 
     def forwards(self, number: float) -> None:
         """So many layers have been computed, each for one state of the documents at hand."""
         self._forwards += number
-        self._bar.update(self._task, detail=self._detail())
+        self._bar.update(self._task, detail=self._rate(), left=self._time_left())
 
     def documents(self, task: str, number: int, computed: bool) -> None:
         """So many documents of a task are done; or were before."""
+        first = computed and not self._computed
         self._done += number
-        self._computed += number * computed
-        self._bar.update(self._task, description=task, completed=self._done, detail=self._detail())
+        self._computed += number * computed * self._weights[task]
+        self._left -= number * self._weights[task]
+        if self._computed:  # as of now: what is under way is not known to be late
+            self._end = self._seconds() * (1 + self._left / self._computed)
+        self._bar.update(
+            self._task, description=task, completed=self._done, detail=self._rate(), left=self._time_left()
+        )
         self._doing = task
-        if not self._console.is_terminal and (self._done == self._total or self._computed == number > 0):
+        if not self._console.is_terminal and (first or self._done == self._total):
             self._tell()
 
     def _tell(self) -> None:
         with contextlib.suppress(OSError):  # the terminal may be gone
-            line = f"{self._doing}: {self._done}/{self._total} documents, {self._detail()}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            line = (
+                f"{self._doing}: {self._done}/{self._total} documents, {self._rate()}, {clock(self._seconds())} elapsed"
+            )
+            self._console.print(f"{line}{self._time_left()}", highlight=False, markup=False, soft_wrap=True)
 
-    def _detail(self) -> str:
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        words = [f"{self._forwards / seconds:,.0f} layer-forwards/s"]
-        if not self._console.is_terminal:
-            words.append(f"{clock(seconds)} elapsed")
-        if self._computed:
-            words.append(f"{clock(seconds / self._computed * (self._total - self._done))} left")
-        return ", ".join(words)
+    def _seconds(self) -> float:
+        return max(time.monotonic() - self._began, 1e-9)
+
+    def _rate(self) -> str:
+        return f"{self._forwards / self._seconds():,.0f} layer-forwards/s"
+
+    def _time_left(self) -> str:
+        """By how long the documents have taken so far; nothing before the first."""
+        return f", {clock(max(0.0, self._end - self._seconds()))} left" if self._computed else ""
 
     def __enter__(self) -> SweepProgress:
         self._bar.start()

@@ -122,7 +122,9 @@ def sweep(
         if dry_run:
             return None
         key = running.key(str(model) if isinstance(model, (str, Path)) else None)
-        results = stack.enter_context(Results.open(out, key, resume=resume, ranks=ranks))
+        digests = {task.name: task.digest for task in loaded_tasks}
+        opened = Results.open(out, key, resume=resume, ranks=ranks, digest=lambda name, n: digests[name](n))
+        results = stack.enter_context(opened)
         with as_interrupts(), running.progress() as progress:
             try:
                 if search:
@@ -182,7 +184,10 @@ class _Sweep:
         self._layers, self._tokenizer, self._tasks, self._settings = layers, tokenizer, tasks, settings
         self._say, self._console = partial(_say, console), console
         self._streamed = isinstance(layers, StreamedLayers)
-        self._at_once: dict[int, int] = {}  # documents that a piece of so many configurations may have
+        # Documents that a piece of a task may have, by (its name, how many configurations); seconds that a document of
+        # a task takes in all rounds, as far as they are estimated.
+        self._at_once: dict[tuple[str, int], int] = {}
+        self._seconds: dict[str, float] = {}
         self._check_actions({name for asked in rounds for c in asked.configurations for name in c.actions})
         self._engine, self._head = Engine(layers), SweepHead(layers.model)
         self._rounds = [(Trie(asked.configurations, self._engine.topology), asked.times) for asked in rounds]
@@ -295,14 +300,20 @@ class _Sweep:
             return
         block = next(self._layers.walk([(0, {"model"})]))["model"].block
         assert block is not None
-        estimate = DurationEstimate(block, self._head, self._layers)
-        seconds = sum(times * estimate.seconds(t, docs) for t, times in self._rounds for docs in self._documents)
-        self._say(f"about {seconds / self._ranks.size:,.0f} s")
+        estimate, total = DurationEstimate(block, self._head, self._layers), 0.0
+        for task, documents in zip(self._tasks, self._documents, strict=True):
+            seconds = sum(times * estimate.seconds(t, documents) for t, times in self._rounds)
+            self._seconds[task.name] = seconds / len(documents)
+            total += seconds
+        self._say(f"about {total / self._ranks.size:,.0f} s")
 
     def progress(self) -> SweepProgress:
         """Of all rounds, this rank's share."""
-        share = sum(len(documents[self._ranks.rank :: self._ranks.size]) for documents in self._documents)
-        progress = SweepProgress(self._console, len(self._rounds) * share)
+        shares = {
+            task.name: len(self._rounds) * len(documents[self._ranks.rank :: self._ranks.size])
+            for task, documents in zip(self._tasks, self._documents, strict=True)
+        }
+        progress = SweepProgress(self._console, shares, self._seconds or dict.fromkeys(shares, 1.0))
         self._engine.on_forwards = progress.forwards
         return progress
 
@@ -355,7 +366,10 @@ class _Sweep:
     ) -> None:
         """Ask about documents a piece at a time; where one does not fit into memory, it and the others are halved."""
         memory, most = PassMemory(self._sizes, trie), len(documents)
-        at_once = most if self._streamed else self._at_once.get(len(trie.configurations), _FIRST_PIECE)
+        sort = task.name, len(trie.configurations)
+        of_round = self._seconds.get(task.name, 0.0) / len(self._rounds)
+        first = max(1, min(_FIRST_PIECE, int(_PIECE_SECONDS / max(of_round, 1e-3))))
+        at_once = most if self._streamed else self._at_once.get(sort, first)
         while documents:
             piece = documents[: min(most, at_once, memory.piece(documents, self._budget, self._streamed))]
             began = time.monotonic()
@@ -370,7 +384,7 @@ class _Sweep:
                 if not self._streamed:  # where a piece takes a pass over the checkpoint
                     within = _PIECE_SECONDS / max(time.monotonic() - began, 1e-3) * len(piece)
                     at_once = max(1, min(int(within), _GROWTH * len(piece)))
-                    self._at_once[len(trie.configurations)] = at_once
+                    self._at_once[sort] = at_once
                 progress.documents(task.name, len(piece), computed=True)
                 documents = documents[len(piece) :]
             elif len(piece) > 1:

@@ -38,14 +38,14 @@ def bits_per_byte(model: Any, dataset: PackedDataset, batch_size: int = 8) -> fl
 
 def bits(model: Any, dataset: Dataset[dict[str, Tensor]], rows: Sequence[int], batch_size: int) -> float:
     """Those of some rows of `dataset`, of which each is a part of the sum that `bits_per_byte` divides."""
-    nats = 0.0
+    nats = torch.zeros((), dtype=torch.float64, device=model.device)
     with _evaluating(model):
         for start in range(0, len(rows), batch_size):
             asked = [dataset[i] for i in rows[start : start + batch_size]]
             batch = {key: torch.stack([row[key] for row in asked]).to(model.device) for key in asked[0]}
             labels = batch.pop("labels")
-            nats -= _log_probabilities(model, labels, **batch).sum().item()
-    return nats / math.log(2)
+            nats = nats - _log_probabilities(model, labels, **batch).sum()
+    return float(nats) / math.log(2)
 
 
 def option_log_probabilities(

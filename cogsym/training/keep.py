@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cogsym.errors import SettingError
 from cogsym.memory import free_bytes
@@ -175,7 +176,8 @@ class Memory:
     Args:
         keep: one of `KEEPS`, or "auto".
         budget: bytes that the frozen layers may hold for the backward pass, for "auto"; None is half of what is free
-            when a batch of a new shape first comes, the other half being left to the trained layers and the head.
+            when a batch of a new shape first comes, gradients and an optimizer's states that are yet to come not
+            counted as free, the other half being left to the trained layers and the head.
 
     Raises:
         CogsymError: an unknown `keep`, or a budget that is not positive or not for "auto".
@@ -190,6 +192,7 @@ class Memory:
             )
         self.keep, self.budget = keep, budget
         self.blocks: dict[int, Block] = {}  # the frozen layers that decide, by index
+        self.trained: list[Tensor] = []  # the parameters
         self.shape: tuple[int, int] | None = None  # of the batch that the choice is for
         self.sizes: tuple[int, int] | None = None  # bytes of an element of its products and of its residual stream
         self._chosen: dict[tuple[int, int], dict[int, Keep]] = {}
@@ -203,7 +206,7 @@ class Memory:
                 "memory; on a CPU use 'input' or 'nothing'.",
             )
 
-    def of(self, index: int, x: torch.Tensor) -> Keep:
+    def of(self, index: int, x: Tensor) -> Keep:
         """What layer `index` keeps of a batch whose residual stream is x, [B, T, D]."""
         self.check(x.device.type)
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -214,11 +217,16 @@ class Memory:
         self.shape = (x.shape[0], x.shape[1])
         if self.shape not in self._chosen:
             graph = {i: block for i, block in self.blocks.items() if i >= index}
-            budget = self.budget or free_bytes(x.device) // 2
+            budget = self.budget or (free_bytes(x.device) - self._awaited()) // 2
             self._chosen[self.shape] = choose(
                 graph, x.shape[0] * x.shape[1], x.shape[1], self.sizes[0], budget, stream_size=self.sizes[1]
             )
         return self._chosen[self.shape].get(index, "input")
+
+    def _awaited(self) -> int:
+        """Bytes of gradients that are not there, and before the first step of AdamW's states, two a parameter."""
+        gradients = sum(p.nbytes for p in self.trained if p.grad is None)
+        return gradients + (0 if self._chosen else 2 * sum(p.nbytes for p in self.trained))
 
     def least(self, first: int, rows: int, length: int, element_size: int) -> int:
         """Bytes that the frozen layers from `first` on hold of such a batch whatever is chosen: a run's input each."""

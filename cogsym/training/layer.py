@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from cogsym.errors import CogsymError
 from cogsym.models import Block, UnknownLayerError, read_block
+from cogsym.models.attention import AttentionHalf
 from cogsym.models.guard import Watch, why_own
 from cogsym.models.half import OwnHalf
 from cogsym.training.autograd import Keep
@@ -32,6 +34,15 @@ class How(NamedTuple):
     trained: bool
     frozen: bool
 
+    def attends_by_starts(self, kwargs: Mapping[str, Any], training: bool) -> bool:
+        """Whether a call with these keywords and without a cache runs our attention, if the mask allows."""
+        block = self.block
+        if block is None or not isinstance(block.attention, AttentionHalf) or block.attention.foreign(training):
+            return False
+        if (training and block.dropout) or wants(block, kwargs, "output_attentions"):
+            return False
+        return not (self.frozen and why_whole(block, kwargs, training))
+
 
 class PreparedLayer:
     """Kept on a prepared layer.
@@ -48,6 +59,7 @@ class PreparedLayer:
         self._watch: Watch | None = None
         self._how = How(None, "", False, False)
         self._own_attention: dict[str, Block] = {}
+        self._decided: tuple[weakref.ref[Any] | None, How] = (None, self._how)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy reads its own layer anew."""
@@ -62,6 +74,15 @@ class PreparedLayer:
             self._how, self._watch = self._read(layer), Watch(layer)
             self._own_attention = {}
         return self._how
+
+    def decide(self, mask: Tensor, how: How) -> None:
+        """Run so where the layer is called with this mask, which tells nothing to any other way."""
+        self._decided = weakref.ref(mask), how
+
+    def decided(self, mask: Any) -> How | None:
+        """How the layer runs with such a mask, where `decide` said so."""
+        of, how = self._decided
+        return how if of is not None and mask is not None and of() is mask else None
 
     def with_own_attention(self, reason: str) -> Block:
         """The block with attention by its module's own forward, for a call that ours cannot serve."""

@@ -3,7 +3,7 @@
 `prepare` sets which parameters need a gradient and gives decoder layers and the model with the head an instance
 attribute `forward`. Classes, parameters, buffers and `state_dict` keys stay as they are, so everything that works with
 the model goes on working; deleting the attributes undoes it. A frozen layer's weights of the same input are laid
-beside each other in memory, and have storage of their own again after `restore`.
+beside each other in memory, wherever `model.to` moves them, and have storage of their own again after `restore`.
 
 Wrap the prepared model for several processes as any other. A layer that FSDP2's `fully_shard` shards by itself has its
 weights only while it runs or its own gradient is computed, so it cannot be computed again with a run of others and
@@ -43,6 +43,7 @@ from cogsym.plan import LayerPlan, Part
 from cogsym.training.autograd import run_frozen
 from cogsym.training.keep import Memory
 from cogsym.training.layer import PreparedLayer, possible, wants, why_whole
+from cogsym.training.short_mask import PreparedDecoder
 from cogsym.training.streamed import on_disk
 
 # Newer releases checkpoint in the class's forward, which a prepared layer does not call; older ones around the call.
@@ -144,19 +145,24 @@ def prepare(
             "(layers_to_transform)."
         )
     frozen: list[Projections] = []
+    blocks: list[Block | None] = []
     for i, layer in enumerate(layers_of(model)):
         known = PreparedLayer(i, memory, isinstance(layer, FSDPModule), on_disk(layer))
         attach(layer, layer_forward, known)
+        if known.streamed is None:
+            layer.__dict__["_apply"] = partial(moved, layer)
         how = known.read(layer)
+        blocks.append(how.block)
         if how.block is not None and how.frozen:
             if not how.block.dropout:
                 memory.blocks[i] = how.block
             frozen += how.block.projections() if known.streamed is None else ()
     head = None if logits else find_head(model)
-    _attach_with_signature(decoder, decoder_forward, True)
+    _attach_with_signature(decoder, decoder_forward, PreparedDecoder(decoder, blocks))
     if head is not None:
         _attach_with_signature(head.model, forward_with_loss, head)
     requires_grad = {name: (before[name], p.requires_grad) for name, p in model.named_parameters()}
+    memory.trained = [p for p in model.parameters() if p.requires_grad]
     setattr(model, RECORD, Prepared(plan, requires_grad, memory, head, logits))
     if frozen_weights:
         try:
@@ -198,6 +204,8 @@ def restore(model: Model) -> Model:
     to_original(model)
     for layer in layers_of(model):
         known: PreparedLayer | None = detach(layer, layer_forward)
+        if getattr(vars(layer).get("_apply"), "func", None) is moved:
+            del layer.__dict__["_apply"]
         if known is not None:
             block = known.read(layer).block
             for projections in block.projections() if block else ():
@@ -240,13 +248,24 @@ def record_of(model: nn.Module) -> Prepared:
     return record
 
 
+def moved(layer: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """A prepared layer's `_apply`, by which `model.to` moves each parameter apart: those of one input lie together."""
+    type(layer)._apply(layer, *args, **kwargs)
+    known: PreparedLayer | None = attachment(layer)
+    if known is not None:
+        block, _, _, frozen = known.read(layer)
+        for projections in block.projections() if block and frozen else ():
+            projections.join()
+    return layer
+
+
 def layer_forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A prepared layer's forward; the arguments are those of its class's."""
     known: PreparedLayer | None = attachment(layer)
     own: Any = partial(type(layer).forward, layer)
     if known is None:
         return own(hidden_states, *args, **kwargs)
-    how, x = known.read(layer), hidden_states
+    how, x = known.decided(kwargs.get("attention_mask")) or known.read(layer), hidden_states
     block, inputs, streamed = how.block, LayerInputs(kwargs), known.streamed
     own = known.refuse if streamed else own
     if block is None or args or (layer.training and block.dropout):
@@ -306,12 +325,15 @@ def decoder_forward(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     But transformers reads packed documents off the positions only where there is no cache, so that a step with
     positions is left as transformers has it: what attends to what is the caller's to say.
     """
+    known: PreparedDecoder | None = attachment(decoder)
     asked = kwargs.get("use_cache") is not None or kwargs.get("past_key_values") is not None or len(args) > 2
-    if attachment(decoder) and decoder.training and torch.is_grad_enabled() and not asked:
+    if known and decoder.training and torch.is_grad_enabled() and not asked:
         if kwargs.get("position_ids") is None:
             kwargs["use_cache"] = False
         elif getattr(decoder.config, "use_cache", False):
             warnings.warn(_CACHE_WITH_POSITIONS, stacklevel=2)
+    if known and len(args) < 2:
+        kwargs = known.with_short_mask(decoder, layer_forward, args, kwargs)
     return type(decoder).forward(decoder, *args, **kwargs)
 
 

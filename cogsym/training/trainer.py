@@ -56,7 +56,8 @@ class OuterTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._bf16, self._folder, self._history, self._ranks = bf16, folder, history, ranks
         self._order: SharedOrder | None = None
-        self.first_loss, self._stepped = 0.0, False
+        self.first_loss, self._stepped, self._norm = 0.0, False, 0.0
+        self._loss, self._learned = torch.zeros(2, dtype=torch.float64, device=self.args.device).unbind()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, but that would train a step more where the checkpoint is that of the last step."""
@@ -85,9 +86,8 @@ class OuterTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of all ranks, in rows in which something is learned."""
-        learned = (inputs["labels"] != IGNORE).any(dim=1).sum() * inputs["labels"].shape[1]
-        self.state.num_input_tokens_seen += int(self.accelerator.gather(learned).sum())
+        """Count the tokens in rows in which something is learned; they are added up when the step ends."""
+        self._learned = self._learned + (inputs["labels"] != IGNORE).any(dim=1).sum() * inputs["labels"].shape[1]
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Trainer's contexts, and autocast.
@@ -101,20 +101,41 @@ class OuterTrainer(Trainer):
         return stack
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, which must be finite; of several ranks all stop at the gradient that it gives."""
+        """The model's own loss; each forward pass of a step has a part of it."""
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-        if self._ranks.size == 1 and not math.isfinite(float(loss.detach())):
-            raise self._not_finite("loss", float(loss.detach()))
-        if not self._stepped:  # each forward pass of a step has a part of its loss
-            self.first_loss += float(loss.detach())
+        self._loss = self._loss + loss.detach().double()
         return loss
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Trainer's."""
+        self.check_gradients()
+        return self._norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's: the norm before it was clipped."""
+        if grad_norm is None:  # nothing is clipped
+            self.check_gradients()
+        return self._norm
+
     def check_gradients(self) -> None:
-        """Stop before the optimizer makes the weights useless."""
+        """Clip them, and stop before the optimizer makes the weights useless. Once a step a GPU is waited for, here,
+        and told is all that the host has to know of the step.
+
+        Raises:
+            RunStopped: the loss or the gradient is not finite; of several ranks all stop at the gradient.
+        """
+        of = super()._clip_grad_norm if self.args.max_grad_norm > 0 else super()._get_grad_norm
+        norm = torch.as_tensor(whole(of(self.model_wrapped)), device=self.args.device)
+        learned = self.accelerator.gather(self._learned).sum()
+        loss, self._norm, learned = torch.stack([self._loss, norm.double(), learned.double()]).tolist()
+        if self._ranks.size == 1 and not math.isfinite(loss):
+            raise self._not_finite("loss", loss)
+        if not math.isfinite(self._norm):
+            raise self._ranks.once(self._not_finite("norm of the gradient", self._norm))
+        self.first_loss = self.first_loss if self._stepped else loss
+        self.state.num_input_tokens_seen += int(learned)
         self._stepped = True
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
-        if not torch.isfinite(norm):
-            raise self._ranks.once(self._not_finite("norm of the gradient", float(norm)))
+        self._loss, self._learned = torch.zeros_like(self._loss), torch.zeros_like(self._learned)
 
     def _not_finite(self, what: str, value: float) -> RunStopped:
         kept = self._folder.complete_checkpoints()
@@ -251,11 +272,6 @@ class RunCallback(TrainerCallback):
         """Show something, or go on without where the terminal is gone."""
         with contextlib.suppress(OSError):
             show(*args)
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Look at the gradients."""
-        assert self.trainer is not None
-        self.trainer.check_gradients()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start a step's clock: evaluation and saving are not training."""

@@ -23,7 +23,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NO_STUDIES = {"bench", "conftest", "gpu", "readme"}
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in NO_STUDIES)
 OF_TINY_SHAPE = (
-    "attention", "decode_attention", "frozen", "linear", "linear_cross_entropy", "longest", "stored", "streamed",
+    "attention", "decode_attention", "frozen", "linear", "linear_cross_entropy", "longest", "parts", "stored",
+    "streamed",
 )  # fmt: skip
 OF_A_FOLDER = ("harness", "swahili", "swahili_sweep", "train_speed")
 
@@ -85,11 +86,15 @@ def test_a_study_of_shapes_runs(name: str, run: Callable[..., list[Line]], monke
     assert lines and {line["part"] for line in lines} == {name}
     for line in lines:
         if line["variants"]:
-            assert OURS in line["variants"] and len(line["variants"]) > 1
+            assert OURS in line["variants"] and (len(line["variants"]) > 1 or name == "parts")
             assert not line["skipped"] or name == "stored"  # as a quick run of bench sweep
     if name == "streamed":
         for result in lines[0]["variants"].values():
             assert 0 < result["seconds"] < result["seconds_in_all"] and result["peak_bytes"] > 10**8
+    if name == "parts":
+        found = lines[0]["variants"][OURS]
+        assert all(found[part] > 0 for part in ("products", "attention", "activation", "norms", "rotary", "rest"))
+        assert found["products"] + found["attention"] < found["seconds"]
     if name == "frozen":
         kept = {label: v["kept_bytes_a_token"] for label, v in lines[0]["variants"].items()}
         assert kept["cogsym, keeps nothing"] < kept["cogsym, keeps input"] < kept[OURS] < kept["transformers, frozen"]

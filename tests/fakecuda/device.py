@@ -22,7 +22,6 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import traceback
@@ -33,13 +32,6 @@ from typing import Any
 from unittest import mock
 
 HERE = Path(__file__).parent
-
-
-def why_not() -> str | None:
-    """Why there can be no such device here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return None if shutil.which("g++") and sys.platform == "linux" else "there is no g++"
 
 
 def built() -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import pickle
 import re
 import shutil
@@ -32,7 +33,7 @@ EXPECTED = HERE / "expected.json"
 ISA = "avx2"  # valgrind runs nothing above it
 ROWS, LAYERS = 120, 6
 # What a count may rise before it is red; Python's own instructions around a call vary a little.
-TOLERANCE = {"steps": 0.0, "sweeps": 0.0, "instructions": 0.02, "triton": 0.0}
+TOLERANCE = {"steps": 0.0, "sweeps": 0.0, "instructions": 0.02, "triton": 0.0, "device": 0.0}
 CHIPS = ("sm_90", "gfx942")
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 
@@ -201,6 +202,31 @@ def why_no_triton() -> str | None:
     return "TRITON_INTERPRET is set, and interpreted kernels cannot be compiled" if INTERPRETED else None
 
 
+def device() -> Counts:
+    """Launches, waits and forbidden tensors of steps and sweeps on a CUDA device that computes nothing."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("COGSYM_BACKEND", "LD_PRELOAD")}
+    command = [sys.executable, "-W", "ignore", str(HERE.parent / "fakecuda" / "traces.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the traces ended with status {done.returncode}: {done.stderr[-2000:]}")
+    found: Counts = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def libraries() -> str:
+    """What launches besides our kernels."""
+    import transformers
+
+    return f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
+
+
+def why_no_device() -> str | None:
+    """Why there can be no such device here, or None."""
+    if reason := why_no_triton():
+        return reason
+    return None if sys.platform == "linux" and shutil.which("g++") else "there is no g++ to compile its guard with"
+
+
 @functools.cache
 def _aot() -> Any:
     spec = importlib.util.spec_from_file_location("guarded_aot", HERE.parent / "kernels" / "aot.py")
@@ -241,6 +267,7 @@ KINDS: dict[str, tuple[Callable[[], Counts], Callable[[], str], Callable[[], str
     "sweeps": (sweeps, lambda: "any", lambda: None),
     "instructions": (instructions, compiler, why_no_instructions),
     "triton": (triton_resources, triton_version, why_no_triton),
+    "device": (device, libraries, why_no_device),
 }
 
 

@@ -29,7 +29,7 @@ def changed(kind: str, measure: Any = None) -> list[str]:
     return measures.changes(kind, (measure or measures.KINDS[kind][0])(), want)
 
 
-@pytest.mark.parametrize("kind", ["steps", "sweeps", "instructions"])
+@pytest.mark.parametrize("kind", ["steps", "sweeps", "instructions", "device"])
 def test_as_committed(kind: str) -> None:
     assert changed(kind) == []
 

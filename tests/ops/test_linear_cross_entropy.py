@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from cogsym.ops import linear_cross_entropy, logit_blocks, token_scores
+from cogsym.ops.counted_rows import counted
 from cogsym.ops.linear_cross_entropy import linear_cross_entropy_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -571,3 +572,37 @@ def test_logits_of_any_size(cpu_backend: str, small_blocks: None, scale: float) 
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * largest)
     scores, logits = token_scores(hidden, weight, targets, scale=scale), plain_logits(hidden, weight, 0.0, scale)
     torch.testing.assert_close(scores.logsumexp[targets >= 0], logits.logsumexp(-1)[targets >= 0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_which_rows_count_is_asked_once(ignored: int) -> None:
+    """A GPU is waited for where a number is read, or a shape depends on values."""
+
+    class Reads(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    targets = torch.arange(10)
+    targets[:ignored] = -100
+    with Reads() as reads:
+        rows = counted(torch.randn(2, 5, 4), targets.view(2, 5), -100, 10)
+    assert torch.equal(rows.targets, torch.arange(ignored, 10))
+    assert not {name.partition(".")[0] for name in reads.names} & {"nonzero", "_local_scalar_dense", "item", "equal"}
+    assert sum(name.startswith("stack") for name in reads.names) == 1  # of which `tolist` is the one read
+
+
+def test_scores_on_a_gpu_are_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There all rows are computed; a target outside the vocabulary, refused on a CPU, is NaN."""
+    hidden, weight = torch.randn(2, 5, 8), torch.randn(11, 8)
+    targets = torch.randint(11, (2, 5))
+    targets[0, 1] = targets[1, 4] = -100
+    want = token_scores(hidden, weight, targets, soft_cap=3.0, scale=0.7)
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: True))
+    got = token_scores(hidden, weight, targets, soft_cap=3.0, scale=0.7)
+    torch.testing.assert_close(got, want)
+    targets[0, 0] = 11
+    spoilt = token_scores(hidden, weight, targets, soft_cap=3.0, scale=0.7)
+    assert spoilt.loss[0, 0].isnan() and torch.equal(spoilt.loss.flatten()[1:], got.loss.flatten()[1:])

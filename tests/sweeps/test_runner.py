@@ -100,6 +100,30 @@ def test_resumed_it_computes_only_what_is_missing(
     np.testing.assert_allclose(one["value"], other["value"], rtol=1e-5, atol=1e-5)
 
 
+def test_more_documents_on_resume(
+    sweep: Callable[..., Any], tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a larger limit, or by lines that are added to the data: what was there is kept, and nothing else is asked."""
+    file = tmp_path / "rows.jsonl"
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[:4]), "utf-8")
+    first = asked(sweep, monkeypatch, "output", tasks, settings=SMALL)
+    file.write_text("".join(lines), "utf-8")
+    fewer = [task | {"limit": 5} for task in tasks]
+    second = asked(sweep, monkeypatch, "output", fewer, resume=True, settings=SMALL)
+    assert len(first) == 3 * 4 * (L + 1) and len(second) == 3 * (L + 1)
+    third = asked(sweep, monkeypatch, "output", tasks, resume=True, settings=SMALL)
+    assert len(third) == (2 + 1) * (L + 1)
+    sweep("output", tasks, out=tmp_path / "at once", settings=SMALL)
+    assert_same_rows(tmp_path / "out", tmp_path / "at once")
+    with pytest.raises(CogsymError, match=r"was started with other data, documents 7 \(now 5\) in text, other"):
+        sweep("output", fewer, resume=True)
+    file.write_text("".join([lines[1], *lines[1:]]), "utf-8")
+    more = [task | {"limit": 9} for task in tasks]
+    with pytest.raises(CogsymError, match=r"was started with other data in text, other data in choice, other"):
+        sweep("output", more, resume=True)
+
+
 def test_models_in_memory_are_left_as_they_were(
     sweep: Callable[..., Any], tasks: Any, model_folder: Path, tmp_path: Path
 ) -> None:

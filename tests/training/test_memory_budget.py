@@ -17,6 +17,7 @@ from torch import Tensor
 import cogsym
 from cogsym.bench.method import saved_bytes
 from cogsym.models import read_block
+from cogsym.training import keep as keeping
 from cogsym.training.autograd import _Run
 from cogsym.training.keep import choose, cost, inputs_at_once, most_held, run_flops
 
@@ -62,6 +63,20 @@ def test_a_run_that_keeps_nothing_holds_as_many_inputs_as_are_counted(n: int, mo
     cogsym.prepare(model, cogsym.LayerPlan.first(n + 1, 1), keep="nothing").train()
     model(**batch("plain"), use_cache=False).loss.backward()
     assert len(held) == n and max(held) == inputs_at_once(n) <= 2 * math.isqrt(max(n - 1, 0)) + 3
+
+
+def test_what_gradients_and_an_optimizer_will_take_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's two states a parameter until a batch was seen, and gradients wherever they are not there."""
+    budgets: list[int] = []
+    monkeypatch.setattr(keeping, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(keeping, "choose", lambda *args, **_: budgets.append(args[4]) or {})
+    model = cogsym.prepare(tiny_model("llama"), cogsym.LayerPlan.outer(4)).train()
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    for length in (17, 16, 15):
+        model(**{name: x[:, :length] for name, x in batch("plain").items()}, use_cache=False).loss.backward()
+        if length == 16:
+            model.zero_grad()
+    assert budgets == [(10**9 - 3 * trained) // 2, 10**9 // 2, (10**9 - trained) // 2]
 
 
 @pytest.mark.parametrize("variant", ["llama", "gemma2"])

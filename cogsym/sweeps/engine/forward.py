@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -95,15 +95,19 @@ class _Run:
         inputs: Inputs,
     ) -> None:
         self._layers, self._schedule, self._on_ends, self._on_keys = layers, schedule, on_ends, on_keys
-        self._packed, device = batch.packed, layers.device
+        self._packed, self._device = batch.packed, layers.device
         self._places = batch.places
-        self._scored = batch.places.to(device)
-        self._starts = self._packed.starts[None].to(device)
-        tokens, positions = self._packed.tokens.to(device), self._packed.positions.to(device)
-        embedded, self._positions = inputs(tokens, positions)
+        self._scored = self._there(batch.places)
+        self._starts = self._there(self._packed.starts[None])
+        self._ranges: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        embedded, self._positions = inputs(self._there(self._packed.tokens), self._there(self._packed.positions))
         self._embedded = embedded
-        self._full = embedded.new_empty(schedule.slots, len(tokens), embedded.shape[-1])
+        self._full = embedded.new_empty(schedule.slots, len(embedded), embedded.shape[-1])
         self._narrow = embedded.new_empty(schedule.narrow_slots, len(self._scored), embedded.shape[-1])
+
+    def _there(self, x: Tensor) -> Tensor:
+        """On the device, without waiting for it."""
+        return x.to(self._device, non_blocking=True)
 
     def run(self, on_forwards: Callable[[float], None]) -> None:
         if self._schedule.start:
@@ -137,7 +141,8 @@ class _Run:
         for states, nodes in self._pieces(step, self._full):
             attend = self._attend(half, step.unit, nodes, only_scored=bool(step.sources))
             if step.sources:
-                x = self._full[list(step.sources[states.start - step.first : states.stop - step.first])]
+                sources = step.sources[states.start - step.first : states.stop - step.first]
+                x = self._full[self._there(torch.tensor(sources))]
                 buffer[states] = block.attention_added_at(x, self._scored, cos, sin, attend, both)
             else:
                 block.add_attention(buffer[states], cos, sin, attend, both)
@@ -164,43 +169,61 @@ class _Run:
                 self._on_keys(unit, nodes, k, v)
             if half.query_scale:
                 positions = self._packed.positions[self._places] if only_scored else self._packed.positions
-                q = scaled(q, half.query_scale(positions.to(q.device)))
-            window = half.options.window
+                q = scaled(q, half.query_scale(self._there(positions)))
             if only_scored:
-                return attend_ranges(half, q, k, v, *self._packed.ranges_at(self._places, window))
-            if not _on_tiles(q):
-                everywhere = torch.arange(q.shape[1])
-                return attend_ranges(half, q, k, v, *self._packed.ranges_at(everywhere, window))
+                return self._attend_ranges(half, "scored", q, k, v)
+            if not _on_tiles(half, q):
+                return self._attend_ranges(half, "all", q, k, v)
             roots = self._starts.shape[1]
             options = half.at(self._starts.expand(len(q), -1))
             o, _ = ops.attention(q[:, :roots], k[:, :roots], v[:, :roots], options)
             if roots == q.shape[1]:
                 return o
-            rest = attend_ranges(half, q[:, roots:], k, v, *self._packed.ranges(window))
-            return torch.cat([o, rest], dim=1)
+            return torch.cat([o, self._attend_ranges(half, "rest", q[:, roots:], k, v)], dim=1)
 
         return attend
+
+    def _attend_ranges(
+        self, half: AttentionHalf, which: Literal["scored", "all", "rest"], q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Attention of some tokens of each state to ranges of its own tokens.
+
+        Args:
+            half: whose options hold.
+            which: tokens the queries are of; "rest" are those with a parent.
+            q: [states, P, H, d].
+            k: [states, N, KV, d].
+            v: like k.
+        """
+        states, tokens = k.shape[:2]
+        window = half.options.window
+        if (which, window, states) not in self._ranges:
+            if which == "rest":
+                ranges = self._packed.ranges(window)
+            else:
+                places = self._places if which == "scored" else torch.arange(tokens)
+                ranges = self._packed.ranges_at(places, window)
+            offset = (torch.arange(states) * tokens)[:, None, None]
+            begins, ends = (self._there((x + offset).flatten(0, 1)) for x in ranges)
+            self._ranges[which, window, states] = begins, ends
+        begins, ends = self._ranges[which, window, states]
+        o = ops.decode_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), begins, ends, half.in_ranges())
+        return o.view(q.shape)
 
     def _hand_over(self, step: Step) -> None:
         buffer = self._narrow if step.narrow else self._full
         many = max(1, TOKENS_AT_ONCE // max(1, len(self._scored)))
         for i in range(0, len(step.ends), many):
             ends = step.ends[i : i + many]
-            slots = torch.tensor([end.slot for end in ends], device=buffer.device)
+            slots = self._there(torch.tensor([end.slot for end in ends]))
             hidden = buffer[slots] if step.narrow else buffer[slots[:, None], self._scored]
             self._on_ends([end.configurations for end in ends], hidden)
 
 
-def _on_tiles(q: Tensor) -> bool:
+def _on_tiles(half: AttentionHalf, q: Tensor) -> bool:
     """Whether attention of packed sequences has a kernel on tiles here; elsewhere it would make all logits, and each
     row reads its own range instead."""
-    return q.device.type == "cpu"
-
-
-def attend_ranges(half: AttentionHalf, q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor) -> Tensor:
-    """Attention of [states, P, H, d] queries to ranges of their own state's tokens."""
-    states, tokens = k.shape[:2]
-    offset = (torch.arange(states) * tokens)[:, None, None]
-    begins, ends = ((x + offset).flatten(0, 1).to(q.device) for x in (begins, ends))
-    o = ops.decode_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), begins, ends, half.in_ranges())
-    return o.view(q.shape)
+    told = {"head_dim": half.head_dim, "window": half.options.window, "soft_cap": half.options.soft_cap}
+    if q.device.type == "cpu":
+        return True
+    return ops.route("attention", q.device, q.dtype, sequences="by starts", **told).backend != "reference"

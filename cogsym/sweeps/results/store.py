@@ -88,16 +88,27 @@ class Results:
         self._parts, self._number = [*parts], number
 
     @classmethod
-    def open(cls, folder: str | Path, key: Mapping[str, Any], *, resume: bool = False, ranks: Ranks = ALONE) -> Results:
+    def open(
+        cls,
+        folder: str | Path,
+        key: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        ranks: Ranks = ALONE,
+        digest: Callable[[str, int], str] | None = None,
+    ) -> Results:
         """Make a folder ready for results, or go on with those it holds.
 
         Args:
             folder: OUT, made where it is missing.
             key: what a result depends on beside its configuration, as JSON has it: "revision" (a hash of the weights),
-                "tasks" (name -> the data's hash as "data", and the task's settings), whatever else there is, and
-                "model", a name. A resumed sweep may name the same weights differently and bring new tasks.
+                "tasks" (name -> the data's hash as "data", how many "documents" these are, and the task's settings),
+                whatever else there is, and "model", a name. A resumed sweep may name the same weights differently and
+                bring new tasks, and more documents behind those of a task.
             resume: go on with what is there.
             ranks: those that write there, each parts of its own.
+            digest: (a task's name, so many of its first documents) -> the "data" of these; without it all documents
+                are to be those that were asked before.
 
         Raises:
             CogsymError: it cannot be written, holds results and `resume` is False, holds none and it is True, was
@@ -114,7 +125,7 @@ class Results:
                 FolderLock(other).try_out()
             remove_leftovers(folder / _KEY)
             clean(_part_folder(folder))
-            agreed = _agreed(folder, json.loads(json.dumps(key)))
+            agreed = _agreed(folder, json.loads(json.dumps(key)), digest)
             write_record(folder / _KEY, agreed, partial(_check_held, folder, lock))
             return agreed, list_parts(_part_folder(folder))
 
@@ -359,8 +370,8 @@ def _codes(table: pa.Table, name: str) -> tuple[np.ndarray, list[str]]:
     return column.indices.to_numpy(), column.dictionary.to_pylist()
 
 
-def _agreed(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
-    """The key of all that a folder will hold: the one it has, with the tasks that are new."""
+def _agreed(folder: Path, key: dict[str, Any], digest: Callable[[str, int], str] | None) -> dict[str, Any]:
+    """The key of all that a folder will hold: the one it has, with the tasks and documents that are new."""
     if not list_parts(_part_folder(folder)):
         return key
     before = read_key(folder)
@@ -368,8 +379,11 @@ def _agreed(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
         key = {**key, "model": before["model"]}  # the same weights, wherever they lie now
     tasks = {**before["tasks"], **key["tasks"]}
     parts = [differences({**before, "tasks": None}, {**key, "tasks": None})]
-    for name in before["tasks"]:
-        if change := differences(before["tasks"][name], tasks[name]):
+    for name, asked in before["tasks"].items():
+        now = tasks[name]
+        if digest and now.get("documents", 0) > (number := asked.get("documents", 0)):
+            now = {**now, "data": digest(name, number), "documents": number}
+        if change := differences(asked, now):
             parts.append(f"{change} in {name}")
     different = ", ".join(filter(None, parts))
     if before["revision"] != key["revision"]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import io
 import json
 import random
@@ -38,6 +37,7 @@ from cogsym.sweeps.engine.requests import Generated, Outcome, Request, Scored, T
 from cogsym.sweeps.tasks.aggregations import AGGREGATIONS, metric_of
 from cogsym.sweeps.tasks.kinds import Side
 from cogsym.sweeps.tasks.metrics import Metric, Statistics
+from cogsym.sweeps.tasks.rows import digest
 from cogsym.sweeps.tasks.task import Measure
 
 if TYPE_CHECKING:
@@ -117,12 +117,14 @@ class HarnessTask:
         """See `Task`."""
         return metric_of(self._described, name)
 
+    def digest(self, number: int | None = None) -> str:
+        """See `Task`."""
+        documents = [[asked.doc, asked.fingerprints] for asked in islice(self._asked.values(), number)]
+        return digest(_FORMAT, str(self.task.VERSION), *documents)
+
     def describe(self) -> dict[str, Any]:
         """See `Task`."""
-        found = hashlib.sha256(json.dumps([_FORMAT, str(self.task.VERSION)]).encode())
-        for asked in self._asked.values():
-            found.update(json.dumps([asked.doc, asked.fingerprints], default=str, sort_keys=True).encode())
-        return {"data": found.hexdigest()} | self._described
+        return {"data": self.digest(), "documents": self.num_documents} | self._described
 
     def documents(self, tokenizer: Any, context_length: int, truncate: bool = False) -> list[TaskDocument]:
         """What is asked of the model; `truncate` changes nothing, as the harness always cuts.

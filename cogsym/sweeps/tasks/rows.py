@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,11 @@ def scored_text(template: str, row: Mapping[str, str], target: str, header: str)
             start = len(text) if column == target else start
             text += row[column]
     return Document(text, start)
+
+
+def digest(*values: Any) -> str:
+    """SHA-256 in hexadecimal of values as JSON has them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_rows(

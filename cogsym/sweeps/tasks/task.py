@@ -5,8 +5,6 @@ How a task is written is told in `cogsym.sweeps.tasks.settings`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -15,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cogsym.data import Document, content_digest, separator_id, tokenize
+from cogsym.data import Document, separator_id, tokenize
 from cogsym.errors import CogsymError
 from cogsym.sweeps.engine.requests import Generate, Generated, Outcome, Request, Score, Scored, TaskDocument
 from cogsym.sweeps.tasks.kinds import FewShotKind, Question, TaskKind
 from cogsym.sweeps.tasks.metrics import METRICS, Metric, Statistics
-from cogsym.sweeps.tasks.rows import read_rows
+from cogsym.sweeps.tasks.rows import digest, read_rows
 from cogsym.sweeps.tasks.settings import load_settings
 
 if TYPE_CHECKING:
@@ -57,15 +55,15 @@ class Task:
         name, side, language: as in results.
         metrics: names of what is measured.
         num_documents: how many there are.
-        digest: SHA-256 in hexadecimal of the data and of each setting that a result depends on; not of name or place.
     """
 
-    def __init__(self, kind: TaskKind, questions: Mapping[str, Question], notes: Sequence[str]) -> None:
+    def __init__(
+        self, kind: TaskKind, questions: Mapping[str, Question], digests: Sequence[str], notes: Sequence[str]
+    ) -> None:
         self.kind = kind
         self.name, self.side, self.language, self.metrics = kind.name, kind.side, kind.language, kind.metrics
         self.num_documents = len(questions)
-        self.digest = _digest(kind)
-        self._questions = questions
+        self._questions, self._digests = questions, digests
         self._notes = [*notes, *kind.notes(questions)]
         self._length_note: str | None = None
 
@@ -78,9 +76,15 @@ class Task:
         """One of the task's metrics."""
         return METRICS[name]
 
+    def digest(self, number: int | None = None) -> str:
+        """Of so many first documents, or of all, and of each setting that a result depends on; not of name or place."""
+        settings = asdict(self.kind) | {"name": None, "side": None, "limit": None}
+        settings["data"] = {column: source.field for column, source in self.kind.data.items()}
+        return digest(_FORMAT, settings, *self._digests[:number])
+
     def describe(self) -> dict[str, Any]:
         """What a result depends on, and what its metrics are where they are not in `METRICS`, as JSON has it."""
-        return {"data": self.digest}
+        return {"data": self.digest(), "documents": self.num_documents}
 
     def documents(
         self, tokenizer: PreTrainedTokenizerBase, context_length: int, truncate: bool = False
@@ -201,22 +205,17 @@ def load_task(what: str | Path | Mapping[str, Any], separator: str | None = None
     if isinstance(kind, FewShotKind):
         shots = kind.shots
         header = "".join(kind.example(_place(kind, where), row) + _BETWEEN for where, row in rows[:shots])
-    questions = {where: kind.ask(_place(kind, where), row, header) for where, row in rows[shots:][: kind.limit]}
+    asked = rows[shots:][: kind.limit]
+    questions = {where: kind.ask(_place(kind, where), row, header) for where, row in asked}
     if not questions:
         raise CogsymError(
             f"The task {kind.name} has {len(rows)} rows for {shots} examples, expected at least one more."
         )
-    return Task(kind, questions, notes)
+    return Task(kind, questions, [digest(where, header, row) for where, row in asked], notes)
 
 
 def _place(kind: TaskKind, where: str) -> str:
     return f"{where} of the task {kind.name}"
-
-
-def _digest(kind: TaskKind) -> str:
-    settings = asdict(kind) | {"name": None, "side": None}
-    settings["data"] = {column: (content_digest(source), source.field) for column, source in kind.data.items()}
-    return hashlib.sha256(json.dumps([_FORMAT, settings], sort_keys=True).encode()).hexdigest()
 
 
 def _tokenized(

@@ -151,7 +151,7 @@ def test_no_buffer_is_read_before_it_is_written(monkeypatch):
 def test_attention_row_by_row_is_the_same(monkeypatch, variant):
     """The way of a device that has no kernel on tiles for packed sequences."""
     model, asked, configurations = tiny_model(variant), requests(4), chosen(6)
-    monkeypatch.setattr(engine, "_on_tiles", lambda q: False)
+    monkeypatch.setattr(engine, "_on_tiles", lambda half, q: False)
     with torch.no_grad():
         check(swept(model, configurations, asked, model), model, configurations, asked, model, 2e-6)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,56 @@ def test_every_configuration_is_hflm_s_over_a_plain_model(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["local_group", "local_tag"])
+def test_a_group_and_a_tag_are_their_tasks(
+    sweep: Callable[..., Any], files: list[Path], model_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, name: str,
+) -> None:  # fmt: skip
+    """A group's own mean, weighted by its tasks' sizes, is there too, and is what the harness says."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    choice = yaml.safe_load(files[0].read_text())
+    del choice["metric_list"][1:]
+    rows = (tmp_path / "rows.jsonl").read_text("utf-8").splitlines(keepends=True)
+    halves = {"local_a": rows[:5], "local_b": rows[5:]}
+    for task, lines in halves.items():
+        (tmp_path / f"{task}.jsonl").write_text("".join(lines), "utf-8")
+        data = {"data_files": {"test": str(tmp_path / f"{task}.jsonl")}}
+        of = choice | {"task": task, "tag": "local_tag", "dataset_kwargs": data}
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(of), "utf-8")
+    mean = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
+    group = {"group": "local_group", "task": list(halves), "aggregate_metric_list": [mean]}
+    (folder / "local_group.yaml").write_text(yaml.safe_dump(group), "utf-8")
+    manager = partial(TaskManager, include_defaults=False)  # thousands of others take seconds
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", lambda include_path, include_defaults: manager(include_path=include_path)
+    )
+    sweep([{}], [f"lm_eval:{name},include_path={folder}"])
+    ours = json.loads((tmp_path / "out" / "lm_eval.json").read_text())["...."]
+    plain = HFLM(load_model(model_folder), tokenizer=load_tokenizer(model_folder))
+    known = manager(include_path=str(folder))
+    found = simple_evaluate(plain, tasks=[name], bootstrap_iters=0, task_manager=known)
+    theirs = found["results"] | found.get("groups", {})
+    assert list(ours) == [*halves, *(["local_group"] if name == "local_group" else [])] and ours.keys() == theirs.keys()
+    for task, of in theirs.items():
+        assert ours[task]["acc,none"] == pytest.approx(of["acc,none"])
+    assert set(summary(tmp_path / "out")["task"]) == set(halves)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_resumed_nothing_is_asked_again(sweep: Callable[..., Any], files: list[Path], tmp_path: Path) -> None:
     spec = f"lm_eval:{files[0]},limit=3"
     sweep([{}], [spec])
     sweep([{}, {"skip": [1]}], [spec], resume=True)
     assert list(json.loads((tmp_path / "out" / "lm_eval.json").read_text())) == ["....", ".s.."]
+    sweep([{}], [f"lm_eval:{files[0]},limit=5"], resume=True)
+    told = json.loads((tmp_path / "out" / "lm_eval.json").read_text())
+    sweep([{}], [f"lm_eval:{files[0]},limit=5"], out=tmp_path / "at once")
+    at_once = json.loads((tmp_path / "at once" / "lm_eval.json").read_text())
+    assert told["...."]["local_choice"] == pytest.approx(at_once["...."]["local_choice"])
+    assert told["...."]["local_choice"]["sample_len"] == 5
     with pytest.raises(CogsymError, match="did not ask"):
-        evaluated(LM(tmp_path / "out", "...."), files[:1], 4)
+        evaluated(LM(tmp_path / "out", "...."), files[:1], 6)
     with pytest.raises(CogsymError, match="has no answers"):
         LM(tmp_path / "out", "sss.")
     with pytest.raises(CogsymError, match="other data"):

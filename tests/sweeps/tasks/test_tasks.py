@@ -230,18 +230,19 @@ def test_a_long_translation_leaves_room_to_write(tokenizer, pairs):
 
 
 def test_the_digest_is_of_data_and_settings(xcopa, tmp_path):
-    base = load_task(f"xcopa-sw:{xcopa}").digest
+    base = load_task(f"xcopa-sw:{xcopa}").digest()
     other = tmp_path / "elsewhere"
     other.mkdir()
     copy = other / "copy.jsonl"
     copy.write_bytes(xcopa.read_bytes())
-    assert load_task(f"xcopa-sw:{copy}").digest == load_task(f"xcopa-sw:{xcopa},name=x").digest == base
+    assert load_task(f"xcopa-sw:{copy}").digest() == load_task(f"xcopa-sw:{xcopa},name=x").digest() == base
     changed = [f"xcopa-sw:{xcopa},{s}" for s in ("limit=1", "shots=1", "metrics=margin", "label=label,separator=<end>")]
     changed.append(f"xcopa-id:{xcopa}")
     copy.write_bytes(xcopa.read_bytes().replace(b"njaa", b"kiu"))
     changed.append(f"xcopa-sw:{copy}")
-    digests = [load_task(what).digest for what in changed]
+    digests = [load_task(what).digest() for what in changed]
     assert len({base, *digests}) == 1 + len(changed)
+    assert load_task(f"xcopa-sw:{xcopa},limit=1").digest() == load_task(f"xcopa-sw:{xcopa}").digest(1) != base
 
 
 # Files and the command line
@@ -256,8 +257,8 @@ def test_a_file_s_data_are_beside_it(tokenizer, pairs, tmp_path, monkeypatch):
         task = load_task(name)
         assert task.name == "mine" and task.num_documents == len(PAIRS)
         monkeypatch.chdir(tmp_path)
-        assert load_task(f"tasks/{name}").digest == task.digest
-        assert load_task(f"tasks/{name},data=pairs.jsonl#sw").digest == task.digest  # the command line's: from here
+        assert load_task(f"tasks/{name}").digest() == task.digest()
+        assert load_task(f"tasks/{name},data=pairs.jsonl#sw").digest() == task.digest()  # the command line's: from here
         assert load_task(f"tasks/{name}:pairs.jsonl#en,limit=2").num_documents == 2
 
 
