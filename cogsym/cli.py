@@ -1,4 +1,4 @@
-"""The command line: `cogsym train`, `sweep`, `generate`, `plot`, `demo`, `bench` and `info`.
+"""The command line: `cogsym train`, `sweep`, `recipe`, `generate`, `plot`, `demo`, `bench` and `info`.
 
 Each command checks its arguments, calls the function of the same name in Python and prints the outcome. torch and
 transformers are imported inside the commands, so that help appears at once.
@@ -11,12 +11,13 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from cogsym.commands.generate import generate
-from cogsym.commands.options import option, option_of, quiet_transformers
+from cogsym.commands.options import WithRecipe, option, option_of, quiet_transformers
+from cogsym.commands.recipe import RecipeCommand, printed
 from cogsym.commands.sweep import sweep
 from cogsym.commands.train import train
 from cogsym.errors import CogsymError, SettingError
@@ -34,14 +35,29 @@ app = typer.Typer(
 
 
 app.command(
+    cls=RecipeCommand,
     epilog="Example: `cogsym train HuggingFaceTB/SmolLM2-135M --data news.jsonl#swahili --eval dev.jsonl#swahili "
-    "--out smollm2-sw`"
+    "--out smollm2-sw`",
 )(train)
 
 app.command(
+    cls=RecipeCommand,
     epilog="Example: `cogsym sweep smollm2-sw/model --task xcopa-sw:sw.test.jsonl --task text:dev.jsonl#sw,language=sw "
-    "--out smollm2-sweep`"
+    "--out smollm2-sweep`",
 )(sweep)
+
+
+@app.command(epilog="Example: `cogsym recipe > recipe.yaml`, then `cogsym train recipe.yaml`")
+def recipe(
+    ctx: typer.Context,
+    command: Annotated[WithRecipe, typer.Argument(help="The command that it is for.")] = WithRecipe.train,
+) -> None:
+    """Print a recipe: every option of `train` or `sweep` in YAML, with what it means and its default.
+
+    `cogsym train recipe.yaml` runs it.
+    """
+    commands: Any = ctx.find_root().command
+    typer.echo(printed(commands.commands[command]))
 
 
 app.command(epilog="Example: `cogsym generate smollm2-sw/model --prompt 'Habari za'`")(generate)

@@ -13,17 +13,16 @@ import sys
 import termios
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import Done
 from safetensors.torch import load_file, save_file
 from sweeps.plain import greedy_tokens
 from transformers import AutoModelForCausalLM
 
-from cogsym import cli
 from cogsym.data import separator_id
 from cogsym.models.loading import load_model, load_tokenizer
 from cogsym.sweeps.results.store import frame
@@ -33,48 +32,6 @@ pytestmark = pytest.mark.usefixtures("heeded_signals")
 # In the repository's root Python would take the source tree for the package.
 FOLDER = Path(__file__).parent
 BIG = ["--length", "64", "--batch-size", "2", "--dtype", "fp32", "--learning-rate", "1e-3"]
-
-
-@dataclass
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def cogsym(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    """Run a command in this process: a new one takes seconds to import torch."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*args: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["cogsym", *map(str, args)])
-        capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capfd.readouterr()
-        return Done(status, out, err)
-
-    return run
-
-
-@pytest.fixture
-def complaint(cogsym: Callable[..., Done]) -> Callable[..., str]:
-    """The one line that a failed command prints; its status is 2 and it shows no traceback."""
-
-    def run(*args: str | Path) -> str:
-        done = cogsym(*args)
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        assert done.returncode == 2, done.stderr
-        assert len(lines) == 1 and lines[0].startswith("cogsym: "), done.stderr
-        return lines[0]
-
-    return run
 
 
 def process(*args: str | Path, **extra: Any) -> subprocess.CompletedProcess[str]:
@@ -87,8 +44,10 @@ def command(*args: str | Path) -> list[str]:
 
 
 def test_help_of_each_command_has_an_example(cogsym: Callable[..., Done]) -> None:
-    assert {"train", "sweep", "generate", "plot", "demo", "bench", "info"} <= set(cogsym("--help").stdout.split())
-    for command in ("train", "sweep", "generate", "plot", "demo", "bench", "info"):
+    assert {"train", "sweep", "recipe", "generate", "plot", "demo", "bench", "info"} <= set(
+        cogsym("--help").stdout.split()
+    )
+    for command in ("train", "sweep", "recipe", "generate", "plot", "demo", "bench", "info"):
         done = cogsym(command, "--help")
         assert done.returncode == 0
         assert "Example" in done.stdout

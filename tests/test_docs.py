@@ -22,10 +22,10 @@ PAGES = [*DOCS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 COMMANDS = typer.main.get_command(app).commands
 # Of pytest, setuptools and mkdocs, which the documents name too.
 OTHERS = set(
-    "--build-lib --build-temp --folder --fuzz-examples --help --huge --inplace --machine_rank --main_process_ip "
-    "--main_process_port --maxprocesses --minutes --multi_gpu --nnodes --no-deps --no-python --nproc-per-node "
-    "--num_machines --num_processes --part --rdzv-backend --rdzv-endpoint --seconds --shuffle --strict --tiny "
-    "--wheel-dir".split()
+    "--build-lib --build-temp --depth --folder --fuzz-examples --help --huge --inplace --machine_rank "
+    "--main_process_ip --main_process_port --maxprocesses --minutes --multi_gpu --nnodes --no-deps "
+    "--no-python --nproc-per-node --num_machines --num_processes --outfile --outtype --part --rdzv-backend "
+    "--rdzv-endpoint --seconds --shuffle --strict --tiny --wheel-dir".split()
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -62,10 +62,14 @@ def test_options_exist(page: Path) -> None:
 
 
 @pages
-def test_commands_are_understood(page: Path) -> None:
+def test_commands_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for title, text in fences(page, "yaml"):
+        if title:  # a recipe, for the commands that follow
+            Path(title).write_text(text, "utf-8")
     for _, text in fences(page, "bash"):
         for command in re.findall(r"^cogsym .*?(?<!\\)$", text, flags=re.M | re.S):
-            name, *arguments = shlex.split(command.replace("\\\n", " "))[1:]
+            name, *arguments = shlex.split(command.partition(" > ")[0].replace("\\\n", " "))[1:]
             context = COMMANDS[name].make_context(name, arguments)  # raises where an option is unknown
             assert context.command is COMMANDS[name] and not context.args
 

@@ -22,7 +22,6 @@ FLOORS = {
     "cogsym.sweeps.tasks": 6,
     "cogsym.sweeps.engine": 5,
     "cogsym.sweeps.layers": 4,
-    "cogsym.sweeps.user_files": 4,
     "cogsym.models": 3,
     "cogsym.ops": 2,
     "cogsym.kernels": 1,
@@ -39,6 +38,7 @@ FLOORS = {
     "cogsym.registry": 1,
     "cogsym.signals": 1,
     "cogsym.strategies": 1,
+    "cogsym.user_files": 1,
 }
 APART = {"cogsym.training", "cogsym.sweeps"}
 

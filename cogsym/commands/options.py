@@ -38,6 +38,22 @@ class Stored(enum.StrEnum):
     int8 = "int8"
 
 
+class Tracker(enum.StrEnum):
+    """Where the numbers of a run go beside its own folder."""
+
+    none = "none"
+    wandb = "wandb"
+    trackio = "trackio"
+    tensorboard = "tensorboard"
+
+
+class WithRecipe(enum.StrEnum):
+    """The commands whose options a recipe holds."""
+
+    train = "train"
+    sweep = "sweep"
+
+
 def option(text: str, *names: str, panel: str | None = None, **extra: Any) -> Any:
     """An option with its help."""
     return typer.Option(*names, help=text, rich_help_panel=panel, **extra)
@@ -49,6 +65,11 @@ _OPTIONS = {"memory_budget": "--memory", "hold_out": "--eval", "frozen_weights":
 def option_of(setting: str) -> str:
     """The option by which a setting is typed."""
     return _OPTIONS.get(setting, f"--{setting.replace('_', '-')}")
+
+
+def key_of(option: str) -> str:
+    """The key of an option in a recipe."""
+    return option.partition("/")[0].lstrip("-").replace("-", "_")
 
 
 def cache_dir() -> Path:

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from cogsym.commands.options import Dtype, Stored, option, quiet_transformers
+from cogsym.commands.recipe import Model
 
 
 def sweep(
-    model: Annotated[str, typer.Argument(help="A model folder (safetensors) or the id of a model on the hub.")],
+    model: Model,
     task: Annotated[
         list[str],
         option(
@@ -85,7 +86,8 @@ def sweep(
     """Run tasks under many layer configurations of a model in one pass.
 
     Writes OUT/results, Parquet parts with a row for each document, configuration and metric. `cogsym plot OUT` draws
-    them. Ctrl-C stops; the same command with --resume goes on.
+    them. Ctrl-C stops; the same command with --resume goes on. A recipe, a .yaml file with these options, can stand in
+    the place of MODEL: `cogsym recipe sweep` prints one.
     """
     quiet_transformers()
     import torch

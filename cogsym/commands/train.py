@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from cogsym.commands.options import Dtype, Loss, Schedule, Stored, cache_dir, option, quiet_transformers
+from cogsym.commands.options import Dtype, Loss, Schedule, Stored, Tracker, cache_dir, option, quiet_transformers
+from cogsym.commands.recipe import Model
 from cogsym.errors import CogsymError
 
 
 def train(
-    model: Annotated[str, typer.Argument(help="A model folder (safetensors) or the id of a model on the hub.")],
+    model: Model,
     data: Annotated[
         list[str],
         option(
@@ -56,6 +57,9 @@ def train(
         str | None,
         option("The token between documents; the tokenizer's bos or eos where it is left out.", panel="Text"),
     ] = None,
+    language: Annotated[
+        str | None, option("Code of the text's language, such as sw, for the model's card.", panel="Text")
+    ] = None,
     fraction: Annotated[
         float | None, option("Share of the layers to train, outermost first; 0.25 by default.", panel="Layers")
     ] = None,
@@ -83,17 +87,25 @@ def train(
             panel="Layers",
         ),
     ] = False,
+    optim: Annotated[
+        str,
+        option(
+            "The optimizer, by the name that transformers' Trainer has for it: adamw_torch_fused, adafactor, sgd, or "
+            "adamw_8bit and others where their package is installed.",
+            panel="Optimisation",
+        ),
+    ] = "adamw_torch_fused",
     learning_rate: Annotated[
         float,
         option(
-            "Peak rate of AdamW. On a model of 135 M parameters the best of four was 0.002 for the outer quarter, "
+            "Peak rate. With AdamW, on a model of 135 M parameters the best of four was 0.002 for the outer quarter, "
             "0.0008 for all layers and 0.008 for LoRA; larger models take less.",
             panel="Optimisation",
         ),
     ] = 3e-4,
     schedule: Annotated[Schedule, option("How the rate falls to 0.", panel="Optimisation")] = Schedule.cosine,
     warmup: Annotated[float, option("Share of the steps in which the rate rises.", panel="Optimisation")] = 0.05,
-    weight_decay: Annotated[float, option("Of AdamW.", panel="Optimisation")] = 0.0,
+    weight_decay: Annotated[float, option("Of the optimizer.", panel="Optimisation")] = 0.0,
     batch_size: Annotated[int, option("Rows a forward pass, of each rank under torchrun.", panel="Optimisation")] = 4,
     accumulation: Annotated[int, option("Forward passes an optimizer step.", panel="Optimisation")] = 1,
     epochs: Annotated[float, option("Passes over the text.", panel="Optimisation")] = 1.0,
@@ -145,6 +157,15 @@ def train(
     ] = False,
     eval_every: Annotated[int | None, option("Evaluate every so many steps too.", panel="Run")] = None,
     save_every: Annotated[int, option("Write a checkpoint every so many steps.", panel="Run")] = 200,
+    report_to: Annotated[
+        Tracker, option("Send the numbers to this tracker too; TensorBoard's are in OUT/runs.", panel="Run")
+    ] = Tracker.none,
+    push_to_hub: Annotated[
+        str | None,
+        option(
+            "Upload the model to this repository of the Hugging Face hub at the end: my-name/my-model.", panel="Run"
+        ),
+    ] = None,
     dry: Annotated[
         bool, option("Say what it would cost in tokens, time, memory and disk, and stop.", "--dry-run", panel="Run")
     ] = False,
@@ -152,8 +173,9 @@ def train(
 ) -> None:
     """Adapt a model to new text by training its outermost layers.
 
-    Writes OUT/model, a folder that plain `from_pretrained` loads, with OUT/loss.png and OUT/metrics.jsonl beside it.
-    Ctrl-C saves and stops; the same command with --resume goes on.
+    Writes OUT/model, a folder that plain `from_pretrained` loads, with a model card, and OUT/loss.png and
+    OUT/metrics.jsonl beside it. Ctrl-C saves and stops; the same command with --resume goes on. A recipe, a .yaml file
+    with these options, can stand in the place of MODEL: `cogsym recipe` prints one.
     """
     quiet_transformers()
     from cogsym import LayerPlan, TrainSettings
@@ -173,6 +195,7 @@ def train(
         accumulation=accumulation,
         epochs=epochs,
         steps=steps,
+        optim=optim,
         learning_rate=learning_rate,
         schedule=schedule.value,
         warmup=warmup,
@@ -191,6 +214,9 @@ def train(
         eval_every=eval_every,
         save_every=save_every,
         seed=seed,
+        language=language,
+        report_to=report_to.value,
+        push_to_hub=push_to_hub,
     )
     strategy, options = _strategy(everything, layers, {"fraction": fraction, "front": front, "back": back})
     num_layers = config.num_hidden_layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from cogsym.records import MANIFEST
 from cogsym.training.sharded import part_for
@@ -26,10 +27,21 @@ SETTINGS = "settings.json"  # what was asked of the run
 FILES = (TRAINED, OPTIMIZER, RANDOM, STATE, METRICS, SETTINGS, MANIFEST)
 
 
-def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
-    """The tensors of an optimizer's state, each "number of the parameter.name"."""
-    state = optimizer.state_dict()["state"]
-    return {f"{p}.{name}": tensor for p, of in state.items() for name, tensor in of.items()}
+def optimizer_state(optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(The tensors of an optimizer's state, all else in it), each as "number of the parameter.name"."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, value in _flat(optimizer.state_dict()["state"]):
+        if isinstance(value, DTensor):
+            tensors[name] = value
+        elif type(value) is Tensor:
+            shared = value.data_ptr() in seen  # such as a table that all parameters have
+            tensors[name] = value.clone() if shared else value
+            seen.add(value.data_ptr())
+        else:
+            values[name] = value
+    return tensors, values
 
 
 def save_optimizer(optimizer: Any, scheduler: Any, tensors: dict[str, Tensor], path: Path) -> None:
@@ -44,22 +56,42 @@ def save_optimizer(optimizer: Any, scheduler: Any, tensors: dict[str, Tensor], p
     Raises:
         OSError, SafetensorError: they were not written.
     """
-    described = {"groups": optimizer.state_dict()["param_groups"], "scheduler": scheduler.state_dict()}
+    described = {
+        "groups": optimizer.state_dict()["param_groups"],
+        "values": optimizer_state(optimizer)[1],
+        "scheduler": scheduler.state_dict(),
+    }
     save_file(tensors, path, {name: json.dumps(value) for name, value in described.items()})
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, path: Path) -> None:
     """Give them the states that `save_optimizer` wrote."""
-    state: dict[int, dict[str, Tensor]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Any]] = {i: {} for i in range(len(parameters))}
     with safe_open(path, framework="pt") as file:
-        described: Mapping[str, str] = file.metadata()
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            number, _, name = key.partition(".")
-            tensor, p = file.get_tensor(key), parameters[int(number)]
-            state.setdefault(int(number), {})[name] = part_for(tensor, p) if tensor.shape == p.shape else tensor
-    optimizer.load_state_dict({"state": state, "param_groups": json.loads(described["groups"])})
-    scheduler.load_state_dict(json.loads(described["scheduler"]))
+        described: dict[str, Any] = {name: json.loads(value) for name, value in file.metadata().items()}
+        flat = described.get("values", {})  # of which an earlier version wrote none
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            tensor, p = file.get_tensor(name), parameters[int(name.partition(".")[0])]
+            flat[name] = part_for(tensor, p) if tensor.shape == p.shape else tensor
+    for name, value in flat.items():
+        number, *way, last = name.split(".")
+        within = state[int(number)]
+        for part in way:
+            within = within.setdefault(part, {})
+        within[last] = value
+    given = {number: of for number, of in state.items() if of}
+    optimizer.load_state_dict({"state": given, "param_groups": described["groups"]})
+    scheduler.load_state_dict(described["scheduler"])
+
+
+def _flat(state: dict[Any, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """(Where it lies, a value) of each in nested dictionaries."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{at}{name}.")
+        else:
+            yield f"{at}{name}", value
 
 
 def save_random(path: Path) -> None:

@@ -18,7 +18,6 @@ from cogsym.training.settings import TrainSettings
 from cogsym.training.streamed import on_disk
 
 _REPEATS = 2  # of a batch that is timed
-_OPTIMIZER_BYTES = 8  # of AdamW, for each trained parameter
 _CHECKPOINTS = 3  # that are there at once: two, and one that is being written
 
 
@@ -29,6 +28,7 @@ def estimate(
     settings: TrainSettings,
     bf16: bool,
     stored: int,
+    optimizer_bytes: int,
 ) -> list[str]:
     """Sentences on a run.
 
@@ -39,6 +39,7 @@ def estimate(
         settings: of the run.
         bf16: it computes under autocast.
         stored: bytes of the model as it is saved.
+        optimizer_bytes: of the optimizer's state, for each trained parameter.
     """
     batches = math.ceil(len(rows) / settings.batch_size)
     steps = settings.steps or math.ceil(settings.epochs * math.ceil(batches / settings.accumulation))
@@ -61,13 +62,13 @@ def estimate(
     evaluations = 2 + (steps // settings.eval_every if settings.eval_every else 0)
     with torch.no_grad():
         evaluated = evaluations * sum(map(len, held_out.values())) / batch * (_mean_seconds(forward) if held_out else 0)
-    checkpoint = trained * (4 + _OPTIMIZER_BYTES)
+    checkpoint = trained * (4 + optimizer_bytes)
     streamed = [block for layer in layers_of(model) if (block := on_disk(layer))]
     lines = [
         f"tokens: {tokens:,} in {steps:,} steps",
         f"time: about {duration(seconds + evaluated)}, {tokens / seconds:,.0f} tokens/s"
         + (f"; evaluation {duration(evaluated)} of it" if held_out else ""),
-        f"memory: about {gigabytes(memory + _OPTIMIZER_BYTES * trained)} at its peak",
+        f"memory: about {gigabytes(memory + optimizer_bytes * trained)} at its peak",
         f"disk: {gigabytes(stored + _CHECKPOINTS * checkpoint)}, of it {gigabytes(stored)} for the model",
     ]
     if streamed:

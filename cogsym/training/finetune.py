@@ -15,9 +15,8 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from cogsym.data import Document, PackedDataset, Source, content_digest, pack, separator_id, tokenize
@@ -28,14 +27,18 @@ from cogsym.memory import out_of_memory
 from cogsym.models import precision
 from cogsym.plan import LayerPlan
 from cogsym.ranks import Ranks, gone, join
-from cogsym.records import reason, replacing
+from cogsym.training.arguments import check_tracker, training_arguments
+from cogsym.training.card import Base, described, model_card
 from cogsym.training.estimate import estimate
 from cogsym.training.explain import explain
+from cogsym.training.hub import check_hub, push
 from cogsym.training.keep import Memory
 from cogsym.training.load import load
-from cogsym.training.notices import notices, risen
+from cogsym.training.notices import notices, risen, tells_documents_apart
+from cogsym.training.optimizer import check_optimizer
 from cogsym.training.prepare import prepare, restore
 from cogsym.training.run_folder import RunFolder, check_inputs, open_run_folder
+from cogsym.training.save import save, write
 from cogsym.training.settings import TrainSettings
 from cogsym.training.sharded import bytes_held, gathered, shard, trained_tensors
 from cogsym.training.shares import SharedRows, shared_batch
@@ -89,8 +92,8 @@ def train(
 ) -> TrainResult:
     """Train the planned layers of a model on text and save an ordinary Hugging Face folder.
 
-    `out` receives `model/` (the result), `metrics.jsonl` and `loss.png` (the curve), `settings.json` (what was asked)
-    and `checkpoints/`; with `save_adapter` also `adapter/`.
+    `out` receives `model/` (the result, with a card), `metrics.jsonl` and `loss.png` (the curve), `settings.json` (what
+    was asked) and `checkpoints/`; with `save_adapter` also `adapter/`.
 
     Args:
         model: a folder, a hub id, or a loaded model, which is trained in place.
@@ -116,9 +119,21 @@ def train(
         adapted, callback, steps, trained = _trained(run, folder, console, ranks)
         adapted = _whole(run, adapted, ranks) if run.settings.fsdp else restore(adapted)
         if run.settings.save_adapter:
-            ranks.on_first(lambda: _write(folder, folder.adapter, adapted))
+            ranks.on_first(lambda: write(folder, folder.adapter, adapted))
         network = adapted if adapted is None else _merged(run, adapted)
-        ranks.on_first(lambda: _save(network, run.tokenizer, callback.history, folder))
+        texts = [described(text) for text in data]
+
+        def finish() -> None:
+            card = model_card(
+                out.resolve().name, Base.of(model), run.plan, texts, run.rows, run.record, trained, steps,
+                callback.history,
+            )  # fmt: skip
+            save(network, run.tokenizer, callback.history, card, folder)
+            if run.settings.push_to_hub:
+                address = push(folder.model, run.settings.push_to_hub)
+                console.print(f"pushed to {address}", highlight=False, markup=False, soft_wrap=True)
+
+        ranks.on_first(finish)
     rate = callback.history[-1].get("tokens_per_second", 0.0) if callback.history else 0.0
     return TrainResult(network, folder.model, steps, trained, callback.seconds, rate, callback.history)
 
@@ -144,7 +159,13 @@ def dry_run(
     adapted = _prepared(run, console)
     stored = sum(p.numel() * run.stored.get(n, p.dtype).itemsize for n, p in run.network.named_parameters())
     for line in estimate(
-        adapted.to(_device()), run.rows, run.held_out, run.settings, run.products == "bfloat16", stored
+        adapted.to(_device()),
+        run.rows,
+        run.held_out,
+        run.settings,
+        run.products == "bfloat16",
+        stored,
+        run.optimizer_bytes,
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     _merged(run, restore(adapted))
@@ -154,7 +175,8 @@ def dry_run(
 class _Run:
     """What a run trains, and on what.
 
-    `stored` are the dtypes that the parameters are saved in, `batch` is (rows a forward pass, such passes a step).
+    `stored` are the dtypes that the parameters are saved in, `batch` is (rows a forward pass, such passes a step),
+    `optimizer_bytes` those of the optimizer's state for each parameter.
     """
 
     network: Any
@@ -164,6 +186,7 @@ class _Run:
     settings: TrainSettings
     batch: tuple[int, int]
     products: str
+    optimizer_bytes: int
     rows: PackedDataset
     held_out: dict[str, PackedDataset]
     record: dict[str, Any]
@@ -189,10 +212,13 @@ def _read(
             "fsdp", "is set, which shares the weights out among ranks, and this process is alone; start it by torchrun."
         )
     Memory(settings.keep, settings.memory_budget).check("cuda" if torch.cuda.is_available() else "cpu")
+    check_tracker(settings)
+    check_hub(settings.push_to_hub)
     sources = [text.path for text in (*data, *(evaluate or {}).values()) if isinstance(text, Source)]
     model_folder = Path(model).expanduser() if isinstance(model, (str, Path)) else None
     check_inputs(out, model_folder if model_folder and model_folder.exists() else None, sources)
     RunFolder(out).check_ours(resume)  # before the model is loaded, which may take long
+    optimizer_bytes = check_optimizer(settings)
     products, began_as = _products(settings.dtype), ranks.size
     if resume:  # the arithmetic that it began with, on whichever machine, and the rows a step
         record = RunFolder(out).read_record()
@@ -229,7 +255,7 @@ def _read(
         "ranks": began_as,
         "data": [_digest(text) for text in data],
     }
-    return _Run(network, tokenizer, stored, plan, settings, batch, products, rows, held_out, record)
+    return _Run(network, tokenizer, stored, plan, settings, batch, products, optimizer_bytes, rows, held_out, record)
 
 
 @contextmanager
@@ -269,7 +295,7 @@ def _prepared(run: _Run, console: Console) -> Any:
         say(sentence)
     say(str(explain(adapted)))
     say(f"data: {rows.num_documents:,} documents in {len(rows):,} rows of {settings.length}, {rows.fill:.1%} full")
-    if rows.num_documents > len(rows) and not _tells_documents_apart(adapted):
+    if rows.num_documents > len(rows) and not tells_documents_apart(adapted):
         say(f"documents in one row see each other: {type(network).__name__} does not tell them apart by positions")
     for sentence in notices(adapted, settings, run.plan):
         say(sentence)
@@ -312,7 +338,7 @@ def _trained(run: _Run, folder: RunFolder, console: Console, ranks: Ranks) -> tu
     callback = RunCallback(folder, checkpoint, console, ranks)
     trainer = OuterTrainer(
         model=adapted,
-        args=_arguments(folder.checkpoints, settings, run.batch, bool(held_out), checkpoint is None),
+        args=training_arguments(folder.path, settings, run.batch, bool(held_out), checkpoint is None),
         train_dataset=SharedRows(rows, ranks.size * run.batch[0]) if ranks.size > 1 else rows,
         eval_dataset=held_out,
         callbacks=[callback],
@@ -351,18 +377,6 @@ def _trained(run: _Run, folder: RunFolder, console: Console, ranks: Ranks) -> tu
     return adapted, callback, trainer.state.global_step, trained
 
 
-@torch.no_grad()
-def _tells_documents_apart(model: Any) -> bool:
-    """Whether a document is the same to a model behind another one, where positions count from 0 anew."""
-    ids = torch.arange(6, device=model.device)[None]
-    training = model.training
-    model.eval()
-    packed = model(input_ids=ids, position_ids=ids % 3, use_cache=False).logits[:, 3:]
-    alone = model(input_ids=ids[:, 3:], use_cache=False).logits
-    model.train(training)
-    return bool((packed - alone).norm() < 0.1 * alone.norm())
-
-
 def _products(dtype: str) -> str:
     """What products are computed in, where a run begins."""
     wide = dtype == "fp32" or (dtype == "auto" and precision.should_widen(torch.bfloat16, _device()))
@@ -372,38 +386,6 @@ def _products(dtype: str) -> str:
 def _device() -> torch.device:
     """Where the Trainer will put the model."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _arguments(
-    folder: Path, settings: TrainSettings, batch: tuple[int, int], evaluates: bool, fresh: bool
-) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch[0],
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=batch[1],
-        ddp_find_unused_parameters=False,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.steps or -1,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,  # below 1: a share of the steps
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=settings.eval_every or 10**9,
-        eval_on_start=evaluates and fresh,
-        save_steps=settings.save_every,
-        logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all",
-        seed=settings.seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=[],
-    )
 
 
 def _adapted(model: Any, run: _Run) -> Any:
@@ -432,34 +414,3 @@ def _digest(text: Text) -> str:
         read = f"{content_digest(text)} {text.field} {text.template} {text.weight}"
         return f"{read} {text.chat}" if text.chat else read
     return hashlib.sha256(repr([(d.text, d.target_start) for d in text]).encode()).hexdigest()
-
-
-def _save(network: Any, tokenizer: Any, history: list[dict[str, float]], folder: RunFolder) -> None:
-    """Write the model and the curves."""
-    from cogsym.training.curves import plot_curves  # matplotlib, which `from cogsym import train` does not wait for
-
-    _write(folder, folder.model, network, tokenizer)
-    folder.check_held()
-    with _intact(folder.picture):
-        plot_curves(history, folder.picture)
-
-
-def _write(folder: RunFolder, path: Path, *parts: Any) -> None:
-    """Write what has a `save_pretrained` into a new folder, and put it in its place once it is whole."""
-    folder.check_held()
-    with _intact(path), replacing(path, folder.check_held) as new:
-        for part in parts:
-            part.save_pretrained(new)
-        folder.check_replaced(path, new)
-
-
-@contextmanager
-def _intact(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        raise RunStopped(
-            f"{path} was not written ({why}); the last checkpoint is intact, free some space and run again with "
-            "--resume."
-        ) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from cogsym.plan import LayerPlan
 from cogsym.training.prepare import record_of
 from cogsym.training.settings import TrainSettings
@@ -41,3 +43,15 @@ def risen(first: float, history: Sequence[Mapping[str, float]], rate: float) -> 
         f"Warning: the loss rose from {first:.4g} to {last:.4g}, so the model has learned nothing of use; start again "
         f"with a lower learning rate (--learning-rate) than {rate:g}."
     )
+
+
+@torch.no_grad()
+def tells_documents_apart(model: Any) -> bool:
+    """Whether a document is the same to a model behind another one, where positions count from 0 anew."""
+    ids = torch.arange(6, device=model.device)[None]
+    training = model.training
+    model.eval()
+    packed = model(input_ids=ids, position_ids=ids % 3, use_cache=False).logits[:, 3:]
+    alone = model(input_ids=ids[:, 3:], use_cache=False).logits
+    model.train(training)
+    return bool((packed - alone).norm() < 0.1 * alone.norm())

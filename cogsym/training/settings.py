@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,9 @@ from cogsym.errors import SettingError
 from cogsym.training.keep import Memory
 
 # What a resumed run may change: how, not what. One that needed too much memory goes on with less.
-FREE_TO_CHANGE = ("keep", "memory_budget", "stream", "fsdp", "save_adapter")
+FREE_TO_CHANGE = (
+    "keep", "memory_budget", "stream", "fsdp", "save_adapter", "language", "report_to", "push_to_hub",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,11 @@ class TrainSettings:
         accumulation: forward passes an optimizer step.
         epochs: passes over the data, where `steps` does not say.
         steps: optimizer steps; None leaves it to `epochs`.
-        learning_rate: the peak, of AdamW.
+        optim: the optimizer, by a name of `transformers.training_args.OptimizerNames`.
+        learning_rate: the peak.
         schedule: how the rate falls to 0 after the warm-up.
         warmup: share of the steps in which the rate rises.
-        weight_decay: of AdamW, norms and biases left out.
+        weight_decay: of the optimizer, norms and biases left out.
         max_grad_norm: gradients are scaled down to this norm.
         dtype: "bf16" keeps frozen weights and computes in bfloat16, with trained weights and their optimizer state in
             float32; "fp32" is float32 throughout; "auto" is "bf16" on GPUs and on processors that multiply bfloat16
@@ -48,6 +52,9 @@ class TrainSettings:
         save_every: steps between checkpoints; the last two are kept.
         log_every: steps between the lines of metrics.jsonl.
         seed: of shuffling, dropout and LoRA's initial weights.
+        language: code of the text's language, such as "sw", for the model's card.
+        report_to: where the numbers go beside metrics.jsonl, by Trainer's own callback; TensorBoard's are in `runs`.
+        push_to_hub: the repository of the hub that the model is uploaded to at the end; None uploads nothing.
     """
 
     length: int = 512
@@ -55,6 +62,7 @@ class TrainSettings:
     accumulation: int = 1
     epochs: float = 1.0
     steps: int | None = None
+    optim: str = "adamw_torch_fused"
     learning_rate: float = 3e-4
     schedule: Literal["cosine", "linear"] = "cosine"
     warmup: float = 0.05
@@ -75,6 +83,9 @@ class TrainSettings:
     save_every: int = 200
     log_every: int = 10
     seed: int = 0
+    language: str | None = None
+    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -96,6 +107,7 @@ class TrainSettings:
             ("schedule", ("cosine", "linear")),
             ("dtype", ("auto", "bf16", "fp32")),
             ("loss", ("all", "target")),
+            ("report_to", ("none", "wandb", "trackio", "tensorboard")),
         ):
             if getattr(self, name) not in choices:
                 expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
@@ -114,4 +126,6 @@ class TrainSettings:
             raise SettingError("seed", f"is {self.seed}, expected a whole number from 0 to {2**32 - 1}.")
         if self.hold_out is not None and not 0 < self.hold_out < 1:
             raise SettingError("hold_out", f"is {self.hold_out}, expected a share of the text between 0 and 1.")
+        if self.language is not None and not re.fullmatch("[a-z]{2,3}(-[A-Za-z0-9]+)*", self.language):
+            raise SettingError("language", f"is {self.language!r}, expected a code of ISO 639, such as sw or kin.")
         Memory(self.keep, self.memory_budget)  # raises

@@ -183,7 +183,7 @@ class OuterTrainer(Trainer):
         self.store_flos()
         # The frozen parameters are in the base model already.
         trained = gathered(trained_tensors(self.model), self._ranks.first)
-        states = gathered(checkpoint.optimizer_tensors(self.optimizer), self._ranks.first)
+        states = gathered(checkpoint.optimizer_state(self.optimizer)[0], self._ranks.first)
         self._ranks.on_first(lambda: self._write_checkpoint(trained, states))
 
     def _write_checkpoint(self, trained: dict[str, Tensor], states: dict[str, Tensor]) -> None:

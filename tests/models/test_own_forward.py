@@ -19,7 +19,8 @@ from cogsym.data import Source
 from cogsym.decoder import final_norm_of, layers_of
 from cogsym.errors import CogsymError
 from cogsym.models.loading import load_tokenizer
-from cogsym.training.finetune import _tells_documents_apart, _with_adapters
+from cogsym.training.finetune import _with_adapters
+from cogsym.training.notices import tells_documents_apart
 from cogsym.training.settings import TrainSettings
 
 
@@ -124,7 +125,7 @@ def test_adapters_that_peft_refuses() -> None:
 
 def test_whether_documents_of_a_row_see_each_other() -> None:
     """As `cogsym train` packs them; the model is left in the mode it was in."""
-    apart = {name: _tells_documents_apart(own_model(name).train()) for name in ("gpt2", "gpt-neox", "bloom", "bamba")}
+    apart = {name: tells_documents_apart(own_model(name).train()) for name in ("gpt2", "gpt-neox", "bloom", "bamba")}
     assert apart == {"gpt2": True, "gpt-neox": True, "bloom": False, "bamba": False}
 
 

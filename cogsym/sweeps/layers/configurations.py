@@ -18,10 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from cogsym import user_files
 from cogsym.errors import CogsymError
 from cogsym.registry import unknown
 from cogsym.strategies import format_layers, parse_layers
-from cogsym.sweeps import user_files
 from cogsym.sweeps.layers.actions import ACTIONS, KEEP, SKIP
 from cogsym.sweeps.layers.search import SEARCHES
 

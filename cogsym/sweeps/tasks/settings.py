@@ -50,10 +50,10 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
+from cogsym import user_files
 from cogsym.data import Source
 from cogsym.errors import CogsymError
 from cogsym.registry import unknown
-from cogsym.sweeps import user_files
 from cogsym.sweeps.tasks.kinds import TASK_KINDS, Side, TaskKind
 from cogsym.sweeps.tasks.rows import WAYS
 
