@@ -70,7 +70,7 @@ def test_help_waits_for_no_library() -> None:
 def test_info(cogsym: Callable[..., Done]) -> None:
     done = cogsym("info")
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
-    assert rows["torch"].strip() == torch.__version__
+    assert rows["torch"].strip().partition("+")[0] == torch.__version__.partition("+")[0]  # wheels may leave +cu130 out
     assert {"rms_norm", "rotary", "gated_activation", "extension", "processor", "gpu"} <= rows.keys()
 
 
