@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cogsym.decoder import layers_of
 from cogsym.models import Block
@@ -31,7 +32,7 @@ class PreparedDecoder:
         self.tells_documents_apart = False
         if self._short:
             embeddings = getattr(decoder.get_input_embeddings(), "weight", None)
-            if type(embeddings) is nn.Parameter and not embeddings.is_meta:
+            if isinstance(embeddings, nn.Parameter) and not (embeddings.is_meta or isinstance(embeddings, DTensor)):
                 self.tells_documents_apart = _tells_documents_apart(decoder, embeddings.device)
             else:
                 self._short = False

@@ -358,6 +358,8 @@ _CUDA: dict[str, Any] = {
     "is_initialized": True,
     "_lazy_init": None,
     "manual_seed_all": None,
+    "get_rng_state": None,
+    "set_rng_state": None,
     "device_count": 1,
     "current_device": 0,
     "get_device_capability": (9, 0),
