@@ -35,7 +35,7 @@ X86_VARIANTS = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 ARM_VARIANTS = {"baseline": [], "bf16": ["-march=armv8.2-a+bf16"]}  # NEON is in every 64-bit one
 VARIANTS = dict.fromkeys(("x86_64", "amd64", "AMD64"), X86_VARIANTS) | dict.fromkeys(("aarch64", "arm64"), ARM_VARIANTS)

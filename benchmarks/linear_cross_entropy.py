@@ -87,7 +87,7 @@ def whole_floor(hidden: Tensor, weight: Tensor) -> floor.Products:
 
 def blocks_floor(hidden: Tensor, weight: Tensor) -> Callable[[], object]:
     columns = logit_blocks.BLOCKS["cpu"][1]
-    pieces = list(logit_blocks.row_pieces(len(hidden), hidden.device))
+    pieces = list(logit_blocks.row_pieces(len(hidden), hidden.device, hidden.shape[1]))
     most = max(end - begin for begin, end in pieces) * min(columns, len(weight))
     logits, dhidden = hidden.new_zeros(most), torch.zeros_like(hidden)
 

@@ -12,6 +12,9 @@ bytes a token and bytes once, of each trained layer, each frozen layer and the r
 model's depth and its parameters follow the bytes at the end of the forward pass and at each layer of the backward pass,
 where a layer that is computed again holds what it had not kept. The largest of them, with weights, gradients and the
 optimizer's state, must fit. Not counted: what operations need while they run, the allocator's waste and the GPU's own.
+
+A second table has the largest model for a laptop and for a GPU, by what is trained and by how frozen weights are held:
+in bfloat16, in 8 bits (`--frozen int8`), or on disk (`--stream`) with two layers' in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,12 +35,16 @@ from cogsym.bench.case import Case, CaseSpec, Line, Setting
 from cogsym.bench.models import SHAPES, build
 from cogsym.bench.report import Table
 from cogsym.bench.study import Study, main
+from cogsym.bench.train import LORA_RANK
 from cogsym.bench.trainers import prepared
+from cogsym.decoder import decoder_of
+from cogsym.models import read_block
 
 METHODS = (
     "cogsym all", "cogsym attention", "cogsym input", "cogsym nothing", "cogsym nothing, trained checkpointed",
     "transformers, frozen", "transformers, all checkpointed",
 )  # fmt: skip
+ADAPTED = "cogsym nothing, LoRA"  # which the first table does not have
 PARTS = ("first trained", "first frozen", "frozen", "trained")  # the layers that are counted
 LENGTHS = (16, 48)
 GB = 10**9
@@ -44,6 +52,10 @@ LONGEST = ((8, "Llama-3.2-1B"), (24, "Llama-3.2-3B"), (80, "Llama-3.1-8B"))
 MEMORIES, TOKENS = (8, 24, 80), 4096
 # A trained parameter in float32 with its gradient and AdamW's two moments; a frozen one in bfloat16.
 TRAINED_BYTES, FROZEN_BYTES = 16, 2
+HELD = ("bfloat16", "int8", "on disk")
+ROW = 2048  # tokens of the row in the second table
+# What of a device's memory is there for a run, in GB: on the one the system, Python and PyTorch take the rest.
+DEVICES = {"laptop of 16 GB": 12, "GPU of 24 GB": 23}
 META = torch.device("meta")
 
 Counts = dict[str, dict[str, tuple[float, float]]]  # for each method and part, (bytes a token, bytes once)
@@ -54,7 +66,7 @@ def cases(setting: Setting) -> list[CaseSpec]:
 
 
 def case(name: str) -> Case:
-    return Case(facts={"parameters": parameters(name), "bytes": count(name)})
+    return Case(facts={"parameters": parameters(name), "adapters": adapter_parameters(name), "bytes": count(name)})
 
 
 def parameters(name: str) -> tuple[int, int]:
@@ -63,6 +75,13 @@ def parameters(name: str) -> tuple[int, int]:
     layer, *others = (p.num_parameters for p in cogsym.LayerPlan.last(1, 1).parts(model)[1:])
     layers, embeddings = SHAPES[name].layers, SHAPES[name].width * SHAPES[name].vocabulary
     return layers * layer + embeddings + sum(others), len(cogsym.LayerPlan.outer(layers).trained) * layer
+
+
+def adapter_parameters(name: str) -> int:
+    """Of the adapters of one layer."""
+    shape = SHAPES[name]
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return LORA_RANK * (7 * shape.width + 2 * queries + 2 * keys + 3 * shape.mlp_width)
 
 
 def count(name: str) -> Counts:
@@ -76,16 +95,22 @@ def count(name: str) -> Counts:
     model.tie_weights()
     for t in (*model.parameters(), *model.buffers()):
         t.data.zero_()
-    results = {}
-    for method in METHODS:
-        checkpointed = [i for i, part in enumerate(PARTS) if "all" in method or "trained" in part]
-        count_held = partial(held, model, checkpointed=checkpointed if "checkpointed" in method else [])
-        keep = method.split()[1].rstrip(",") if method.startswith("cogsym") else None
-        with prepared(model, plan, keep) if keep else nullcontext():
-            a, b = map(count_held, LENGTHS)
-        slope = {part: (b[part] - a[part]) / (LENGTHS[1] - LENGTHS[0]) for part in a}
-        results[method] = {part: (slope[part], a[part] - slope[part] * LENGTHS[0]) for part in a}
-    return results
+    results = {method: count_method(model, method) for method in METHODS}
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    names = [name for projections in read_block(model.model.layers[0]).projections() for name in projections.names]
+    config = LoraConfig(r=LORA_RANK, target_modules=names, layers_to_transform=list(plan.trained))
+    return results | {ADAPTED: count_method(get_peft_model(model, config), ADAPTED)}
+
+
+def count_method(model: Any, method: str) -> dict[str, tuple[float, float]]:
+    checkpointed = [i for i, part in enumerate(PARTS) if "all" in method or "trained" in part]
+    count_held = partial(held, model, checkpointed=checkpointed if "checkpointed" in method else [])
+    keep = method.split()[1].rstrip(",") if method.startswith("cogsym") else None
+    with prepared(model, cogsym.LayerPlan.outer(4), keep) if keep else nullcontext():
+        a, b = map(count_held, LENGTHS)
+    slope = {part: (b[part] - a[part]) / (LENGTHS[1] - LENGTHS[0]) for part in a}
+    return {part: (slope[part], a[part] - slope[part] * LENGTHS[0]) for part in a}
 
 
 def held(model: Any, length: int, checkpointed: list[int]) -> dict[str, int]:
@@ -103,9 +128,10 @@ def held(model: Any, length: int, checkpointed: list[int]) -> dict[str, int]:
         nonlocal part
         part = name
 
-    layers, alive = model.model.layers, []  # a storage that is freed could come back as another with its address
+    decoder = decoder_of(model)
+    layers, alive = decoder.layers, []  # a storage that is freed could come back as another with its address
     hooks = [layer.register_forward_pre_hook(partial(enter, p)) for layer, p in zip(layers, PARTS, strict=True)]
-    hooks.append(model.model.norm.register_forward_pre_hook(partial(enter, "rest")))
+    hooks.append(decoder.norm.register_forward_pre_hook(partial(enter, "rest")))
     own = [layer.forward for layer in layers]
     for i in checkpointed:
         layers[i].forward = partial(checkpoint, own[i], use_reentrant=False)
@@ -119,14 +145,40 @@ def held(model: Any, length: int, checkpointed: list[int]) -> dict[str, int]:
     return {name: saved[name] for name in ("rest", *PARTS)}
 
 
-def moments(line: Line, method: str) -> list[tuple[float, float]]:
+def weight_bytes(line: Line, plan: cogsym.LayerPlan, adapters: bool = False, frozen: str = "bfloat16") -> int:
+    """Of all weights in memory, and of gradients and the optimizer's state.
+
+    Args:
+        line: the model's.
+        plan: which layers are trained.
+        adapters: LoRA is, in these layers.
+        frozen: how the weights of the others are held, of `HELD`.
+    """
+    shape, (total, trained) = SHAPES[line["name"]], line["facts"]["parameters"]
+    layer = trained // len(cogsym.LayerPlan.outer(shape.layers).trained)
+    learned = line["facts"]["adapters"] if adapters else layer
+    here = FROZEN_BYTES * (total - shape.layers * layer) + TRAINED_BYTES * learned * len(plan.trained)
+    here += FROZEN_BYTES * layer * len(plan.trained) * adapters
+    n, of_layer = shape.layers - len(plan.trained), FROZEN_BYTES * layer
+    if frozen == "int8":
+        # A byte a weight, and the scales of the rows in float32.
+        outputs = (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 2 * shape.mlp_width + 2 * shape.width
+        of_layer += 4 * outputs - (FROZEN_BYTES - 1) * shape.layer_weights
+    return here + of_layer * (min(n, 2) if frozen == "on disk" else n)
+
+
+def moments(
+    line: Line, method: str, plan: cogsym.LayerPlan | None = None, frozen: str = "bfloat16"
+) -> list[tuple[float, float]]:
     """(bytes a token, bytes once) of the end of the forward pass and of each layer's turn in the backward pass."""
-    counts, (total, trained) = line["facts"]["bytes"], line["facts"]["parameters"]
-    own, plan = counts[method], cogsym.LayerPlan.outer(SHAPES[line["name"]].layers)
+    counts, shape = line["facts"]["bytes"], SHAPES[line["name"]]
+    own, plan = counts[method], plan or cogsym.LayerPlan.outer(shape.layers)
     n = plan.num_layers - len(plan.trained)
     whole = counts["cogsym all" if method.startswith("cogsym") else "transformers, frozen"]
-    state = total * FROZEN_BYTES + trained * (TRAINED_BYTES - FROZEN_BYTES)
-    here, result, met = [0.0, float(state)], [], set()
+    if method == ADAPTED:  # whose trained layers compute nothing again
+        whole = own | {part: whole[part] for part in ("first frozen", "frozen")}
+    here = [0.0, float(weight_bytes(line, plan, method == ADAPTED, frozen))]
+    result, met = [], set()
     for i in range(plan.num_layers):
         part = "trained" if i in plan.trained else "frozen"
         if part not in met:
@@ -140,9 +192,41 @@ def moments(line: Line, method: str) -> list[tuple[float, float]]:
     return [*result, (here[0] + own["rest"][0], here[1] + own["rest"][1])]
 
 
-def longest(line: Line, method: str, gigabytes: int) -> int:
-    """Tokens of one row that fit at each of these moments."""
-    return max(0, min(int((gigabytes * GB - once) // token) for token, once in moments(line, method)))
+def longest(line: Line, method: str, gigabytes: int, *asked: Any) -> int:
+    """Tokens of one row that fit at each of these moments; `asked` is as in `moments`."""
+    return max(0, min(int((gigabytes * GB - once) // token) for token, once in moments(line, method, *asked)))
+
+
+def fits(lines: list[Line]) -> Table:
+    """The largest model that each device adapts, with rows of `ROW` tokens, frozen layers keeping nothing."""
+    by_size = sorted(lines, key=lambda line: -line["facts"]["parameters"][0])
+    trained = {
+        "the outer quarter": (cogsym.LayerPlan.outer, "cogsym nothing"),
+        "the first and the last layer": (partial(cogsym.LayerPlan.outer, front=1, back=1), "cogsym nothing"),
+        "LoRA on the outer quarter": (cogsym.LayerPlan.outer, ADAPTED),
+    }
+    rows = []
+    for what, (make, method) in trained.items():
+        for frozen in HELD:
+            cells = []
+            for gigabytes in DEVICES.values():
+                plans = {line["name"]: make(SHAPES[line["name"]].layers) for line in by_size}
+                largest = next(
+                    (line for line in by_size if longest(line, method, gigabytes, plans[line["name"]], frozen) >= ROW),
+                    None,
+                )
+                cells.append("none" if largest is None else fitting(largest, method, plans[largest["name"]], frozen))
+            rows.append([what if frozen == HELD[0] else "", frozen, *cells])
+    return ["trained", "frozen layers", *DEVICES], rows
+
+
+def fitting(line: Line, method: str, plan: cogsym.LayerPlan, frozen: str) -> str:
+    """A model that fits, what it takes, and what it reads."""
+    taken = max(token * ROW + once for token, once in moments(line, method, plan, frozen))
+    _, trained = line["facts"]["parameters"]
+    layer = trained // len(cogsym.LayerPlan.outer(plan.num_layers).trained)
+    read = 2 * FROZEN_BYTES * layer * (plan.num_layers - len(plan.trained))
+    return f"{line['name']}, {taken / GB:.1f} GB" + f", reads {read / GB:.0f} GB a step" * (frozen == "on disk")
 
 
 def table(lines: list[Line]) -> Table:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cogsym.bench import report, suite
 from cogsym.bench.study import Study
@@ -25,12 +26,17 @@ def study(name: str) -> Study:
     """One of `cogsym bench`, or of a script here."""
     if name in suite.STUDIES:
         return suite.STUDIES[name]
+    found: Study = script(name).STUDY
+    return found
+
+
+def script(name: str) -> Any:
+    """A script here, as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: Study = module.STUDY
-    return found
+    return module
 
 
 def each_machine(name: str, table: Callable[[str, Path], str]) -> str:
@@ -87,6 +93,11 @@ def allocator(name: str, path: Path) -> str:
     return report.markdown(["time over the floor", "", "memory kept", "given back"], rows)
 
 
+def fits(name: str, path: Path) -> str:
+    """The largest models that devices adapt."""
+    return report.markdown(*script(name).fits(report.read(path)["cases"]))
+
+
 def gained(name: str, path: Path) -> str:
     """Of one case of each question: ours, and the fastest of the others."""
     rows = []
@@ -117,14 +128,28 @@ _PARTS = ("ops", "train", "sweep", "generate", "install")
 TABLES: dict[str, tuple[str, Callable[[str, Path], str]]] = {
     **{
         name: (name, chosen)
-        for name in ("swahili", "train_speed", "frozen", "longest", "streamed", "install", "harness", "waiting")
+        for name in (
+            "swahili",
+            "train_speed",
+            "frozen",
+            "longest",
+            "streamed",
+            "streamed_train",
+            "install",
+            "harness",
+            "waiting",
+        )
     },
     "ops": ("ops", partial(chosen, words="SmolLM2.*bfloat16")),
     "train": ("train", partial(chosen, words="SmolLM2.*: outer")),
     "sweep": ("sweep", partial(chosen, words=r"SmolLM2.*: (grid|input)")),
     "generate": ("generate", partial(chosen, words="SmolLM2")),
+    "fits": ("longest", fits),
     "gained": ("train", gained),
     "noise": ("noise", grouped),
+    "int8_products": ("int8", partial(chosen, words="^products")),
+    "int8_step": ("int8", partial(chosen, words="^a step")),
+    "int8_swahili": ("int8", partial(chosen, words="^Swahili")),
     "linear": ("linear", ratios),
     "stored": ("stored", grouped),
     **{f"whole_{part}": (part, whole) for part in _PARTS},

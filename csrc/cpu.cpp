@@ -35,7 +35,7 @@ bool supports_amx_bf16() {
 #if defined(__linux__)
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
-    const bool tiles = edx >> 24 & 1, products = edx >> 22 & 1;
+    const bool tiles = edx >> 24 & 1, products = (edx >> 22 & 1) && (edx >> 25 & 1);  // of bfloat16, and of 8 bits
     if (!supports_avx512_bf16() || !tiles || !products) return false;
     // Tiles are 8 KiB of state that Linux saves only for a process that has asked for them (Linux 5.16).
     constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -1,6 +1,7 @@
 // Products of few rows of x with a weight of many, which is read once, where it lies, at the speed of memory.
 #pragma once
 
+#include "matrix.h"
 #include "product.h"
 
 namespace cogsym {
@@ -111,6 +112,105 @@ inline void spread_products(float (&out)[columns][width], const float* x, const 
             store(&out[c][v * lanes<float>], sums[c][v]);
         }
 }
+
+// Whether rows of x of type T meet such weights as whole numbers, in tiles: each value of x as three digits of 8 bits,
+// x = unit (65536 d2 + 256 d1 + d0), the row's largest of 22 bits. A weight is then multiplied as it lies, sums are
+// exact, and what is lost of x is less than float sums lose: halves of its unit. A row with what is not finite is NaN.
+template <class T, class W>
+constexpr bool in_digits = false;
+constexpr int64_t digits = 3, tile = 16, tile_depth = 64, most_tiles = 6;
+
+// Products of the digits of x, [K / 64][tiles][16][16 digits][4], with 16 rows of the weight.
+template <int tiles>
+void digit_products(int32_t (&out)[most_tiles * tile][tile], const int8_t* x, const int8_t* weight, int64_t stride,
+                    int64_t rows, int64_t K);
+
+#ifdef __AMX_INT8__
+template <>
+constexpr bool in_digits<bfloat16, int8_t> = true;
+
+// A row's digits as columns `digits` m and following of the right operand; its unit.
+inline float arrange_digits(int8_t* to, const bfloat16* x, int64_t K, int64_t tiles, int64_t m) {
+    using ints = vector_t<int32_t>;
+    const auto sized = [](uint16_t bits) { return uint16_t(bits & 0x7fff); };
+    uint16_t largest = 0;  // of the magnitudes, which are ordered as their bits are
+    for (int64_t k = 0; k < K; ++k) {
+        const uint16_t size = sized(load<uint16_t>(x + k));
+        largest = size > largest ? size : largest;
+    }
+    const bool finite = largest < Bits<bfloat16>::exponent;
+    // 2^exponent is more than the largest; for tiny ones the unit's inverse would be infinite.
+    const int exponent = finite ? int(larger(largest >> 7, 26)) - 126 : 0;
+    const float inverse = finite ? __builtin_ldexpf(1, 22 - exponent) : 0;
+    for (int64_t begin = 0; begin < K; begin += tile_depth, to += tiles * tile * tile_depth) {
+        const Some<tile_depth, bfloat16> some(x + begin, finite ? K - begin : 0);
+        alignas(64) int8_t values[digits][tile_depth];
+        for (int64_t i = 0; i < tile_depth; i += lanes<float>) {
+            const __m512 scaled = (__m512)(widened(some.values + i) * inverse);
+            const ints whole = (ints)_mm512_cvtps_epi32(scaled), low = whole << 24 >> 24, rest = (whole - low) >> 8,
+                       middle = rest << 24 >> 24;
+            store(values[0] + i, _mm512_cvtepi32_epi8((__m512i)low));
+            store(values[1] + i, _mm512_cvtepi32_epi8((__m512i)middle));
+            store(values[2] + i, _mm512_cvtepi32_epi8((__m512i)((rest - middle) >> 8)));
+        }
+        for (int64_t d = 0; d < digits; ++d) {
+            const int64_t column = digits * m + d;
+            int8_t* const place = to + column / tile * tile * tile_depth + column % tile * 4;
+            for (int64_t i = 0; i < tile_depth; i += 4) __builtin_memcpy(place + i * tile, values[d] + i, 4);
+        }
+    }
+    return finite ? __builtin_ldexpf(1, exponent - 22) : __builtin_nanf("");
+}
+
+template <int tiles>
+inline void digit_products(int32_t (&out)[most_tiles * tile][tile], const int8_t* x, const int8_t* weight, int64_t stride,
+                           int64_t rows, int64_t K) {
+    static_assert(most_tiles == 6, "tiles 0 to 5 hold sums, 6 weights and 7 digits");
+    alignas(64) int8_t some[tile][tile_depth];
+    _tile_zero(0);
+    if constexpr (tiles > 1) _tile_zero(1);
+    if constexpr (tiles > 2) _tile_zero(2);
+    if constexpr (tiles > 3) _tile_zero(3);
+    if constexpr (tiles > 4) _tile_zero(4);
+    if constexpr (tiles > 5) _tile_zero(5);
+    for (int64_t k = 0; k < K; k += tile_depth, x += tiles * tile * tile_depth) {
+        const int8_t* const from = weight + k;
+        if (rows < tile || k + tile_depth > K) {  // what is not the weight's is not read
+            const int64_t count = smaller(tile_depth, K - k);
+            for (int64_t r = 0; r < tile; ++r)
+                for (int64_t i = 0; i < tile_depth; ++i) some[r][i] = r < rows && i < count ? from[r * stride + i] : 0;
+            __asm__ volatile("" ::: "memory");  // as in matrix.h
+            _tile_loadd(6, some, tile_depth);
+        } else {
+            for (int64_t r = 0; r < tile; ++r) __builtin_prefetch(from + (tile + r) * stride);
+            __asm__ volatile("" ::: "memory");
+            _tile_loadd(6, from, stride);
+        }
+#define COGSYM_DIGITS(i)                                               \
+    if constexpr (tiles > i) {                                         \
+        _tile_loadd(7, x + i * tile * tile_depth, tile_depth);         \
+        _tile_dpbssd(i, 6, 7);                                         \
+    }
+        COGSYM_DIGITS(0)
+        COGSYM_DIGITS(1)
+        COGSYM_DIGITS(2)
+        COGSYM_DIGITS(3)
+        COGSYM_DIGITS(4)
+        COGSYM_DIGITS(5)
+#undef COGSYM_DIGITS
+    }
+    alignas(64) int32_t sums[most_tiles][tile][tile];
+    constexpr int64_t line = tile * sizeof(int32_t);
+    _tile_stored(0, sums[0], line);
+    if constexpr (tiles > 1) _tile_stored(1, sums[1], line);
+    if constexpr (tiles > 2) _tile_stored(2, sums[2], line);
+    if constexpr (tiles > 3) _tile_stored(3, sums[3], line);
+    if constexpr (tiles > 4) _tile_stored(4, sums[4], line);
+    if constexpr (tiles > 5) _tile_stored(5, sums[5], line);
+    __asm__ volatile("" ::: "memory");
+    for (int i = 0; i < tiles; ++i) transpose_words(out[i * tile], tile, sums[i], tile);
+}
+#endif
 
 }  // namespace COGSYM_ISA
 }  // namespace cogsym

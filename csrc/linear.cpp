@@ -121,17 +121,21 @@ class Multiplier {
     const int64_t each_;
 };
 
-// For few rows of x: with up to `most_dotted` by dot products, with more by spreading each weight over them. Spreading
-// takes too long for what is not two of bfloat16 in a word.
+// For few rows of x: by digits where there are such; else with up to `most_dotted` by dot products, with more by spreading
+// each weight over them. Spreading takes too long for what is not two of bfloat16 in a word.
 template <class T, class W>
 class Streamer {
   public:
-    static constexpr int64_t unit = 24;
+    static constexpr int64_t unit = in_digits<T, W> ? 2 * tile : 24;
 
     explicit Streamer(const Linear& a)
         : a_(a), dotted_(dotted(a)), row_(round_up(a.K, pair)), x_(static_cast<float*>(a.scratch.memory)) {
         const Rows<T> x = {static_cast<const T*>(a.x), a.x_stride, a.M, a.K};
-        if (dotted_)
+        if constexpr (in_digits<T, W>) {
+            int8_t* const to = reinterpret_cast<int8_t*>(x_ + most_spread);
+            for (int64_t m = 0; m < a.M; ++m)
+                x_[m] = arrange_digits(to, x.data + m * x.stride, a.K, tiles(a), m);
+        } else if (dotted_)
             for (int64_t m = 0; m < a.M; ++m) arrange<W>(x_ + m * row_, x.data + m * x.stride, a.K);
         else
             pack_panels_transposed(x_, x, 0, a.K, 0, a.M);
@@ -143,6 +147,8 @@ class Streamer {
     }
 
     static int64_t scratch_bytes(const Linear& a) {
+        if (in_digits<T, W>)
+            return most_spread * int64_t(sizeof(float)) + tiles(a) * tile * round_up(a.K, tile_depth);
         const int64_t values = dotted(a) ? a.M * round_up(a.K, pair) : round_up(a.M, width) * a.K;
         return values * int64_t(sizeof(float));
     }
@@ -150,15 +156,18 @@ class Streamer {
     // Columns [unit index, unit (index + 1)) of y.
     void part(int64_t index) const {
         const int64_t n = index * unit, columns = smaller(unit, a_.N - n);
-        if (dotted_) {
+        if constexpr (in_digits<T, W>) {
+            const Multiplying configured;
+            for (int64_t c = 0; c < columns; c += tile) by_digits<1>(n + c, smaller(tile, columns - c));
+        } else if (dotted_) {
             for (int64_t m = 0; m < a_.M; m += dotted_together) dot<dotted_together>(m, a_.M - m, n, columns);
-            return;
-        }
-        for (int64_t m = 0; m < a_.M; m += width) {
-            if (a_.M - m <= width / 2)
-                spread_rows<tile_vectors / 2>(m, n, columns);
-            else
-                spread_rows<tile_vectors>(m, n, columns);
+        } else {
+            for (int64_t m = 0; m < a_.M; m += width) {
+                if (a_.M - m <= width / 2)
+                    spread_rows<tile_vectors / 2>(m, n, columns);
+                else
+                    spread_rows<tile_vectors>(m, n, columns);
+            }
         }
     }
 
@@ -199,6 +208,31 @@ class Streamer {
         spread_products<vectors, columns>(out, x_ + m * a_.K, weight(n), a_.weight_stride, a_.K);
         for (int c = 0; c < columns; ++c)
             put(m, smaller(width, a_.M - m), n + c, [&](int64_t r) { return out[c][r]; });
+    }
+
+    static int64_t tiles(const Linear& a) { return blocks(digits * a.M, tile); }
+
+    template <int count>
+    void by_digits(int64_t n, int64_t columns) const {
+        if constexpr (count < most_tiles)
+            if (count < tiles(a_)) return by_digits<count + 1>(n, columns);
+        alignas(64) int32_t out[most_tiles * tile][tile];
+        const int8_t* const x = reinterpret_cast<const int8_t*>(x_ + most_spread);
+        digit_products<count>(out, x, weight(n), a_.weight_stride, columns, a_.K);
+        float bias[tile] = {};
+        if (a_.bias)
+            with_type(a_.bias_dtype, [&](auto element) {
+                const auto* from = static_cast<const decltype(element)*>(a_.bias) + n;
+                for (int64_t c = 0; c < columns; ++c) bias[c] = float(widen(from[c]));
+            });
+        for (int64_t m = 0; m < a_.M; ++m) {
+            const auto* const sums = out + digits * m;
+            const float unit_of_x = x_[m];
+            write(static_cast<T*>(a_.y) + m * a_.N + n, columns, [&](int64_t c) {
+                const float sum = float(sums[2][c]) * 65536 + float(sums[1][c]) * 256 + float(sums[0][c]);
+                return sum * unit_of_x * a_.scale[n + c] + bias[c];
+            });
+        }
     }
 
     const W* weight(int64_t n) const { return static_cast<const W*>(a_.weight) + n * a_.weight_stride; }

@@ -23,8 +23,9 @@ COMMANDS = typer.main.get_command(app).commands
 # Of pytest, setuptools and mkdocs, which the documents name too.
 OTHERS = set(
     "--build-lib --build-temp --folder --fuzz-examples --help --huge --inplace --machine_rank --main_process_ip "
-    "--main_process_port --maxprocesses --minutes --multi_gpu --nnodes --no-python --nproc-per-node --num_machines "
-    "--num_processes --part --rdzv-backend --rdzv-endpoint --seconds --shuffle --strict --tiny".split()
+    "--main_process_port --maxprocesses --minutes --multi_gpu --nnodes --no-deps --no-python --nproc-per-node "
+    "--num_machines --num_processes --part --rdzv-backend --rdzv-endpoint --seconds --shuffle --strict --tiny "
+    "--wheel-dir".split()
 )
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

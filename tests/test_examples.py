@@ -25,11 +25,10 @@ LIMIT = 240  # seconds
 
 
 def imported(name: str) -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        patch.setitem(sys.modules, "trackio", None)  # which TRL imports, whole or not; no example reports to it
         return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture
@@ -89,11 +88,12 @@ def test_two_processes_lose_what_one_does(steady: Path, tmp_path: Path) -> None:
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "told").read_text())
-    assert told == {"DistributedDataParallel": pytest.approx(one, rel=1e-4), "FSDP": pytest.approx(one, rel=1e-4)}
+    assert set(told) == {"DistributedDataParallel", "FSDPLlamaForCausalLM"}
+    assert all(losses == pytest.approx(one, rel=1e-4) for losses in told.values())
 
 
 def worker(folder: Path, told: Path) -> None:
-    """What each of two processes does; accelerate shards on GPUs alone, and is told that this were one."""
+    """What each of two processes does; accelerate shards on GPUs alone, and is told that this is one."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -107,9 +107,10 @@ def worker(folder: Path, told: Path) -> None:
             state.fsdp_plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
             )
+        wrapped, prepare = [], accelerator.prepare
+        accelerator.prepare = lambda *parts, prepare=prepare, to=wrapped: (to.extend(prepare(*parts)), to)[1]
         found = losses(folder, accelerator=accelerator)["training"]
-        wrapped = accelerator._models[-1]
-        results["FSDP" if type(wrapped).__name__.startswith("FSDP") else type(wrapped).__name__] = found
+        results[type(wrapped[0]).__name__] = found
     if accelerator.is_main_process:
         told.write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

@@ -147,7 +147,8 @@ def check_model_folder(name: str | Path) -> Path | None:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or folder.exists():
+        looks = folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
+        if looks or folder.exists() or (len(folder.parts) > 1 and folder.parent.is_dir()):  # OUT/modle, mistyped
             raise CogsymError(f"There is no model folder {str(name)!r}; give a folder that save_pretrained wrote.")
         return None
     for path in folder.iterdir():

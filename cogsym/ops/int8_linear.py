@@ -8,7 +8,9 @@ symmetric, to the nearest: Krishnamoorthi, "Quantizing deep convolutional networ
 
 On the CPU the integers are widened block by block on their way into the cache, as `cogsym.ops.linear` does it with
 other types, and sums are float32. Where the processor multiplies the type of x itself (AMX), a weight that meets many
-rows is widened as a whole, into memory that is free again behind the product, and PyTorch multiplies.
+rows is widened as a whole, into memory that is free again behind the product, and PyTorch multiplies. Few rows of
+bfloat16 are taken as integers themselves there, three digits of 8 bits a value, so that the sums are exact. On a GPU
+Triton takes few rows.
 """
 
 from __future__ import annotations
@@ -127,22 +129,36 @@ def _check_weight(name: str, x: Tensor, weight: Tensor, scale: Tensor, dim: int)
             raise TypeError(f"int8_linear: {what} has dtype {tensor.dtype}, expected {dtypes[0]}; see `quantise`.")
 
 
-def _refuses(device: str, dtype: torch.dtype) -> str | None:
+def _refuses(device: str, dtype: torch.dtype, rows: int = 0) -> str | None:
     return "by PyTorch, as sums of the kernel are float32" if dtype == torch.float64 else None
 
 
+# By the bytes: a widened copy of the weight is as nothing beside the products of more rows.
+_FEW_ON_A_GPU = 32  # what cogsym.kernels.int8_linear takes at most
+
+
+def _triton_refuses(device: str, dtype: torch.dtype, rows: int = 0) -> str | None:
+    if rows > _FEW_ON_A_GPU:
+        return "by PyTorch's product with the weight widened, which many rows are worth"
+    return _refuses(device, dtype)
+
+
+def _facts(x: Tensor, *_: Any) -> dict[str, Any]:
+    return {"rows": x.numel() // max(x.shape[-1], 1)}
+
+
 # Up to so many rows the kernel's products take less time than widening the weight and PyTorch's product, where PyTorch
-# multiplies the type itself.
-_FEW = 16
+# multiplies the type itself; of y with AMX, half its time at so many.
+_FEW, _FEW_BY_AMX = 16, 32
 
 
-def _kernel_multiplies(x: Tensor) -> bool:
+def _kernel_multiplies(x: Tensor, few: int = _FEW) -> bool:
     """Whether not PyTorch, with the weight widened before."""
-    return x.dtype == torch.float32 or not native(x.dtype) or x.numel() <= _FEW * x.shape[-1]
+    return x.dtype == torch.float32 or not native(x.dtype) or x.numel() <= few * x.shape[-1]
 
 
 def _cpp(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    if _kernel_multiplies(x):
+    if _kernel_multiplies(x, _FEW_BY_AMX if cpp.extension.isa() == "amx_bf16" else _FEW):
         return product(x, weight, bias, True, scale=scale.float().contiguous())
     return int8_linear_reference(x, weight, scale, bias)
 
@@ -190,7 +206,11 @@ _linear = register_operation(
         "int8_linear",
         int8_linear_reference,
         check=_check,
-        backends=(backend.cpp(_cpp, _refuses),),
+        backends=(
+            backend.cpp(_cpp, _refuses),
+            backend.triton("cogsym.kernels.int8_linear:int8_linear", _triton_refuses),
+        ),
+        facts=_facts,
         fake=lambda x, weight, scale, bias: x.new_empty(*x.shape[:-1], len(weight)),
         autograd=(_setup, _backward),
         flops=linear_flops,
@@ -202,7 +222,11 @@ _input_gradient = register_operation(
         "int8_linear_input_gradient",
         int8_linear_input_gradient_reference,
         check=lambda dy, weight, scale: _check_weight("dy", dy, weight, scale, 0),
-        backends=(backend.cpp(_cpp_input_gradient, _refuses),),
+        backends=(
+            backend.cpp(_cpp_input_gradient, _refuses),
+            backend.triton("cogsym.kernels.int8_linear:int8_linear_input_gradient", _triton_refuses),
+        ),
+        facts=_facts,
         fake=lambda dy, weight, scale: dy.new_empty(*dy.shape[:-1], weight.shape[1]),
         flops=linear_flops,
         part_of="int8_linear",

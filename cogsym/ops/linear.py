@@ -84,7 +84,7 @@ def multiply_into(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> T
     """x Wᵀ (`transposed`) or x W, without autograd.
 
     Args:
-        out: where to, contiguous, [rows, features] in the dtype of x.
+        out: where to, contiguous, [rows, features] in the dtype of x, or on a GPU in float32 where x is of 16 bits.
         x: [rows, features].
         weight: of the same type as x, or of one that x's holds exactly.
         transposed: which of them.
@@ -93,7 +93,8 @@ def multiply_into(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> T
     if ours in (_cpp, _cpp_input_gradient):
         return product(x, weight, None, transposed, out)
     weight = weight.to(x.dtype)
-    return torch.mm(x, weight.t() if transposed else weight, out=out)
+    weight = weight.t() if transposed else weight
+    return torch.mm(x, weight, out=out) if out.dtype == x.dtype else torch.mm(x, weight, out_dtype=out.dtype, out=out)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,8 +18,12 @@ from cogsym.ops.backend import Kernel
 from cogsym.ops.linear import multiply_into
 
 # (rows, columns) of a block at most. On a CPU: 8 MiB in bfloat16, which its cache keeps from one product to the other.
-# On a GPU: so many columns that adding up the products, which is bound by memory, takes a few per cent.
-BLOCKS = {"cpu": (2048, 2048), "cuda": (4096, 16384)}
+# On a GPU a block of N rows and W columns costs, in bytes of memory's traffic a logit in bfloat16, (18 / W + 2 / N)·D
+# for what products read and for adding them up in float32, and 8 more where it is too large for the second-level cache
+# and passes through memory four times. Narrow hidden states have blocks of 16 MiB (D = 576: 3 bytes, not 9), wide ones
+# large blocks (D = 4096: 15 bytes, not 22); both cost the same at some 2,100. Computed, not measured.
+BLOCKS = {"cpu": (2048, 2048), "cuda, narrow": (2048, 4096), "cuda, wide": (4096, 16384)}
+NARROW = 2048  # hidden states of at most so many numbers
 
 
 class OnlineState(NamedTuple):
@@ -39,6 +43,14 @@ class OnlineState(NamedTuple):
     def logsumexp(self, scale: float, soft_cap: float) -> Tensor:
         """Of the logits."""
         return capped(self.maximum, scale, soft_cap) + self.total.log()
+
+
+def partial_dtype(x: Tensor) -> torch.dtype:
+    """Of the products of `x` that are added up.
+
+    A GPU's tensor cores add up in float32, which cuBLAS gives as it is; elsewhere each is rounded to the dtype of x.
+    """
+    return torch.float32 if x.is_cuda and x.dtype.itemsize == 2 and torch.version.hip is None else x.dtype
 
 
 def compute_dtype(x: Tensor) -> Tensor:
@@ -252,7 +264,7 @@ def forward_pass(
 ) -> tuple[OnlineState, Tensor | None]:
     """The statistics of every row and, where wanted, the gradient of each row's loss for its hidden state."""
     N, V = len(hidden), len(weight)
-    block_rows, block_columns = _block_size(hidden.device)
+    block_rows, block_columns = _block_size(hidden.device, hidden.shape[1])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     state = OnlineState(
         hidden.new_full((N,), -torch.inf, dtype=dtype),
@@ -264,12 +276,13 @@ def forward_pass(
     gradient = torch.empty_like(hidden) if dhidden else None
     buffer = hidden.new_empty(min(block_rows, N) * min(block_columns, V))
     softmax, add = ONLINE_SOFTMAX.implementation(hidden), ADD_RESCALED.implementation(hidden)
-    for begin, end in row_pieces(N, hidden.device):
+    for begin, end in row_pieces(N, hidden.device, hidden.shape[1]):
         h, t = hidden[begin:end], targets[begin:end]
         part = state.rows(begin, end)
         rescale = torch.empty_like(part.total)
         if gradient is not None:
-            total, product = torch.zeros(h.shape, dtype=dtype, device=h.device), torch.empty_like(h)
+            total = torch.zeros(h.shape, dtype=dtype, device=h.device)
+            product = torch.empty_like(h, dtype=partial_dtype(h))
         for first in range(0, V, block_columns):
             w = weight[first : first + block_columns]
             logits = multiply_into(buffer[: len(h) * len(w)].view(len(h), len(w)), h, w, True)
@@ -298,19 +311,20 @@ def backward_pass(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dhidden of the rows, dweight), from logits computed again; None for one that is not needed."""
     N, V = len(hidden), len(weight)
-    block_rows, block_columns = _block_size(hidden.device)
+    block_rows, block_columns = _block_size(hidden.device, hidden.shape[1])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     dhidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if need_dhidden else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dweight else None
     buffer = hidden.new_empty(min(block_rows, N) * min(block_columns, V))
-    product, one = torch.empty_like(hidden[:block_rows]), torch.ones_like(logsumexp)
+    partial = partial_dtype(hidden)
+    product, one = torch.empty_like(hidden[:block_rows], dtype=partial), torch.ones_like(logsumexp)
     gradient, add = LOGITS_GRADIENT.implementation(hidden), ADD_RESCALED.implementation(hidden)
     # Rows inside columns: each block of dweight is then finished, and rounded, before the next is begun.
     for first in range(0, V, block_columns):
         w = weight[first : first + block_columns]
         if dweight is not None:
             dw = torch.zeros(w.shape, dtype=dtype, device=w.device)
-        for begin, end in row_pieces(N, hidden.device):
+        for begin, end in row_pieces(N, hidden.device, hidden.shape[1]):
             h, t = hidden[begin:end], targets[begin:end]
             logits = multiply_into(buffer[: len(h) * len(w)].view(len(h), len(w)), h, w, True)
             gradient(
@@ -320,7 +334,7 @@ def backward_pass(
             if dhidden is not None:
                 add(dhidden[begin:end], multiply_into(product[: len(h)], logits, w, False), one[begin:end])
             if dweight is not None:
-                dw += torch.mm(logits.t(), h)
+                dw += torch.mm(logits.t(), h) if partial == h.dtype else torch.mm(logits.t(), h, out_dtype=partial)
         if dweight is not None:
             dweight[first : first + block_columns] = dw
     return None if dhidden is None else dhidden.to(hidden.dtype), dweight
@@ -341,13 +355,13 @@ def scores_of_all(
     return target_logit, logsumexp, argmax
 
 
-def row_pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """(begin, end) of the rows of each block.
+def row_pieces(count: int, device: torch.device, D: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the rows of each block, of hidden states of D numbers.
 
     oneDNN's bfloat16 products of some 600 to 1,700 rows ran on half the cores where this was measured (2 cores with
     AMX: 1.2 instead of 2.3 TFLOP/s; 512 rows: 2.0), so on a CPU a piece is nearly whole or at most a quarter.
     """
-    size, _ = _block_size(device)
+    size, _ = _block_size(device, D)
     begin = 0
     while begin < count:
         rows = min(size, count - begin)
@@ -358,5 +372,5 @@ def row_pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
         begin += rows
 
 
-def _block_size(device: torch.device) -> tuple[int, int]:
-    return BLOCKS["cpu" if device.type == "cpu" else "cuda"]
+def _block_size(device: torch.device, D: int) -> tuple[int, int]:
+    return BLOCKS["cpu" if device.type == "cpu" else "cuda, narrow" if D <= NARROW else "cuda, wide"]

@@ -24,7 +24,7 @@ class SweepProgress:
     def __init__(self, console: Console, total: Mapping[str, int], weights: Mapping[str, float]) -> None:
         """Start at 0 of so many documents of each task, each taking so long beside those of other tasks."""
         self._console, self._total, self._weights = console, sum(total.values()), weights
-        self._done, self._computed = 0, 0.0
+        self._done, self._computed, self._end = 0, 0.0, 0.0
         self._left = sum(number * weights[task] for task, number in total.items())
         self._forwards = 0.0
         self._began = time.monotonic()
@@ -44,7 +44,7 @@ class SweepProgress:
     def forwards(self, number: float) -> None:
         """So many layers have been computed, each for one state of the documents at hand."""
         self._forwards += number
-        self._bar.update(self._task, detail=self._rate())
+        self._bar.update(self._task, detail=self._rate(), left=self._time_left())
 
     def documents(self, task: str, number: int, computed: bool) -> None:
         """So many documents of a task are done; or were before."""
@@ -52,6 +52,8 @@ class SweepProgress:
         self._done += number
         self._computed += number * computed * self._weights[task]
         self._left -= number * self._weights[task]
+        if self._computed:  # as of now: what is under way is not known to be late
+            self._end = self._seconds() * (1 + self._left / self._computed)
         self._bar.update(
             self._task, description=task, completed=self._done, detail=self._rate(), left=self._time_left()
         )
@@ -74,7 +76,7 @@ class SweepProgress:
 
     def _time_left(self) -> str:
         """By how long the documents have taken so far; nothing before the first."""
-        return f", {clock(self._seconds() / self._computed * self._left)} left" if self._computed else ""
+        return f", {clock(max(0.0, self._end - self._seconds()))} left" if self._computed else ""
 
     def __enter__(self) -> SweepProgress:
         self._bar.start()

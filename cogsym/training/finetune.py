@@ -37,7 +37,7 @@ from cogsym.training.notices import notices, risen
 from cogsym.training.prepare import prepare, restore
 from cogsym.training.run_folder import RunFolder, check_inputs, open_run_folder
 from cogsym.training.settings import TrainSettings
-from cogsym.training.sharded import gathered, held, shard, trained_tensors
+from cogsym.training.sharded import bytes_held, gathered, shard, trained_tensors
 from cogsym.training.shares import SharedRows, shared_batch
 from cogsym.training.trainer import OuterTrainer, RunCallback
 
@@ -264,7 +264,7 @@ def _prepared(run: _Run, console: Console) -> Any:
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     if settings.fsdp:
         shard(adapted)
-        say("each rank holds {:,} of {:,} bytes of weights".format(*held(adapted)))
+        say("each rank holds {:,} of {:,} bytes of weights".format(*bytes_held(adapted)))
     if sentence := precision.products_sentence(network, _device()):
         say(sentence)
     say(str(explain(adapted)))

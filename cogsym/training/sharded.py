@@ -27,7 +27,7 @@ def shard(model: Any) -> None:
     model._is_accelerate_prepared = True
 
 
-def held(model: nn.Module) -> tuple[int, int]:
+def bytes_held(model: nn.Module) -> tuple[int, int]:
     """(Bytes of the parameters that this rank holds, bytes of all of them)."""
     parameters = list(model.parameters())
     here = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]

@@ -12,21 +12,29 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from texts import sentences
+from torch import nn
 
+import cogsym
 from cogsym.bench import ops, report, study
 from cogsym.bench.case import OURS, Case, Line, measure
+from cogsym.bench.models import build
+from cogsym.decoder import layers_of
+from cogsym.models.loading import load_model
+from cogsym.models.projections import SCALE
 from cogsym.ops import operations
+from cogsym.training.streamed import on_disk
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NO_STUDIES = {"bench", "conftest", "gpu", "readme"}
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in NO_STUDIES)
 OF_TINY_SHAPE = (
     "attention", "decode_attention", "frozen", "linear", "linear_cross_entropy", "longest", "parts", "stored",
-    "streamed",
+    "streamed", "streamed_train",
 )  # fmt: skip
-OF_A_FOLDER = ("harness", "swahili", "swahili_sweep", "train_speed")
+OF_A_FOLDER = ("harness", "int8", "swahili", "swahili_sweep", "train_speed")
 
 
 def script(name: str) -> Any:
@@ -122,6 +130,44 @@ def test_methods_of_training_are_scored(
     assert before["facts"]["xcopa_sw"]["questions"] == 12 and outer["facts"]["tried"].keys() == {"0.0003"}
 
 
+def test_weights_in_int8_are_set_beside_bfloat16(
+    run: Callable[..., list[Line]], model_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    lines = run("int8", "--model", model_folder, "--data", texts, "--work", tmp_path / "work")
+    *products, step, before, bfloat16, int8 = lines
+    for line in products:
+        errors = {label: result["error"] for label, result in line["variants"].items()}
+        assert 0.003 < errors.pop(OURS) < 0.03 and max(errors.values()) < 0.01
+    held = {label: result["weight_bytes"] for label, result in step["variants"].items()}
+    assert held.pop(OURS) < 0.6 * min(held.values())
+    scores = [line["facts"]["bits_per_byte"] for line in (before, bfloat16, int8)]
+    assert len({*scores}) == 3
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_bytes_that_fit_are_those_of_models(adapters: bool, tmp_path: Path) -> None:
+    """Weights, gradients and the optimizer's state as the table of what fits has them, however frozen ones are held."""
+    longest, plan = script("longest"), cogsym.LayerPlan.outer(4)
+    build("tiny", None, torch.bfloat16, torch.device("cpu")).save_pretrained(tmp_path)
+    per_layer = longest.adapter_parameters("tiny")
+    line = {"name": "tiny", "facts": {"parameters": longest.parameters("tiny"), "adapters": per_layer}}
+    for frozen in longest.HELD:
+        streams = frozen == "on disk"
+        model = cogsym.load_streamed(tmp_path, plan) if streams else load_model(tmp_path)
+        if adapters:
+            names = [name for name, module in model.model.layers[0].named_modules() if isinstance(module, nn.Linear)]
+            names = [name.rpartition(".")[2] for name in names]
+            config = LoraConfig(r=longest.LORA_RANK, target_modules=names, layers_to_transform=[*plan.trained])
+            model = get_peft_model(model, config)
+        cogsym.prepare(model, plan, frozen_weights="int8" if frozen == "int8" else None)
+        held = [p for p in model.parameters() if not p.is_meta]
+        taken = sum(p.numel() * 16 if p.requires_grad else p.nbytes for p in held)
+        taken += sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith(SCALE))
+        blocks = [block.nbytes for layer in layers_of(model) if (block := on_disk(layer))]
+        assert taken + sum(blocks[:2]) == longest.weight_bytes(line, plan, adapters, frozen), frozen
+        assert bool(blocks) == streams
+
+
 def test_the_harness_is_timed_over_a_sweep(run: Callable[..., list[Line]], model_folder: Path, texts: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[lm_eval]'")
     (line,) = run("harness", "--model", model_folder, "--data", texts)
@@ -193,6 +239,7 @@ def test_the_scripts_measure_nothing_by_themselves() -> None:
     allowed = {
         "train_speed": {"time.perf_counter"},  # of the steps of a run
         "streamed": {"time.perf_counter", "json.dumps"},  # in its process; the files of its model
+        "streamed_train": {"time.perf_counter", "json.dumps"},  # in its process; what it reports
         "noise": {"time.perf_counter"},  # to be a tenth slower
         "swahili": {"json.dumps"},  # what is noted of a training run
     }

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from cogsym.kernels import activation, attention, decode_attention, linear_cross_entropy, rms_norm, rotary
+from cogsym.kernels import activation, attention, decode_attention, int8_linear, linear_cross_entropy, rms_norm, rotary
 from cogsym.ops import Operation, operations
 from cogsym.ops.activation import ACTIVATIONS
 from cogsym.ops.logit_blocks import OnlineState
@@ -50,6 +50,7 @@ TYPE_NAMES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -201,6 +202,14 @@ def _linear_cross_entropy(D: int, dtype: torch.dtype) -> None:
     linear_cross_entropy.add_rescaled(total, product, row)
 
 
+def _int8_linear(D: int, dtype: torch.dtype) -> None:
+    """One row and many sequences' next ones, both ways."""
+    weight, scale = _empty(3 * D, D, dtype=torch.int8), _empty(3 * D, dtype=torch.float32)
+    for rows in (1, 32):
+        int8_linear.int8_linear(_empty(rows, D, dtype=dtype), weight, scale, _empty(3 * D, dtype=dtype))
+        int8_linear.int8_linear_input_gradient(_empty(rows, 3 * D, dtype=dtype), weight, scale)
+
+
 def _decode_attention(heads: tuple[int, int], D: int, dtype: torch.dtype) -> None:
     """Many rows, and few rows of many keys under a soft cap, on slices of fused projections."""
     H, KV = heads
@@ -250,6 +259,7 @@ CASES: dict[tuple[str, int], Callable[[int, torch.dtype], None]] = {
     ("attention", 256): partial(_attention, (8, 4)),
     ("decode_attention", 64): partial(_decode_attention, (9, 3)),
     ("decode_attention", 128): partial(_decode_attention, (32, 8)),
+    **{("int8_linear", D): _int8_linear for D in (576, 4096)},
     **{("linear_cross_entropy", D): _linear_cross_entropy for D in (576, 4096)},
 }
 # Every other operation that has a Triton kernel.

@@ -89,6 +89,15 @@ def test_configurations_that_cannot_be(model_folder: Path, changes: dict[str, An
         refused(lambda: num_layers(model_folder), words)
 
 
+def test_a_folder_that_is_mistyped_is_not_looked_for_on_the_hub(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_folder.parent.parent)
+    name = f"{model_folder.parent.name}/modle"
+    for read in (load_model, load_config, load_tokenizer):
+        refused(lambda read=read: read(name), f"There is no model folder '{name}'")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"5", b"\xff", b"{}" + bytes(10)])
 def test_configurations_that_are_none(model_folder: Path, content: bytes) -> None:
     (model_folder / "config.json").write_bytes(content)

@@ -79,6 +79,27 @@ def test_strided_rows(cpu_backend: str, transposed: bool, rows: int) -> None:
     torch.testing.assert_close(got.double(), x.double() @ (wide.t() if transposed else wide), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_few_rows_of_any_number_and_size(
+    best_backend: str, native: None, poisoned: None, assert_no_worse: Callable[..., None], dtype: torch.dtype
+) -> None:
+    """Each number of them, of other magnitudes each, with some values far larger; a row that is not finite is alone."""
+    weight, scale = quantise(torch.randn(37, 150))
+    wide = weight.double() * scale.double()[:, None]
+    for rows in range(1, 34):
+        x = torch.randn(rows, 150) * torch.logspace(-4, 1, rows)[:, None]
+        x[:, 7] *= 2000
+        x, bias = x.to(dtype), torch.randn(37).to(dtype)
+        exact = F.linear(x.double(), wide, bias.double())
+        magnitude = x.double().abs() @ wide.abs().t() + bias.double().abs()
+        y = int8_linear(x, weight, scale, bias)
+        assert_no_worse(y, F.linear(x, wide.to(dtype), bias), exact, f"{rows} rows", magnitude)
+        x[0, 3] = torch.inf if rows % 2 else torch.nan
+        again = int8_linear(x, weight, scale, bias)
+        assert not again[0].isfinite().any() and torch.equal(again[1:], y[1:])
+    assert not int8_linear(torch.zeros(4, 150, dtype=dtype), weight, scale).any()
+
+
 def test_leading_dimensions_and_empty_ones(cpu_backend: str) -> None:
     (weight, scale), bias = quantise(torch.randn(6, 5)), torch.randn(6)
     assert int8_linear(torch.randn(2, 3, 5), weight, scale, bias).shape == (2, 3, 6)

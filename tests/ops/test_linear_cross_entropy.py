@@ -361,9 +361,65 @@ def test_ignored_rows_cost_nothing(best_backend: str, small_blocks: None, traine
 @pytest.mark.parametrize("count", [0, 1, 511, 512, 513, 1791, 1792, 2048, 2049, 5000])
 def test_pieces_cover_the_rows(count: int) -> None:
     """In order and without gaps, and none of the sizes that oneDNN is slow at."""
-    pieces = list(logit_blocks.row_pieces(count, torch.device("cpu")))
+    pieces = list(logit_blocks.row_pieces(count, torch.device("cpu"), 64))
     assert [row for begin, end in pieces for row in range(begin, end)] == list(range(count))
     assert all(end - begin <= 512 or 1792 <= end - begin <= 2048 for begin, end in pieces)
+
+
+@pytest.mark.parametrize("D", [64, 2048, 2049, 8192])
+def test_blocks_of_a_gpu(D: int) -> None:
+    """Those of narrow states fit a second-level cache; those of wide ones are large."""
+    pieces = list(logit_blocks.row_pieces(10_000, torch.device("cuda"), D))
+    assert [row for begin, end in pieces for row in range(begin, end)] == list(range(10_000))
+    rows, columns = logit_blocks._block_size(torch.device("cuda"), D)
+    assert max(end - begin for begin, end in pieces) == rows
+    assert 2 * rows * columns == (2**24 if D <= 2048 else 2**27)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", TRAINED)
+def test_partial_sums_of_a_gpu_are_float32(
+    cpu_backend: str,
+    small_blocks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: tuple[bool, bool],
+    dtype: torch.dtype,
+) -> None:
+    """Products that are given as float32, here by a stand-in for what cuBLAS does, are added up without a rounding.
+
+    Every block's is large and the next one's of the other sign; the target's weight is 0.
+    """
+    rows, columns = torch.arange(32) // 8 % 2, torch.arange(296) // 37 % 2
+    hidden, weight = (
+        (size * (2 * sign - 1)[:, None] * (1 + 0.1 * torch.randn(len(sign), 24))).to(dtype)
+        for size, sign in ((0.02, rows), (0.3, columns))
+    )
+    weight[0], targets = 0, torch.zeros(32, dtype=torch.int64)
+    truth = gradients_of_mean(hidden.double(), weight.double(), targets, trained)
+    rounded = gradients_of_mean(hidden, weight, targets, trained)
+    mm = torch.mm
+
+    def wide(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        if out_dtype is None:
+            return mm(a, b) if out is None else mm(a, b, out=out)
+        product = mm(a.to(out_dtype), b.to(out_dtype))
+        return product if out is None else out.copy_(product)
+
+    monkeypatch.setattr(torch, "mm", wide)
+    monkeypatch.setattr(logit_blocks, "partial_dtype", lambda x: torch.float32)
+    for got, before, true in zip(gradients_of_mean(hidden, weight, targets, trained), rounded, truth, strict=True):
+        assert got.dtype == dtype
+        error, allowed = ((t.double() - true).norm() for t in (got, before))
+        assert error < 0.5 * allowed, f"error {error:.3g}, with rounded products {allowed:.3g}"
+
+
+def gradients_of_mean(
+    hidden: Tensor, weight: Tensor, targets: Tensor, trained: tuple[bool, bool]
+) -> tuple[Tensor, ...]:
+    """Those that are trained."""
+    leaves = [t.detach().requires_grad_(t_trained) for t, t_trained in zip((hidden, weight), trained, strict=True)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return torch.autograd.grad(linear_cross_entropy(*leaves, targets), wanted)
 
 
 @pytest.mark.parametrize("trained", [(False, False), *TRAINED])

@@ -22,13 +22,15 @@ def test_time_left_knows_that_tasks_differ(terminal: bool, monkeypatch: pytest.M
         now = 10.0
         progress.forwards(50)
         progress.documents("read", 10, computed=True)
+        now = 12.0
+        progress.forwards(10)
         if not terminal:
             progress.documents("written", 2, computed=True)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     if terminal:
-        assert "12/14 documents" in said and "5 layer-forwards/s" in said and "elapsed, 0:18 left" in said
+        assert "12/14 documents" in said and "5 layer-forwards/s" in said and "elapsed, 0:16 left" in said
     else:
         assert said.splitlines() == [
             "read: 12/14 documents, 5 layer-forwards/s, 0:10 elapsed, 0:18 left",
-            "written: 14/14 documents, 5 layer-forwards/s, 0:10 elapsed, 0:00 left",
+            "written: 14/14 documents, 5 layer-forwards/s, 0:12 elapsed, 0:00 left",
         ]
