@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from cogsym.decoder import layers_of
 from cogsym.models import Block
@@ -31,7 +33,7 @@ class PreparedDecoder:
         self.tells_documents_apart = False
         if self._short:
             embeddings = getattr(decoder.get_input_embeddings(), "weight", None)
-            if type(embeddings) is nn.Parameter and not embeddings.is_meta:
+            if isinstance(embeddings, nn.Parameter) and not (embeddings.is_meta or isinstance(embeddings, DTensor)):
                 self.tells_documents_apart = _tells_documents_apart(decoder, embeddings.device)
             else:
                 self._short = False
@@ -57,7 +59,8 @@ class PreparedDecoder:
         decided = []
         for layer in layers_of(decoder):
             known: PreparedLayer | None = attachment(layer)
-            if known is None or not attached(layer, forward):
+            # One that is sharded by itself has its weights, which decide how it runs, only when it is called.
+            if known is None or not attached(layer, forward) or isinstance(layer, FSDPModule):
                 return kwargs
             how = known.read(layer)
             if not how.attends_by_starts(kwargs, layer.training):

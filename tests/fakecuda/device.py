@@ -39,7 +39,7 @@ def built() -> Path:
     library = HERE / f"guard-{importlib.metadata.version('torch')}.so"
     if not library.exists() or library.stat().st_mtime < (HERE / "guard.cpp").stat().st_mtime:
         torch_folder = _torch_folder()
-        new = library.with_suffix(f".{os.getpid()}")
+        new = library.with_suffix(f".{os.getpid()}.so")
         command = ["g++", "-std=c++20", "-O0", "-w", "-fPIC", "-shared", "-isystem", torch_folder / "include"]
         command += [HERE / "guard.cpp", f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu", "-o", new]
         subprocess.run(command, check=True)
@@ -358,6 +358,8 @@ _CUDA: dict[str, Any] = {
     "is_initialized": True,
     "_lazy_init": None,
     "manual_seed_all": None,
+    "get_rng_state": None,
+    "set_rng_state": None,
     "device_count": 1,
     "current_device": 0,
     "get_device_capability": (9, 0),
