@@ -20,7 +20,7 @@ ROWS = 4  # a step, of all processes
 
 def losses(folder: Path, prepare: Any = cogsym.prepare, accelerator: Accelerator | None = None) -> Losses:
     """Those of four steps, the mean over the processes."""
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     model, tokenizer = load(folder)
     ids = [tokenizer(text).input_ids for text in TEXTS]
     rows = torch.tensor([row[: min(map(len, ids))] for row in ids])  # as many tokens to each process

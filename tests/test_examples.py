@@ -100,7 +100,8 @@ def worker(folder: Path, told: Path) -> None:
 
     losses, results = imported("accelerate_loop").losses, {}
     for sharded in (False, True):
-        accelerator: Any = Accelerator()
+        accelerator: Any = Accelerator(cpu=True)
+        assert accelerator.num_processes == 2
         if sharded:
             state: Any = AcceleratorState()
             state.distributed_type = DistributedType.FSDP
