@@ -91,7 +91,7 @@ def cells(line: Line, ours: dict[str, Any]) -> dict[str, str]:
         **found,
         "floor": f"{1000 * over / layers:.2f}",
         "over the floor": f"{ours['over_floor']['median']:.2f}",
-        "of it with attention and the floor alone": f"{1 + ours['attention'] / over:.2f}",
+        "floor and attention": f"{1 + ours['attention'] / over:.2f}",
     }
 
 

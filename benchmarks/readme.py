@@ -132,6 +132,7 @@ TABLES: dict[str, tuple[str, Callable[[str, Path], str]]] = {
             "swahili",
             "train_speed",
             "frozen",
+            "parts",
             "longest",
             "streamed",
             "streamed_train",

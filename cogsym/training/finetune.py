@@ -34,7 +34,7 @@ from cogsym.training.explain import explain
 from cogsym.training.hub import check_hub, push
 from cogsym.training.keep import Memory
 from cogsym.training.load import load
-from cogsym.training.notices import notices, risen, tells_documents_apart
+from cogsym.training.notices import grown, largest_weight, notices, risen, tells_documents_apart
 from cogsym.training.optimizer import check_optimizer
 from cogsym.training.prepare import prepare, restore
 from cogsym.training.run_folder import RunFolder, check_inputs, open_run_folder
@@ -348,7 +348,7 @@ def _trained(run: _Run, folder: RunFolder, console: Console, ranks: Ranks) -> tu
         ranks=ranks,
     )
     trainer.remove_callback(PrinterCallback)
-    callback.trainer = trainer
+    callback.trainer, largest = trainer, largest_weight(adapted)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (RuntimeError, MemoryError) as error:
@@ -372,8 +372,9 @@ def _trained(run: _Run, folder: RunFolder, console: Console, ranks: Ranks) -> tu
         )
         raise ranks.once(stopped)
     first_loss = ranks.total(trainer.first_loss) / ranks.size
-    if sentence := risen(first_loss, callback.history, settings.learning_rate):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    rate = settings.learning_rate
+    if sentence := risen(first_loss, callback.history, rate) or grown(largest, largest_weight(adapted), rate):
+        say(sentence)
     return adapted, callback, trainer.state.global_step, trained
 
 

@@ -10,10 +10,12 @@ import torch
 from cogsym.plan import LayerPlan
 from cogsym.training.prepare import record_of
 from cogsym.training.settings import TrainSettings
+from cogsym.training.sharded import whole
 
 # The best of four by a dev set where SmolLM2-135M learned Swahili from 204,800 tokens (benchmarks/swahili.py).
 _RATES = {"LoRA": 8e-3, "the outer quarter": 2e-3, "all layers": 8e-4}
 _RISEN = 1.1  # so many times the first loss is no chance of a batch
+_GROWN = 100.0  # no model's weights are so many times as large as those of another
 
 
 def notices(model: Any, settings: TrainSettings, plan: LayerPlan) -> Iterator[str]:
@@ -42,6 +44,23 @@ def risen(first: float, history: Sequence[Mapping[str, float]], rate: float) -> 
     return (
         f"Warning: the loss rose from {first:.4g} to {last:.4g}, so the model has learned nothing of use; start again "
         f"with a lower learning rate (--learning-rate) than {rate:g}."
+    )
+
+
+@torch.no_grad()
+def largest_weight(model: Any) -> float:
+    """Of the trained parameters' root mean squares the largest; every rank must ask."""
+    trained = [p for p in model.parameters() if p.requires_grad and p.numel()]
+    return max((float(whole(p.float().square().mean())) ** 0.5 for p in trained), default=0.0)
+
+
+def grown(before: float, after: float, rate: float) -> str | None:
+    """A sentence where the last step, whose loss nobody sees, has made the weights useless, or None."""
+    if after <= _GROWN * max(before, 1.0):
+        return None
+    return (
+        f"Warning: the trained weights grew from at most {before:.3g} to {after:.3g} (root mean square), so the model "
+        f"has learned nothing of use; start again with a lower learning rate (--learning-rate) than {rate:g}."
     )
 
 

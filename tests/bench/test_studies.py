@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -84,7 +85,7 @@ def texts(text_file: Path, tmp_path: Path) -> Path:
 
 
 def test_every_script_is_tried_here() -> None:
-    assert sorted({*OF_TINY_SHAPE, *OF_A_FOLDER, "noise"}) == SCRIPTS
+    assert sorted({*OF_TINY_SHAPE, *OF_A_FOLDER, "noise", "waiting"}) == SCRIPTS
 
 
 @pytest.mark.parametrize("name", OF_TINY_SHAPE)
@@ -174,6 +175,18 @@ def test_the_harness_is_timed_over_a_sweep(run: Callable[..., list[Line]], model
     assert len(line["variants"]) == 2
 
 
+def test_ways_of_waiting_are_set_beside_each_other(
+    run: Callable[..., list[Line]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("waiting")
+    monkeypatch.setattr(
+        module, "SETTINGS", {label: module.SETTINGS[label] for label in ("one thread", "libgomp's own")}
+    )
+    monkeypatch.setattr(sys.modules[__name__], "script", lambda name: module)
+    (line,) = run("waiting", "--model", "tiny")
+    assert all(rate > 0 for loads in line["facts"]["rates"].values() for rates in loads.values() for rate in rates)
+
+
 def test_a_sweep_is_noted(run: Callable[..., list[Line]], model_folder: Path, texts: Path, tmp_path: Path) -> None:
     (line,) = run("swahili_sweep", "--model", model_folder, "--data", texts, "--work", tmp_path / "work")
     assert line["facts"]["configurations"] == 11
@@ -241,6 +254,8 @@ def test_the_scripts_measure_nothing_by_themselves() -> None:
         "streamed": {"time.perf_counter", "json.dumps"},  # in its process; the files of its model
         "streamed_train": {"time.perf_counter", "json.dumps"},  # in its process; what it reports
         "noise": {"time.perf_counter"},  # to be a tenth slower
+        "parts": {"time.perf_counter"},  # of the parts of a step
+        "waiting": {"time.perf_counter", "json.dumps"},  # in its processes; what they report
         "swahili": {"json.dumps"},  # what is noted of a training run
     }
     for name in SCRIPTS:

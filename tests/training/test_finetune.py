@@ -455,6 +455,8 @@ def test_what_is_taken_and_may_not_be_meant_is_warned_of(model_folder: Path, tex
     warned = said("little", memory_budget=1000)
     assert "Warning: the memory budget (--memory) is 0.0 MiB and frozen layers hold" in warned
     assert "the best of four were" in said("default", learning_rate=TrainSettings().learning_rate)
+    grew = said("in its last step", steps=1, warmup=0, learning_rate=1e9)
+    assert "Warning: the trained weights grew from at most" in grew and "lower learning rate" in grew
 
 
 def test_a_loss_that_has_risen_is_warned_of() -> None:
