@@ -110,7 +110,7 @@ class Watch:
         classes: list[Any] = list(map(type, self._modules))
         state: list[Any] = [cls.forward for cls in dict.fromkeys(classes)]
         state += classes
-        state += [id(d.get("forward")) for d in self._attributes]
+        state += [id(d["forward"]) if "forward" in d else 0 for d in self._attributes]
         for children in self._children:
             state += map(id, children.values())
         for parameters in self._owned:

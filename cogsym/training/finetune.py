@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, set_seed
-from transformers.pytorch_utils import Conv1D
 
 from cogsym.data import Document, PackedDataset, Source, content_digest, pack, separator_id, tokenize
 from cogsym.data import held_out as split
@@ -27,6 +24,7 @@ from cogsym.memory import out_of_memory
 from cogsym.models import precision
 from cogsym.plan import LayerPlan
 from cogsym.ranks import Ranks, gone, join
+from cogsym.training.adapters import with_adapters
 from cogsym.training.arguments import check_tracker, training_arguments
 from cogsym.training.card import Base, described, model_card
 from cogsym.training.estimate import estimate
@@ -273,7 +271,7 @@ def _prepared(run: _Run, console: Console) -> Any:
     set_seed(settings.seed)
     if not settings.fsdp:  # which moves what a rank is to hold, and no more
         network.to(_device())  # the Trainer would move each weight apart, after `prepare` laid them beside each other
-    adapted = _adapted(network, run)
+    adapted = with_adapters(network, run.plan, run.settings.lora_rank)
     prepare(
         adapted,
         run.plan,
@@ -308,7 +306,7 @@ def _whole(run: _Run, adapted: Any, ranks: Ranks) -> Any:
     if not ranks.first:
         return None
     network, *_ = load(run.record["model"], run.tokenizer, run.plan, run.settings, run.products)
-    adapted = _adapted(network, run)
+    adapted = with_adapters(network, run.plan, run.settings.lora_rank)
     for n, p in adapted.named_parameters():
         if n in trained:
             p.data = trained[n].to(p.device)
@@ -387,27 +385,6 @@ def _products(dtype: str) -> str:
 def _device() -> torch.device:
     """Where the Trainer will put the model."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _adapted(model: Any, run: _Run) -> Any:
-    """The model, or with adapters peft's wrapper around it."""
-    rank = run.settings.lora_rank
-    if rank is None:
-        return model
-    linear = [
-        (n.rpartition(".")[2], m) for n, m in layers_of(model).named_modules() if isinstance(m, (nn.Linear, Conv1D))
-    ]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=sorted({name for name, _ in linear}),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for _, module in linear),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, run.plan.peft_config(config))
-    except ValueError as error:
-        raise CogsymError(f"LoRA does not fit {type(model).__name__} ({error}); train whole layers.") from error
 
 
 def _digest(text: Text) -> str:

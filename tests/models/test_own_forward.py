@@ -19,7 +19,7 @@ from cogsym.data import Source
 from cogsym.decoder import final_norm_of, layers_of
 from cogsym.errors import CogsymError
 from cogsym.models.loading import load_tokenizer
-from cogsym.training.finetune import _with_adapters
+from cogsym.training.adapters import with_adapters
 from cogsym.training.notices import tells_documents_apart
 from cogsym.training.settings import TrainSettings
 
@@ -110,7 +110,7 @@ def test_layers_that_share_weights_are_trained_together() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "recurrent-gemma"])
 def test_adapters_are_put_on_planned_layers(name: str) -> None:
-    model = _with_adapters(own_model(name), cogsym.LayerPlan.layers(3, [0, 2]), rank=2)
+    model = with_adapters(own_model(name), cogsym.LayerPlan.layers(3, [0, 2]), rank=2)
     layers = layers_of(model)
     adapted = [any("lora_" in n for n, _ in layer.named_parameters()) for layer in layers]
     assert adapted == [True, False, True]
@@ -120,7 +120,7 @@ def test_adapters_that_peft_refuses() -> None:
     with pytest.raises(
         CogsymError, match=r"LoRA does not fit FalconH1ForCausalLM \(.*out_proj.*\); train whole layers"
     ):
-        _with_adapters(own_model("falcon-h1"), cogsym.LayerPlan.layers(3, [0]), rank=2)
+        with_adapters(own_model("falcon-h1"), cogsym.LayerPlan.layers(3, [0]), rank=2)
 
 
 def test_whether_documents_of_a_row_see_each_other() -> None:
