@@ -224,6 +224,8 @@ def why_no_device() -> str | None:
     """Why there can be no such device here, or None."""
     if reason := why_no_triton():
         return reason
+    if torch.version.cuda or torch.version.hip:
+        return "this PyTorch has a GPU's own device, beside which there can be no other"
     return None if sys.platform == "linux" and shutil.which("g++") else "there is no g++ to compile its guard with"
 
 

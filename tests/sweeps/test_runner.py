@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -179,14 +180,24 @@ def test_killed_at_20_random_moments(sweep: Callable[..., Any], tasks: Any, tmp_
         sweep("grid", tasks, out=out, settings=SMALL, resume=started)
 
     undisturbed = tmp_path / "undisturbed"
-    begin = time.monotonic()
+    begin, firsts = time.monotonic(), []
+
+    def see_the_first_part() -> None:
+        while not any(undisturbed.rglob("part-*")) and time.monotonic() < begin + 60:
+            time.sleep(0.01)
+        firsts.append(time.monotonic() - begin)
+
+    watch = threading.Thread(target=see_the_first_part)
+    watch.start()
     assert in_child(partial(whole, undisturbed)) == 0
     seconds = time.monotonic() - begin
+    watch.join()
+    first = 0.5 * firsts[0]  # before it a sweep only starts, which is most of so small a one
     assert len(list(undisturbed.rglob("part-*"))) == 18
     finished, kills, parts = 0, 0, []
     while kills < 20:
         out = tmp_path / f"killed-{finished}"
-        status = in_child(partial(whole, out), chance.uniform(0.05, 0.9) * seconds)
+        status = in_child(partial(whole, out), chance.uniform(first, 1.1 * seconds))
         if status == 0:
             assert_same_rows(out, undisturbed)
             finished += 1
