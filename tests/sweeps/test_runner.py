@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import signal
 import threading
@@ -170,41 +171,49 @@ def test_adapters_are_merged_and_reverted(
 
 
 def test_killed_at_20_random_moments(sweep: Callable[..., Any], tasks: Any, tmp_path: Path) -> None:
-    """The whole sweep with SIGKILL, resumed, killed again; finished, the rows are those of an undisturbed run."""
+    """The whole sweep with SIGKILL, resumed, killed again; finished, the rows are those of an undisturbed run.
+
+    Starting is most of so small a sweep: half of the moments lie anywhere, half where rows are written.
+    """
     seed = random.randrange(10**6)
     print("seed", seed)
     chance = random.Random(seed)
 
-    def whole(out: Path) -> None:
-        started = any((out / "results").glob("part-*"))
-        sweep("grid", tasks, out=out, settings=SMALL, resume=started)
+    def parts_of(out: Path) -> int:
+        return len(list(out.rglob("part-*")))
+
+    def whole(out: Path, lingering: float | None = None) -> None:
+        before = parts_of(out)
+
+        def kill_behind_the_next_part() -> None:
+            while parts_of(out) == before:
+                time.sleep(0.002)
+            time.sleep(lingering or 0.0)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if lingering is not None:
+            threading.Thread(target=kill_behind_the_next_part, daemon=True).start()
+        sweep("grid", tasks, out=out, settings=SMALL, resume=before > 0)
 
     undisturbed = tmp_path / "undisturbed"
-    begin, firsts = time.monotonic(), []
-
-    def see_the_first_part() -> None:
-        while not any(undisturbed.rglob("part-*")) and time.monotonic() < begin + 60:
-            time.sleep(0.01)
-        firsts.append(time.monotonic() - begin)
-
-    watch = threading.Thread(target=see_the_first_part)
-    watch.start()
+    begin = time.monotonic()
     assert in_child(partial(whole, undisturbed)) == 0
     seconds = time.monotonic() - begin
-    watch.join()
-    first = 0.5 * firsts[0]  # before it a sweep only starts, which is most of so small a one
-    assert len(list(undisturbed.rglob("part-*"))) == 18
+    assert parts_of(undisturbed) == 18
     finished, kills, parts = 0, 0, []
     while kills < 20:
         out = tmp_path / f"killed-{finished}"
-        status = in_child(partial(whole, out), chance.uniform(first, 1.1 * seconds))
+        if kills % 2:
+            status = in_child(partial(whole, out, chance.uniform(0, 0.1 * seconds)))
+        else:
+            status = in_child(partial(whole, out), chance.uniform(0.05, 0.9) * seconds)
         if status == 0:
             assert_same_rows(out, undisturbed)
             finished += 1
         else:
             assert status == -signal.SIGKILL
             kills += 1
-            parts.append(len(list(out.rglob("part-*"))))
+            parts.append(parts_of(out))
     print("parts at each kill:", parts)
     assert len(set(parts)) > 3
     out = tmp_path / f"killed-{finished}"
