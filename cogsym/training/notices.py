@@ -41,10 +41,7 @@ def risen(first: float, history: Sequence[Mapping[str, float]], rate: float) -> 
     last = next((line["loss"] for line in reversed(history) if "loss" in line), None)
     if not first or last is None or last <= _RISEN * first:
         return None
-    return (
-        f"Warning: the loss rose from {first:.4g} to {last:.4g}, so the model has learned nothing of use; start again "
-        f"with a lower learning rate (--learning-rate) than {rate:g}."
-    )
+    return _useless(f"the loss rose from {first:.4g} to {last:.4g}", rate)
 
 
 @torch.no_grad()
@@ -58,9 +55,13 @@ def grown(before: float, after: float, rate: float) -> str | None:
     """A sentence where the last step, whose loss nobody sees, has made the weights useless, or None."""
     if after <= _GROWN * max(before, 1.0):
         return None
+    return _useless(f"the trained weights grew from at most {before:.3g} to {after:.3g} (root mean square)", rate)
+
+
+def _useless(what: str, rate: float) -> str:
     return (
-        f"Warning: the trained weights grew from at most {before:.3g} to {after:.3g} (root mean square), so the model "
-        f"has learned nothing of use; start again with a lower learning rate (--learning-rate) than {rate:g}."
+        f"Warning: {what}, so the model has learned nothing of use; start again with a lower learning rate "
+        f"(--learning-rate) than {rate:g}."
     )
 
 

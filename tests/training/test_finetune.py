@@ -19,6 +19,7 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_models import tiny_model
+from training.killed import killed_in_step
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 import cogsym
@@ -105,27 +106,13 @@ def test_checkpoints_hold_the_trained_parameters_alone(whole: cogsym.TrainResult
     assert {name.split(".")[2] for name in saved} == {"0", "3"}
 
 
-class Killed(BaseException):
-    """Stands for a process that is gone."""
-
-
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2, "schedule": "linear"}, {"lora_rank": 2}], ids=str)
 def test_resuming_gives_the_weights_of_an_uninterrupted_run_bit_for_bit(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    model_folder: Path, text_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     whole = run(model_folder, text_file, tmp_path / "whole", **changes)
-
-    step = OuterTrainer.check_gradients
-
-    def dies_in_step_5(self: OuterTrainer) -> None:
-        if self.state.global_step == 4:
-            raise Killed
-        step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OuterTrainer, "check_gradients", dies_in_step_5)
-        with pytest.raises(Killed):
-            run(model_folder, text_file, tmp_path / "cut", **changes)
+    with killed_in_step(5):
+        run(model_folder, text_file, tmp_path / "cut", **changes)
     resumed = run(model_folder, text_file, tmp_path / "cut", resume=True, **changes)
     want, got = weights(whole), weights(resumed)
     assert want.keys() == got.keys()

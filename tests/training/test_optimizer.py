@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training.killed import killed_in_step
 from transformers import trainer_optimizer
 
 import cogsym
@@ -28,28 +29,15 @@ def run(model: Path, text: Path, out: Path, resume: bool = False, **changes: Any
     return cogsym.train(model, [Source(text, field="sw")], out, settings=settings, resume=resume)
 
 
-class Killed(BaseException):
-    """Stands for a process that is gone."""
-
-
 @pytest.mark.parametrize("optim", ["adafactor", "adamw_8bit"])
 def test_a_run_resumes_with_its_own_optimizer_bit_for_bit(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str
+    model_folder: Path, text_file: Path, tmp_path: Path, optim: str
 ) -> None:
     if optim == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
     whole = run(model_folder, text_file, tmp_path / "whole", optim=optim)
-    step = OuterTrainer.check_gradients
-
-    def dies_in_step_5(self: OuterTrainer) -> None:
-        if self.state.global_step == 4:
-            raise Killed
-        step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OuterTrainer, "check_gradients", dies_in_step_5)
-        with pytest.raises(Killed):
-            run(model_folder, text_file, tmp_path / "cut", optim=optim)
+    with killed_in_step(5):
+        run(model_folder, text_file, tmp_path / "cut", optim=optim)
     with pytest.raises(CogsymError, match=rf"was started with optim {optim} \(now sgd\)"):
         run(model_folder, text_file, tmp_path / "cut", resume=True, optim="sgd")
     resumed = run(model_folder, text_file, tmp_path / "cut", resume=True, optim=optim)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model
+from training.killed import killed_in_step
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import cogsym
@@ -21,7 +22,6 @@ from cogsym.data import Source
 from cogsym.models import precision
 from cogsym.training import streamed
 from cogsym.training.finetune import dry_run
-from cogsym.training.trainer import OuterTrainer
 
 LAYERS = 7
 
@@ -100,27 +100,13 @@ def test_weights_in_16_bits_stay_as_they_are_stored(
     assert moved == {"0", "6"}
 
 
-def test_a_streamed_run_resumes_and_may_go_on_in_memory(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_streamed_run_resumes_and_may_go_on_in_memory(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     folder = folder_of(model_folder, "llama")
     whole = run(folder, text_file, tmp_path / "whole", False)
-
-    class Killed(BaseException):
-        pass
-
-    def dies(self: OuterTrainer) -> None:
-        if self.state.global_step == 3:
-            raise Killed
-        check(self)
-
-    check = OuterTrainer.check_gradients
     for first, second in ((True, True), (True, False), (False, True)):
         out = tmp_path / f"{first}{second}"
-        with monkeypatch.context() as patch:
-            patch.setattr(OuterTrainer, "check_gradients", dies)
-            with pytest.raises(Killed):
-                run(folder, text_file, out, first)
+        with killed_in_step(4):
+            run(folder, text_file, out, first)
         check_same(run(folder, text_file, out, second, resume=True), whole)
 
 
